@@ -1,0 +1,6 @@
+// Multiway Dynamic Dense (MUDD) connections for LibTorch, arXiv 2502.12170: everything public.
+#pragma once
+
+#include "ops/connection_weights.h"
+#include "ops/depth_aggregate.h"
+#include "version.h"

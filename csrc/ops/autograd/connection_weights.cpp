@@ -1,0 +1,86 @@
+// Autograd of the connection weights. The chained form returns x after the weights; the gradient that
+// later layers accumulated for x comes back through it.
+#include "../connection_weights.h"
+
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace muddformer {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <bool kChained>
+struct ConnectionWeights : torch::autograd::Function<ConnectionWeights<kChained>> {
+  static constexpr bool is_traceable = true;  // for compiled autograd: no state but saved tensors
+
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w1,
+                               const at::Tensor& w2, const at::Tensor& prior,
+                               const std::optional<at::Tensor>& scale, double eps,
+                               std::string_view gelu_approximate, std::optional<double> cap) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({x, w1, w2, prior, scale.value_or(at::Tensor())});
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["gelu_approximate"] = std::string(gelu_approximate);
+    ctx->saved_data["cap"] = cap;
+    ctx->set_materialize_grads(false);
+    variable_list outputs = {
+        connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap)};
+    if (kChained) outputs.push_back(x);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const at::Tensor none;
+    const at::Tensor& grad_x = kChained ? grads[1] : none;
+    if (!grads[0].defined()) return {grad_x, none, none, none, none, none, none, none};
+    const variable_list saved = ctx->get_saved_variables();
+    const auto optional = [](const at::Tensor& tensor) {
+      return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+    };
+    const auto [dx, dw1, dw2, dprior, dscale] = connection_weights_backward(
+        grads[0], optional(grad_x), saved[0], saved[1], saved[2], saved[3], optional(saved[4]),
+        ctx->saved_data["eps"].toDouble(), ctx->saved_data["gelu_approximate"].toStringRef(),
+        ctx->saved_data["cap"].toOptional<double>());
+    return {dx, dw1, dw2, dprior, saved[4].defined() ? dscale : none, none, none, none};
+  }
+};
+
+at::Tensor connection_weights_autograd(const at::Tensor& x, const at::Tensor& w1,
+                                       const at::Tensor& w2, const at::Tensor& prior,
+                                       const std::optional<at::Tensor>& scale, double eps,
+                                       std::string_view gelu_approximate,
+                                       std::optional<double> cap) {
+  return ConnectionWeights<false>::apply(x, w1, w2, prior, scale, eps, gelu_approximate, cap)[0];
+}
+
+// Composite: there is nothing to dispatch on but the forward inside.
+std::tuple<at::Tensor, at::Tensor> connection_weights_chained_composite(
+    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
+    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
+    std::optional<double> cap) {
+  if (!at::GradMode::is_enabled() ||
+      !(x.requires_grad() || w1.requires_grad() || w2.requires_grad() || prior.requires_grad() ||
+        (scale.has_value() && scale->requires_grad()))) {
+    return {connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap), x};
+  }
+  variable_list outputs =
+      ConnectionWeights<true>::apply(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+  return {std::move(outputs[0]), std::move(outputs[1])};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(muddformer, Autograd, m) {
+  m.impl("connection_weights", connection_weights_autograd);
+  // Differentiating the backward raises an error that names the op.
+  m.impl("connection_weights_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(muddformer, CompositeImplicitAutograd, m) {
+  m.impl("connection_weights_chained", connection_weights_chained_composite);
+}
+
+}  // namespace muddformer

@@ -1,0 +1,95 @@
+// Autograd of the aggregation. The chained form returns its sources after its outputs; autograd makes
+// aliases of them, and the gradient that later layers accumulated comes back through them.
+#include "../depth_aggregate.h"
+
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace muddformer {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+OptionalTensors optional_tensors(at::TensorList tensors) {
+  OptionalTensors list;
+  list.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    list.push_back(tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt);
+  }
+  return list;
+}
+
+template <bool kChained>
+struct DepthAggregate : torch::autograd::Function<DepthAggregate<kChained>> {
+  static constexpr bool is_traceable = true;  // for compiled autograd: no state but saved tensors
+
+  static variable_list forward(AutogradContext* ctx, at::TensorList hiddens,
+                               const at::Tensor& weights) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    variable_list saved(hiddens.begin(), hiddens.end());
+    saved.push_back(weights);
+    ctx->save_for_backward(std::move(saved));
+    ctx->set_materialize_grads(false);
+    variable_list outputs = depth_aggregate(hiddens, weights);
+    if (kChained) outputs.insert(outputs.end(), hiddens.begin(), hiddens.end());
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::TensorList hiddens = at::TensorList(saved).slice(0, saved.size() - 1);
+    const size_t ways = kChained ? grads.size() - hiddens.size() : grads.size();
+    const at::TensorList grad_outputs = at::TensorList(grads).slice(0, ways);
+    const at::TensorList grad_hiddens = at::TensorList(grads).slice(ways);
+    if (std::none_of(grad_outputs.begin(), grad_outputs.end(),
+                     [](const at::Tensor& grad) { return grad.defined(); })) {
+      variable_list passed(grad_hiddens.begin(), grad_hiddens.end());
+      passed.resize(saved.size());
+      return passed;
+    }
+    auto [result, grad_weights] =
+        depth_aggregate_backward(optional_tensors(grad_outputs), optional_tensors(grad_hiddens),
+                                 hiddens, saved.back());
+    result.push_back(std::move(grad_weights));
+    return result;
+  }
+};
+
+std::vector<at::Tensor> depth_aggregate_autograd(at::TensorList hiddens,
+                                                 const at::Tensor& weights) {
+  return DepthAggregate<false>::apply(hiddens, weights);
+}
+
+// Composite: there is nothing to dispatch on but the forward inside.
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_chained_composite(
+    at::TensorList hiddens, const at::Tensor& weights) {
+  const auto requires_grad = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
+  if (!at::GradMode::is_enabled() ||
+      !(weights.requires_grad() || std::any_of(hiddens.begin(), hiddens.end(), requires_grad))) {
+    return {depth_aggregate(hiddens, weights), hiddens.vec()};
+  }
+  variable_list streams = DepthAggregate<true>::apply(hiddens, weights);
+  const auto first_hidden = streams.end() - static_cast<int64_t>(hiddens.size());
+  std::vector<at::Tensor> handed_on(first_hidden, streams.end());
+  streams.erase(first_hidden, streams.end());
+  return {std::move(streams), std::move(handed_on)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(muddformer, Autograd, m) {
+  m.impl("depth_aggregate", depth_aggregate_autograd);
+  // Differentiating the backward raises an error that names the op.
+  m.impl("depth_aggregate_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(muddformer, CompositeImplicitAutograd, m) {
+  m.impl("depth_aggregate_chained", depth_aggregate_chained_composite);
+}
+
+}  // namespace muddformer

@@ -1,0 +1,65 @@
+// Checks of the ops' arguments, shared by all backends. An error names the argument, what was expected
+// and what came. Sizes may be symbolic.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <ostream>
+#include <string_view>
+
+namespace muddformer {
+
+// Name of an argument or of an entry of a list argument; formatted only when an error is raised.
+struct ArgumentName {
+  const char* name;
+  int64_t index = -1;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const ArgumentName& argument) {
+  out << argument.name;
+  if (argument.index >= 0) out << '[' << argument.index << ']';
+  return out;
+}
+
+inline void check_floating(const at::Tensor& tensor, ArgumentName argument) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+      argument, ": expected dtype float64, float32, bfloat16 or float16, got ", dtype);
+}
+
+inline void check_same_device(const at::Tensor& tensor, ArgumentName argument,
+                              const at::Tensor& like, const char* like_name) {
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), argument, ": expected device ", like.device(),
+                    " of ", like_name, ", got ", tensor.device());
+}
+
+inline void check_same_dtype_device(const at::Tensor& tensor, ArgumentName argument,
+                                    const at::Tensor& like, const char* like_name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), argument, ": expected dtype ",
+                   like.scalar_type(), " of ", like_name, ", got ", tensor.scalar_type());
+  check_same_device(tensor, argument, like, like_name);
+}
+
+// Defined in depth_aggregate.cpp and connection_weights.cpp.
+void check_depth_aggregate(at::TensorList hiddens, const at::Tensor& weights);
+void check_depth_aggregate_backward(const c10::List<std::optional<at::Tensor>>& grad_outputs,
+                                    const c10::List<std::optional<at::Tensor>>& grad_hiddens,
+                                    at::TensorList hiddens, const at::Tensor& weights);
+void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
+                              const at::Tensor& prior, const std::optional<at::Tensor>& scale,
+                              double eps, std::string_view gelu_approximate,
+                              std::optional<double> cap);
+void check_connection_weights_backward(const at::Tensor& grad_weights,
+                                       const std::optional<at::Tensor>& grad_x,
+                                       const at::Tensor& x, const at::Tensor& prior);
+
+// float32 for everything but float64: the type that products and sums are accumulated in.
+inline at::ScalarType accumulation_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace muddformer

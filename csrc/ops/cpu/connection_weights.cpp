@@ -1,0 +1,13 @@
+// The connection weights on the CPU.
+#include <torch/library.h>
+
+#include "../connection_weights_composition.h"
+
+namespace muddformer {
+
+TORCH_LIBRARY_IMPL(muddformer, CPU, m) {
+  m.impl("connection_weights", connection_weights_composition);
+  m.impl("connection_weights_backward", connection_weights_backward_composition);
+}
+
+}  // namespace muddformer

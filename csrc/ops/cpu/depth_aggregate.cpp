@@ -1,0 +1,165 @@
+// The aggregation on the CPU: host side of depth_aggregate_kernel.h. Tokens are split between threads;
+// every token is finished by one thread in one order, so results do not depend on the number of threads.
+#include "../depth_aggregate.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "../checks.h"
+#include "depth_aggregate_kernel.h"
+
+namespace muddformer {
+namespace {
+
+const cpu::AggregateKernels& aggregate_kernels() {
+  static const cpu::AggregateKernels& chosen = [&]() -> const cpu::AggregateKernels& {
+#if defined(MUDDFORMER_X86_KERNELS)
+    // What PyTorch itself has chosen; the environment variable ATEN_CPU_CAPABILITY lowers it.
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return cpu::aggregate_kernels_avx512;
+    if (capability == "AVX2") return cpu::aggregate_kernels_avx2;
+#endif
+    return cpu::aggregate_kernels_default;
+  }();
+  return chosen;
+}
+
+int kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return cpu::kFloat64;
+    case at::kFloat: return cpu::kFloat32;
+    case at::kBFloat16: return cpu::kBFloat16;
+    default: return cpu::kFloat16;
+  }
+}
+
+// Tensors [..., D] as [tokens, D] with contiguous rows, and what the kernels need to know of them.
+class Rows {
+ public:
+  void reserve(size_t count) {
+    tensors_.reserve(count);
+    pointers_.reserve(count);
+    strides_.reserve(count);
+  }
+  void push_back(const at::Tensor& tensor) {
+    const int64_t width = tensor.size(-1);
+    at::Tensor rows = tensor.reshape({width == 0 ? 0 : tensor.numel() / width, width});
+    if (rows.stride(1) != 1 && width > 1) rows = rows.contiguous();
+    pointers_.push_back(rows.data_ptr());
+    strides_.push_back(rows.stride(0));
+    tensors_.push_back(std::move(rows));
+  }
+  void push_back_none() {
+    pointers_.push_back(nullptr);
+    strides_.push_back(0);
+  }
+  void* const* pointers() const { return pointers_.data(); }
+  const int64_t* strides() const { return strides_.data(); }
+
+ private:
+  std::vector<at::Tensor> tensors_;
+  std::vector<void*> pointers_;
+  std::vector<int64_t> strides_;
+};
+
+Rows rows_of(at::TensorList tensors) {
+  Rows rows;
+  rows.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) rows.push_back(tensor);
+  return rows;
+}
+
+Rows rows_of(const c10::List<std::optional<at::Tensor>>& tensors, size_t count) {
+  Rows rows;
+  rows.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const std::optional<at::Tensor> tensor =
+        i < tensors.size() ? tensors.get(i) : std::optional<at::Tensor>();
+    if (tensor.has_value() && tensor->defined()) {
+      rows.push_back(*tensor);
+    } else {
+      rows.push_back_none();
+    }
+  }
+  return rows;
+}
+
+std::vector<at::Tensor> empty_outputs(int64_t count, const at::Tensor& like) {
+  std::vector<at::Tensor> outputs;
+  outputs.reserve(count);
+  for (int64_t i = 0; i < count; ++i) outputs.push_back(at::empty(like.sizes(), like.options()));
+  return outputs;
+}
+
+template <typename Args, typename Kernel>
+void run(const Args& args, Kernel kernel, int64_t tokens) {
+  constexpr int64_t kElementsPerThread = 32768;  // fewer are not worth another thread
+  const int64_t elements = args.width * (args.sources + args.ways);
+  at::parallel_for(0, tokens, std::max<int64_t>(1, kElementsPerThread / elements),
+                   [&](int64_t begin, int64_t end) {
+                     constexpr int64_t kLine = 64;
+                     const int64_t lines =
+                         cpu::scratch_bytes(args.sources, args.ways, args.width) / kLine + 1;
+                     struct alignas(kLine) Line {
+                       char bytes[kLine];
+                     };
+                     const auto scratch = std::make_unique_for_overwrite<Line[]>(lines);
+                     kernel(args, begin, end, scratch.get());
+                   });
+}
+
+std::vector<at::Tensor> depth_aggregate_cpu(at::TensorList hiddens, const at::Tensor& weights) {
+  check_depth_aggregate(hiddens, weights);
+  const at::Tensor& like = hiddens[0];
+  const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
+  std::vector<at::Tensor> outputs = empty_outputs(ways, like);
+  if (like.numel() == 0) return outputs;
+  const int64_t tokens = like.numel() / width;
+  const Rows x = rows_of(hiddens);
+  const Rows y = rows_of(outputs);
+  const at::Tensor w = weights.reshape({tokens, ways, sources});
+  const cpu::AggregateForward args{sources,     ways,        width,       x.pointers(),
+                                   x.strides(), w.data_ptr(), w.stride(0), w.stride(1),
+                                   w.stride(2), y.pointers()};
+  run(args, aggregate_kernels().forward[kernel_dtype(like.scalar_type())], tokens);
+  return outputs;
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
+    const c10::List<std::optional<at::Tensor>>& grad_outputs,
+    const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
+    const at::Tensor& weights) {
+  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+  const at::Tensor& like = hiddens[0];
+  const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
+  std::vector<at::Tensor> grads = empty_outputs(sources, like);
+  if (like.numel() == 0) return {std::move(grads), at::zeros(weights.sizes(), weights.options())};
+  at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
+  const int64_t tokens = like.numel() / width;
+  const Rows x = rows_of(hiddens);
+  const Rows dy = rows_of(grad_outputs, ways);
+  const Rows incoming = rows_of(grad_hiddens, sources);
+  const Rows dx = rows_of(grads);
+  const at::Tensor w = weights.reshape({tokens, ways, sources});
+  const cpu::AggregateBackward args{
+      sources,       ways,         width,        x.pointers(),        x.strides(),
+      w.data_ptr(),  w.stride(0),  w.stride(1),  w.stride(2),         dy.pointers(),
+      dy.strides(),  incoming.pointers(), incoming.strides(), dx.pointers(), grad_weights.data_ptr()};
+  run(args, aggregate_kernels().backward[kernel_dtype(like.scalar_type())], tokens);
+  return {std::move(grads), std::move(grad_weights)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(muddformer, CPU, m) {
+  m.impl("depth_aggregate", depth_aggregate_cpu);
+  m.impl("depth_aggregate_backward", depth_aggregate_backward_cpu);
+}
+
+}  // namespace muddformer

@@ -1,0 +1,28 @@
+"""Loads libmuddformer, whose static initialisers register the operators of ``torch.ops.muddformer``."""
+
+from pathlib import Path
+
+import torch
+
+try:
+    from muddformer import _C
+except ImportError as error:
+    raise ImportError(
+        "muddformer: the compiled module muddformer._C is missing. Build it with "
+        "`pip install --no-build-isolation .` in the source folder, and import from outside that folder."
+    ) from error
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+if _minor(torch.__version__) != _minor(_C.torch_version):
+    raise ImportError(
+        f"muddformer {_C.version} was built for torch {_minor(_C.torch_version)}, but torch {torch.__version__} is "
+        "installed: rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+    )
+
+__version__: str = _C.version
+
+torch.ops.load_library(str(Path(__file__).parent / "lib" / "libmuddformer.so"))

@@ -1,0 +1,186 @@
+"""Generation of text with a cache of keys and values.
+
+The hidden states that MUDD connections mix belong to one token, so a decode step makes those of its own token anew and
+needs nothing of earlier tokens but their keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import MUDDFormerConfig, check_integer, check_real
+
+__all__ = ["KVCache", "generate"]
+
+
+class KVCache:
+    """Keys and values of all blocks, allocated once: [L, B, key/value heads, length, head width] each.
+
+    Shapes do not depend on how many tokens are in the cache, and the next position is kept on the device. Give it to
+    ``model(input_ids, cache=cache)``, first with the prompt, then with what follows. Without gradients only.
+
+    Args:
+        config: the model's configuration.
+        batch_size: number of sequences B.
+        length: number of tokens that it holds, at most ``config.block_size``.
+        device, dtype: of the model's parameters.
+
+    Attributes:
+        used: number of tokens that are in the cache.
+    """
+
+    def __init__(
+        self,
+        config: MUDDFormerConfig,
+        batch_size: int,
+        length: int,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_integer("batch_size", batch_size)
+        check_integer("length", length, config.block_size)
+        shape = (config.n_layer, batch_size, config.n_kv_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.used = 0
+        self._next = torch.zeros(1, device=device, dtype=torch.int64)
+        self._slots = torch.arange(length, device=device)
+        self._positions = self._slots
+        self._prompt = True
+
+    def advance(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Makes room for ``count`` tokens.
+
+        Returns:
+            ``(positions, mask)``: their positions, int64 [count], and which slots of the cache they see, bool
+            [count, length]; no mask for the first ones, which see each other causally.
+
+        Raises:
+            ValueError: if the cache is too short.
+            RuntimeError: if gradients are enabled.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a KVCache works only without gradients: under torch.no_grad() or torch.inference_mode()"
+            )
+        if self.used + count > len(self._slots):
+            raise ValueError(
+                f"input_ids has {count} tokens, but of the {len(self._slots)} places of the cache {self.used} are taken"
+            )
+        self._prompt = self.used == 0
+        self.used += count
+        self._positions = self._next + self._slots[:count]
+        self._next += count
+        return self._positions, None if self._prompt else self._slots <= self._positions[:, None]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values [B, heads, count, head width] of one block; returns the ones to attend to."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self._positions, k.to(keys.dtype))
+        values.index_copy_(2, self._positions, v.to(values.dtype))
+        return (k, v) if self._prompt else (keys, values)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float | None = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    eos_token_id: int | None = None,
+) -> Tensor:
+    """Continues token sequences.
+
+    Args:
+        model: a model of :func:`muddformer.build_model`.
+        input_ids: prompts of one length, int64 or int32 [B, T].
+        max_new_tokens: number of tokens to add, at least 0; prompt and new tokens must fit into ``block_size``.
+        temperature: 0 or None: the likeliest token; otherwise drawn from ``softmax(logits / temperature)``.
+        top_k: draw among the k likeliest tokens only.
+        top_p: draw among the likeliest tokens that together reach this probability only, in (0, 1].
+        seed: makes the draws repeatable. None: torch's global generator.
+        eos_token_id: a sequence that reaches this token repeats it; all at it end the generation.
+
+    Returns:
+        Prompt and new tokens [B, T + n], of the dtype of ``input_ids``; n is ``max_new_tokens``, or less after
+        ``eos_token_id``.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what was expected and what came.
+    """
+    config = getattr(model, "config", None)
+    if not (isinstance(model, nn.Module) and isinstance(config, MUDDFormerConfig)):
+        raise TypeError(f"model must be a MUDDFormer, got {type(model).__name__}")
+    _check_prompt(config, input_ids)
+    check_integer("max_new_tokens", max_new_tokens, low=0)
+    greedy = temperature is None or (temperature == 0 and not isinstance(temperature, bool))
+    if not greedy:
+        check_real("temperature", temperature)
+    if top_k is not None:
+        check_integer("top_k", top_k)
+    if top_p is not None:
+        check_real("top_p", top_p, 0.0, 1.0)
+    if seed is not None:
+        check_integer("seed", seed, 2**63 - 1, low=0)
+    if eos_token_id is not None:
+        check_integer("eos_token_id", eos_token_id, config.vocab_size - 1, low=0)
+    batch, length = input_ids.shape
+    total = length + max_new_tokens
+    if total > config.block_size:
+        raise ValueError(
+            f"input_ids and max_new_tokens must fit block_size={config.block_size}, got {length} + {max_new_tokens}"
+        )
+    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+    weight = model.tok_embeddings.weight
+    cache = KVCache(config, batch, total, device=weight.device, dtype=weight.dtype)
+    ids = torch.empty(batch, total, device=input_ids.device, dtype=input_ids.dtype)
+    ids[:, :length] = input_ids
+    ended = torch.zeros(batch, device=input_ids.device, dtype=torch.bool)
+    fresh = input_ids
+    for position in range(length, total):
+        logits = model(fresh, cache=cache)[:, -1]
+        token = logits.argmax(-1) if greedy else sample(logits, temperature, top_k, top_p, generator)
+        if eos_token_id is not None:
+            token = token.masked_fill(ended, eos_token_id)
+            ended = token == eos_token_id
+        ids[:, position] = token
+        fresh = ids[:, position : position + 1]
+        if eos_token_id is not None and bool(ended.all()):
+            return ids[:, : position + 1]
+    return ids
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draws one token id for each row of ``logits`` [B, vocab_size]; see :func:`generate`."""
+    # The likeliest first: what top_k and top_p keep is then a prefix, never empty. float64 bears any temperature.
+    logits, order = logits.double().sort(dim=-1, descending=True, stable=True)
+    probabilities = ((logits - logits[:, :1]) / temperature).softmax(-1)
+    if top_k is not None:
+        probabilities[:, top_k:] = 0
+    if top_p is not None:
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
+
+
+def _check_prompt(config: MUDDFormerConfig, input_ids: Any) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must be [batch, tokens] and not empty, got shape {list(input_ids.shape)}")
+    low, high = (value.item() for value in input_ids.aminmax())
+    if low < 0 or high >= config.vocab_size:
+        raise IndexError(f"input_ids must be from 0 to vocab_size - 1 = {config.vocab_size - 1}, got {low} to {high}")

@@ -1,0 +1,38 @@
+"""The naive formulation of both ops in plain PyTorch: what every test and benchmark compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def depth_aggregate(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """Y_c = sum_j weights[..., c, j, None] * hiddens[j], in the dtype of the inputs."""
+    ways, sources = weights.shape[-2:]
+    return [sum(weights[..., c, j, None] * hiddens[j] for j in range(sources)) for c in range(ways)]
+
+
+def depth_aggregate_einsum(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """The same through one stacked tensor and one product: the other way that users write it."""
+    return list(torch.einsum("...cs,s...d->c...d", weights, torch.stack(list(hiddens))).unbind(0))
+
+
+def connection_weights(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    prior: Tensor,
+    *,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    gelu_approximate: str = "none",
+    cap: float | None = None,
+) -> Tensor:
+    """A = GELU(RMSNorm(x) w1^T) w2^T + prior, optionally cap * tanh(A / cap)."""
+    normed = F.rms_norm(x, (x.shape[-1],), None if scale is None else scale.to(x.dtype), eps)
+    a = F.linear(F.gelu(F.linear(normed, w1), approximate=gelu_approximate), w2)
+    a = a.unflatten(-1, prior.shape) + prior.to(x.dtype)
+    return a if cap is None else cap * torch.tanh(a / cap)
