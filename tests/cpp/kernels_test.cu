@@ -11,6 +11,7 @@
 #include <ostream>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "aggregate.h"
@@ -347,32 +348,50 @@ TYPED_TEST(FastKernelsOf, LongRuns) {
   ASSERT_NO_FATAL_FAILURE(this->check({1100, 1024, 33, 4}, {Path::Ring}));
 }
 
+__global__ void count_differences(const unsigned char* a, const unsigned char* b, size_t bytes, int* count) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < bytes;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    if (a[i] != b[i]) atomicAdd(count, 1);
+  }
+}
+
+// A race shows as a result that moves now and then, first at few sources: hence the many runs.
 TYPED_TEST(FastKernelsOf, RepeatsBitForBit) {
+  constexpr int kRuns = 200;
+  constexpr int64_t kTokens = 3000;
+  constexpr int64_t kDim = 1024;
+  int* count = nullptr;
+  CUDA_OK(cudaMallocHost(&count, sizeof(int)));
   for (const Path path : {Path::Vector, Path::Ring}) {
     if (!has_path(path)) continue;
-    for (const int sources : {2, 9, 33}) {
-      Problem<TypeParam> p({1500, 1024, sources, 4});
-      std::vector<std::vector<TypeParam>> first;
-      for (int run = 0; run < 20; ++run) {
+    for (const int sources : {2, 5, 9}) {
+      Problem<TypeParam> p({kTokens, kDim, sources, 4});
+      std::vector<std::pair<void*, size_t>> outputs;
+      for (void* y : p.y_pointers) outputs.emplace_back(y, kTokens * kDim * sizeof(TypeParam));
+      for (void* grad : p.grad_out_pointers) outputs.emplace_back(grad, kTokens * kDim * sizeof(TypeParam));
+      outputs.emplace_back(p.dw.data(), kTokens * 4 * sources * sizeof(TypeParam));
+      std::vector<unsigned char*> first;
+      for (int run = 0; run < kRuns; ++run) {
+        for (const auto& [data, bytes] : outputs) CUDA_OK(cudaMemsetAsync(data, 0xff, bytes));
+        *count = 0;
         CUDA_OK(launch_aggregate_forward(p.forward(path), nullptr));
         CUDA_OK(launch_aggregate_backward(p.backward(path), nullptr));
-        std::vector<std::vector<TypeParam>> now;
-        for (const Matrices<TypeParam>* matrices : {&p.y, &p.grad_out}) {
-          for (const auto& matrix : *matrices) {
-            matrix->download();
-            now.push_back(matrix->host());
+        for (size_t i = 0; i < outputs.size(); ++i) {
+          const auto& [data, bytes] = outputs[i];
+          if (run == 0) {
+            first.emplace_back();
+            CUDA_OK(cudaMalloc(&first[i], bytes));
+            CUDA_OK(cudaMemcpyAsync(first[i], data, bytes, cudaMemcpyDeviceToDevice));
           }
+          count_differences<<<1024, 256>>>(first[i], static_cast<unsigned char*>(data), bytes, count);
         }
-        p.dw.download();
-        now.push_back(p.dw.host());
-        if (run == 0) first = now;
-        for (size_t i = 0; i < now.size(); ++i) {
-          ASSERT_EQ(0, std::memcmp(first[i].data(), now[i].data(), now[i].size() * sizeof(TypeParam)))
-              << "run " << run << ", tensor " << i << ", S " << sources << ", path " << static_cast<int>(path);
-        }
+        CUDA_OK(cudaDeviceSynchronize());
+        ASSERT_EQ(0, *count) << "bytes differ in run " << run << ", S " << sources << ", path " << static_cast<int>(path);
       }
+      for (unsigned char* copy : first) CUDA_OK(cudaFree(copy));
     }
   }
+  CUDA_OK(cudaFreeHost(count));
 }
 
 TEST_F(Kernels, SameSourceTwice) {
@@ -401,7 +420,7 @@ TEST_F(Kernels, NoTokens) {
 TEST_F(Kernels, SizesOutOfRange) {
   Problem<float> p({4, 128, 2, 1});
   AggregateForward forward = p.forward(Path::Automatic);
-  for (int AggregateForward::*member : {&AggregateForward::sources, &AggregateForward::ways}) {
+  for (const auto member : {&AggregateForward::sources, &AggregateForward::ways}) {
     for (const int bad : {0, -1, kMaxSources + 1}) {
       AggregateForward args = forward;
       args.*member = bad;

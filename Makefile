@@ -1,0 +1,89 @@
+# Two commands: `make demo` and `make test`. Both make .venv, install what they need and run; a second run reuses it.
+#
+#   PYTHON=python3.12        the Python to use (3.10 or newer)
+#   TORCH_VERSION=2.11.0     the torch to install; the newest where it is not given
+#   VENV=.venv               the virtual environment
+#   MUDDFORMER_CUDA=OFF      AUTO (default), ON or OFF: CUDA kernels
+
+PYTHON ?= python3
+TORCH_VERSION ?=
+VENV ?= .venv
+CXX ?= c++
+
+bin := $(VENV)/bin
+tag := $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-torch-$(or $(TORCH_VERSION),newest)
+ready := $(VENV)/.ready-$(tag)
+installed := $(VENV)/.installed-$(tag)
+sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc muddformer -type f \
+	-not -name '*.so' -not -name '*.pyc' -not -path 'muddformer/include/*' -not -path 'muddformer/share/*')
+cmake_build = build/$(1)-$(tag)
+cmake_jobs := $(shell $(PYTHON) -c 'import os; m = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"); print(max(1, min(os.cpu_count(), m >> 31)))')
+
+.PHONY: demo test test-python test-cpp smoke asan lint format install clean gtest
+.DELETE_ON_ERROR:
+
+demo: $(installed)
+	$(bin)/muddformer demo
+
+test: test-cpp test-python
+
+install: $(installed)
+
+# ---- set-up -----------------------------------------------------------------------------------------------------
+$(ready):
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --upgrade pip
+	$(bin)/python -m pip install --quiet "torch$(if $(TORCH_VERSION),==$(TORCH_VERSION))" "setuptools>=77" wheel cmake ninja
+	touch $@
+
+$(installed): $(ready) $(sources)
+	$(bin)/python -m pip install --quiet --no-build-isolation ".[test]"
+	touch $@
+
+# ---- tests ------------------------------------------------------------------------------------------------------
+test-python: $(installed)
+	$(bin)/pytest tests
+
+test-cpp: $(installed) gtest
+	$(bin)/cmake -S tests/cpp -B $(call cmake_build,tests-cpp) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
+		-DCMAKE_PREFIX_PATH="$$($(bin)/python -c 'import muddformer.utils as u; print(u.cmake_prefix_path)')"
+	$(bin)/cmake --build $(call cmake_build,tests-cpp) --parallel $(cmake_jobs)
+	$(bin)/ctest --test-dir $(call cmake_build,tests-cpp) --output-on-failure --parallel $(cmake_jobs)
+
+# The build and the core of the operators and models alone: for a second version of torch.
+smoke: $(installed)
+	$(bin)/pytest tests/test_depth_aggregate.py tests/test_connection_weights.py tests/test_golden.py tests/test_package.py
+
+# The C++ tests with the library's CPU side under AddressSanitizer and UndefinedBehaviorSanitizer.
+asan: $(ready) gtest
+	$(bin)/cmake -S . -B $(call cmake_build,asan) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
+		-DMUDDFORMER_TORCH_DIR="$$($(bin)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
+		-DMUDDFORMER_CUDA=OFF -DMUDDFORMER_TESTS=ON -DMUDDFORMER_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(bin)/cmake --build $(call cmake_build,asan) --parallel $(cmake_jobs)
+	$(bin)/ctest --test-dir $(call cmake_build,asan) --output-on-failure --parallel $(cmake_jobs)
+
+gtest:
+	@printf '#include <gtest/gtest.h>\n' | $(CXX) -E -x c++ - >/dev/null 2>&1 \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq libgtest-dev; } \
+		|| { echo "GoogleTest is missing: install libgtest-dev (Debian, Ubuntu) or gtest-devel (Fedora)." >&2; exit 1; }
+
+# ---- form -------------------------------------------------------------------------------------------------------
+cpp_files = $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
+
+$(VENV)/.lint-$(tag): $(ready) pyproject.toml
+	$(bin)/python -m pip install --quiet ruff==0.17.6 clang-format==23.1.5
+	touch $@
+
+lint: $(VENV)/.lint-$(tag)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run --Werror $(cpp_files)
+
+format: $(VENV)/.lint-$(tag)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(cpp_files)
+
+clean:
+	rm -rf build dist *.egg-info muddformer/include muddformer/lib muddformer/share muddformer/*.so

@@ -1,0 +1,113 @@
+"""What all benchmarks share: timing, the copy speed that floors are taken at, and rows of results."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+reference = importlib.import_module("reference")  # tests/reference.py: the naive formulation of every op
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options of every benchmark."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    p.add_argument("--seconds", type=float, default=1.0, help="measuring time for each figure, in seconds")
+    p.add_argument("--csv", type=Path, help="file to append the rows to")
+    return p
+
+
+def median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median time of a call in milliseconds, after a warm-up: CUDA events, or the clock on a CPU."""
+    for _ in range(3):
+        call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    if device.type == "cuda":
+        while time.perf_counter() < end or len(times) < 10:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+    else:
+        while time.perf_counter() < end or len(times) < 10:
+            begin = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
+def copy_gb_per_s(elements: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """Speed of copying a tensor of this size, counting the bytes read and the bytes written."""
+    source = torch.randn(elements, device=device).to(dtype)
+    target = torch.empty_like(source)
+    ms = median_ms(lambda: target.copy_(source), device, seconds)
+    return 2 * source.numel() * source.element_size() / ms / 1e6
+
+
+def peak_memory_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """Peak memory that a call allocates beyond what is there before it, in MiB; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        model = next((x.split(": ", 1)[1] for x in info.read_text().splitlines() if x.startswith("model name")), model)
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """Short hash of the measured commit, with a plus where the tree differs from it; empty outside of git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.strip() + ("+" if dirty.strip() else "")
+
+
+def write_rows(rows: list[dict], path: Path | None, device: torch.device) -> None:
+    """Appends rows to a CSV file, with what they were measured on."""
+    if path is None or not rows:
+        return
+    context = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *context])
+        if new:
+            writer.writeheader()
+        writer.writerows({**row, **context} for row in rows)
