@@ -156,6 +156,19 @@ def test_opcheck(name: str, device: torch.device) -> None:
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_history_larger_than_the_caches(device: torch.device, dtype: torch.dtype) -> None:
+    """On the CPU the gradients of such a history are written past the caches."""
+    make = lambda *shape: torch.randn(shape, device=device).to(dtype)  # noqa: E731
+    ours = AggregateSample("", [make(300, 512) for _ in range(30)], make(300, 4, 30)).detached()
+    wide = ours.detached(torch.float64)
+    grads = [make(300, 512) for _ in range(4)]
+    torch.autograd.backward(ops.depth_aggregate(ours.hiddens, ours.weights), grads)
+    torch.autograd.backward(reference.depth_aggregate(wide.hiddens, wide.weights), [g.double() for g in grads])
+    for a, b in zip([*ours.hiddens, ours.weights], [*wide.hiddens, wide.weights], strict=True):
+        assert relative_error(a.grad, b.grad) < tolerance(dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sources", [2, 13, 33])
 def test_error_is_at_most_twice_that_of_eager(device: torch.device, dtype: torch.dtype, sources: int) -> None:

@@ -24,7 +24,12 @@ inline std::ostream& operator<<(std::ostream& out, const ArgumentName& argument)
   return out;
 }
 
+inline void check_defined(const at::Tensor& tensor, ArgumentName argument) {
+  TORCH_CHECK_TYPE(tensor.defined(), argument, ": expected a tensor, got None");
+}
+
 inline void check_floating(const at::Tensor& tensor, ArgumentName argument) {
+  check_defined(tensor, argument);
   const at::ScalarType dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(
       dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
@@ -39,6 +44,7 @@ inline void check_same_device(const at::Tensor& tensor, ArgumentName argument,
 
 inline void check_same_dtype_device(const at::Tensor& tensor, ArgumentName argument,
                                     const at::Tensor& like, const char* like_name) {
+  check_defined(tensor, argument);
   TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), argument, ": expected dtype ",
                    like.scalar_type(), " of ", like_name, ", got ", tensor.scalar_type());
   check_same_device(tensor, argument, like, like_name);

@@ -60,6 +60,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> connectio
 // prior and scale: the dtype of x, or float32.
 static void check_dtype_or_float32(const at::Tensor& tensor, ArgumentName argument,
                                    const at::Tensor& x) {
+  check_defined(tensor, argument);
   TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == at::kFloat,
                    argument, ": expected dtype ", x.scalar_type(), " of x or Float, got ",
                    tensor.scalar_type());

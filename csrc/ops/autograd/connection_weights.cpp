@@ -6,11 +6,22 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "../checks.h"
+
 namespace muddformer {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+// autograd itself has no clear word for an undefined input.
+void check_all_defined(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
+                       const at::Tensor& prior) {
+  check_defined(x, {"x"});
+  check_defined(w1, {"w1"});
+  check_defined(w2, {"w2"});
+  check_defined(prior, {"prior"});
+}
 
 template <bool kChained>
 struct ConnectionWeights : torch::autograd::Function<ConnectionWeights<kChained>> {
@@ -53,6 +64,7 @@ at::Tensor connection_weights_autograd(const at::Tensor& x, const at::Tensor& w1
                                        const std::optional<at::Tensor>& scale, double eps,
                                        std::string_view gelu_approximate,
                                        std::optional<double> cap) {
+  check_all_defined(x, w1, w2, prior);
   return ConnectionWeights<false>::apply(x, w1, w2, prior, scale, eps, gelu_approximate, cap)[0];
 }
 
@@ -66,6 +78,7 @@ std::tuple<at::Tensor, at::Tensor> connection_weights_chained_composite(
         (scale.has_value() && scale->requires_grad()))) {
     return {connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap), x};
   }
+  check_all_defined(x, w1, w2, prior);
   variable_list outputs =
       ConnectionWeights<true>::apply(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
   return {std::move(outputs[0]), std::move(outputs[1])};

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 
+#include "../checks.h"
+
 namespace muddformer {
 namespace {
 
@@ -22,6 +24,14 @@ OptionalTensors optional_tensors(at::TensorList tensors) {
     list.push_back(tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt);
   }
   return list;
+}
+
+// autograd itself has no clear word for an undefined input.
+void check_all_defined(at::TensorList hiddens, const at::Tensor& weights) {
+  for (size_t j = 0; j < hiddens.size(); ++j) {
+    check_defined(hiddens[j], {"hiddens", static_cast<int64_t>(j)});
+  }
+  check_defined(weights, {"weights"});
 }
 
 template <bool kChained>
@@ -62,6 +72,7 @@ struct DepthAggregate : torch::autograd::Function<DepthAggregate<kChained>> {
 
 std::vector<at::Tensor> depth_aggregate_autograd(at::TensorList hiddens,
                                                  const at::Tensor& weights) {
+  check_all_defined(hiddens, weights);
   return DepthAggregate<false>::apply(hiddens, weights);
 }
 
@@ -73,6 +84,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_cha
       !(weights.requires_grad() || std::any_of(hiddens.begin(), hiddens.end(), requires_grad))) {
     return {depth_aggregate(hiddens, weights), hiddens.vec()};
   }
+  check_all_defined(hiddens, weights);
   variable_list streams = DepthAggregate<true>::apply(hiddens, weights);
   const auto first_hidden = streams.end() - static_cast<int64_t>(hiddens.size());
   std::vector<at::Tensor> handed_on(first_hidden, streams.end());

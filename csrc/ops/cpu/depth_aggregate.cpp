@@ -97,6 +97,19 @@ std::vector<at::Tensor> empty_outputs(int64_t count, const at::Tensor& like) {
   return outputs;
 }
 
+// Gradients of a history larger than the caches are next read when an earlier layer's backward has walked
+// over all of it; written past the caches they cost no read of the lines that they replace.
+bool write_past_caches(at::TensorList grads) {
+  constexpr int64_t kCacheBytes = int64_t{8} << 20;
+  const at::Tensor& first = grads[0];
+  const int64_t element = first.element_size();
+  return static_cast<int64_t>(grads.size()) * first.numel() * element > kCacheBytes &&
+         first.size(-1) * element % cpu::kRowAlignment == 0 &&
+         std::all_of(grads.begin(), grads.end(), [](const at::Tensor& grad) {
+           return reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % cpu::kRowAlignment == 0;
+         });
+}
+
 template <typename Args, typename Kernel>
 void run(const Args& args, Kernel kernel, int64_t tokens) {
   constexpr int64_t kElementsPerThread = 32768;  // fewer are not worth another thread
@@ -150,7 +163,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
   const cpu::AggregateBackward args{
       sources,       ways,         width,        x.pointers(),        x.strides(),
       w.data_ptr(),  w.stride(0),  w.stride(1),  w.stride(2),         dy.pointers(),
-      dy.strides(),  incoming.pointers(), incoming.strides(), dx.pointers(), grad_weights.data_ptr()};
+      dy.strides(),  incoming.pointers(), incoming.strides(), dx.pointers(), grad_weights.data_ptr(),
+      write_past_caches(grads)};
   run(args, aggregate_kernels().backward[kernel_dtype(like.scalar_type())], tokens);
   return {std::move(grads), std::move(grad_weights)};
 }

@@ -3,12 +3,14 @@
 // Both kernels are bound by memory: each row of each source is read once. The forward walks over a row
 // in strips that fit the vector registers and sums all sources into C accumulators a strip. The backward
 // keeps the C gradient rows of a token in the first-level cache and walks over one source after the
-// other: its gradient is finished and its C dot products are taken in the same pass.
+// other: its gradient is finished and its C dot products are taken in the same pass. As many streams as
+// sources are more than the hardware follows, so the same place of the next token is prefetched.
 #include "depth_aggregate_kernel.h"
 
 #include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 #include <type_traits>
 
@@ -38,13 +40,16 @@ struct Pack {
     }
   }
 
-  static inline void store(const Vec* from, scalar_t* to, int64_t count) {
-    Vectorized<scalar_t> packed;
+  static inline Vectorized<scalar_t> pack(const Vec* from) {
     if constexpr (kReduced) {
-      packed = at::vec::convert_from_float<scalar_t>(from[0], from[1]);
+      return at::vec::convert_from_float<scalar_t>(from[0], from[1]);
     } else {
-      packed = from[0];
+      return from[0];
     }
+  }
+
+  static inline void store(const Vec* from, scalar_t* to, int64_t count) {
+    const Vectorized<scalar_t> packed = pack(from);
     if (count == kElements) {
       packed.store(to);
     } else {
@@ -52,6 +57,27 @@ struct Pack {
     }
   }
 };
+
+// One line of the next token's row into the second-level cache; harmless past the end.
+inline void prefetch(const void* address) { __builtin_prefetch(address, /*rw=*/0, /*locality=*/2); }
+
+constexpr int kLine = 64;
+
+// A store past the caches, for results that are read much later; `to` is aligned to the vector.
+template <typename V, typename T>
+inline void store_past_caches(const V& v, T* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512i bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256i bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+#else
+  v.store(to);
+#endif
+}
 
 template <typename T>
 inline T horizontal_sum(const Vectorized<T>& v) {
@@ -89,6 +115,10 @@ inline void forward_strip(const AggregateForward& args, const accumulate_t<scala
   for (int64_t j = 0; j < args.sources; ++j) {
     const scalar_t* row = static_cast<const scalar_t*>(args.x[j]) + t * args.x_stride[j] + d;
     Vec x[kVectors];
+    const char* next = reinterpret_cast<const char*>(row + args.x_stride[j]);
+    for (int64_t b = 0; b < kPacks * P::kElements * int64_t{sizeof(scalar_t)}; b += kLine) {
+      prefetch(next + b);
+    }
     for (int p = 0; p < kPacks; ++p) {
       P::load(row + p * P::kElements, p + 1 < kPacks ? P::kElements : last_count,
               x + p * P::kVectors);
@@ -169,10 +199,12 @@ inline void backward_row(const AggregateBackward& args, const accumulate_t<scala
     const int64_t count = std::min<int64_t>(P::kElements, width - d);
     Vec x[P::kVectors];
     Vec dx[P::kVectors];
+    prefetch(x_row + d + args.x_stride[j]);
     P::load(x_row + d, count, x);
     if (!is_first) {
       for (int v = 0; v < P::kVectors; ++v) dx[v] = Vec::loadu(partial + d + v * Vec::size());
     } else if (in_row != nullptr) {
+      prefetch(in_row + d + args.grad_hidden_stride[j]);
       P::load(in_row + d, count, dx);
     } else {
       for (Vec& v : dx) v = Vec(0);
@@ -184,7 +216,9 @@ inline void backward_row(const AggregateBackward& args, const accumulate_t<scala
         dx[v] = at::vec::fmadd(w[c], g, dx[v]);
       }
     }
-    if (is_last) {
+    if (is_last && args.past_caches) {
+      store_past_caches(P::pack(dx), out_row + d);
+    } else if (is_last) {
       P::store(dx, out_row + d, count);
     } else {
       for (int v = 0; v < P::kVectors; ++v) dx[v].store(partial + d + v * Vec::size());
@@ -235,6 +269,9 @@ void backward(const AggregateBackward& args, int64_t begin, int64_t end, void* s
       }
     }
   }
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if (args.past_caches) _mm_sfence();  // other threads read the gradients after this call
+#endif
 }
 
 }  // namespace

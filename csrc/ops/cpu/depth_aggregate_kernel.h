@@ -30,6 +30,7 @@ struct AggregateBackward {
   const int64_t* grad_hidden_stride;
   void* const* grad_x;                   // S gradients dX_j, [tokens, D], contiguous
   void* grad_weights;                    // [tokens, C, S], contiguous
+  bool past_caches;  // write dX past the caches: its rows must be aligned to kRowAlignment bytes
 };
 
 // scratch: scratch_bytes() of one thread, aligned to 64 bytes.
@@ -44,6 +45,8 @@ struct AggregateKernels {
 };
 
 enum KernelDtype { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+constexpr int64_t kRowAlignment = 64;
 
 // Rows of scratch are padded to a multiple of this many elements, at least one vector.
 constexpr int64_t kRowPadding = 32;
