@@ -1,7 +1,23 @@
 """Multiway Dynamic Dense (MUDD) connections for PyTorch (arXiv 2502.12170): fused operators, modules and models."""
 
 from muddformer import _library  # noqa: F401  (loads libmuddformer; before everything that uses its ops)
-from muddformer import ops
+from muddformer import nn, ops, utils
 from muddformer._library import __version__
+from muddformer.checkpoint import from_pretrained, save_pretrained
+from muddformer.config import MUDDFormerConfig
+from muddformer.generation import generate, generate_stream
+from muddformer.models import MUDDFormer, build_model
 
-__all__ = ["__version__", "ops"]
+__all__ = [
+    "MUDDFormer",
+    "MUDDFormerConfig",
+    "__version__",
+    "build_model",
+    "from_pretrained",
+    "generate",
+    "generate_stream",
+    "nn",
+    "ops",
+    "save_pretrained",
+    "utils",
+]

@@ -6,6 +6,7 @@ needs nothing of earlier tokens but their keys and values.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import MUDDFormerConfig, check_integer, check_real
 
-__all__ = ["KVCache", "generate"]
+__all__ = ["KVCache", "generate", "generate_stream"]
 
 
 class KVCache:
@@ -85,7 +86,6 @@ class KVCache:
         return (k, v) if self._prompt else (keys, values)
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     input_ids: Tensor,
@@ -116,11 +116,41 @@ def generate(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what was expected and what came.
     """
+    tokens = generate_stream(
+        model,
+        input_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_token_id=eos_token_id,
+    )
+    return torch.cat([input_ids, *tokens], dim=1)
+
+
+def generate_stream(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float | None = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    eos_token_id: int | None = None,
+) -> Iterator[Tensor]:
+    """:func:`generate`, one step at a time: yields the new tokens [B, 1] of every step as soon as they are known."""
     config = getattr(model, "config", None)
     if not (isinstance(model, nn.Module) and isinstance(config, MUDDFormerConfig)):
         raise TypeError(f"model must be a MUDDFormer, got {type(model).__name__}")
     _check_prompt(config, input_ids)
     check_integer("max_new_tokens", max_new_tokens, low=0)
+    if input_ids.shape[1] + max_new_tokens > config.block_size:
+        raise ValueError(
+            f"input_ids and max_new_tokens must fit into block_size={config.block_size}, "
+            f"got {input_ids.shape[1]} + {max_new_tokens}"
+        )
     greedy = temperature is None or (temperature == 0 and not isinstance(temperature, bool))
     if not greedy:
         check_real("temperature", temperature)
@@ -128,40 +158,45 @@ def generate(
         check_integer("top_k", top_k)
     if top_p is not None:
         check_real("top_p", top_p, 0.0, 1.0)
-    if seed is not None:
-        check_integer("seed", seed, 2**63 - 1, low=0)
     if eos_token_id is not None:
         check_integer("eos_token_id", eos_token_id, config.vocab_size - 1, low=0)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(input_ids.device).manual_seed(check_integer("seed", seed, 2**63 - 1, low=0))
+
+    def choose(logits: Tensor) -> Tensor:
+        return logits.argmax(-1, keepdim=True) if greedy else sample(logits, temperature, top_k, top_p, generator)
+
+    return _decode(model, input_ids, max_new_tokens, choose, eos_token_id)
+
+
+@torch.no_grad()
+def _decode(
+    model: nn.Module,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor],
+    eos_token_id: int | None,
+) -> Iterator[Tensor]:
     batch, length = input_ids.shape
-    total = length + max_new_tokens
-    if total > config.block_size:
-        raise ValueError(
-            f"input_ids and max_new_tokens must fit block_size={config.block_size}, got {length} + {max_new_tokens}"
-        )
-    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     weight = model.tok_embeddings.weight
-    cache = KVCache(config, batch, total, device=weight.device, dtype=weight.dtype)
-    ids = torch.empty(batch, total, device=input_ids.device, dtype=input_ids.dtype)
-    ids[:, :length] = input_ids
-    ended = torch.zeros(batch, device=input_ids.device, dtype=torch.bool)
+    cache = KVCache(model.config, batch, length + max_new_tokens, device=weight.device, dtype=weight.dtype)
+    ended = torch.zeros(batch, 1, device=input_ids.device, dtype=torch.bool)
     fresh = input_ids
-    for position in range(length, total):
-        logits = model(fresh, cache=cache)[:, -1]
-        token = logits.argmax(-1) if greedy else sample(logits, temperature, top_k, top_p, generator)
+    for _ in range(max_new_tokens):
+        fresh = choose(model(fresh, cache=cache)[:, -1]).to(input_ids.dtype)
         if eos_token_id is not None:
-            token = token.masked_fill(ended, eos_token_id)
-            ended = token == eos_token_id
-        ids[:, position] = token
-        fresh = ids[:, position : position + 1]
+            fresh = fresh.masked_fill(ended, eos_token_id)
+            ended = fresh == eos_token_id
+        yield fresh
         if eos_token_id is not None and bool(ended.all()):
-            return ids[:, : position + 1]
-    return ids
+            return
 
 
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Draws one token id for each row of ``logits`` [B, vocab_size]; see :func:`generate`."""
+    """Draws token ids [B, 1] from ``logits`` [B, vocab_size]; see :func:`generate`."""
     # The likeliest first: what top_k and top_p keep is then a prefix, never empty. float64 bears any temperature.
     logits, order = logits.double().sort(dim=-1, descending=True, stable=True)
     probabilities = ((logits - logits[:, :1]) / temperature).softmax(-1)
@@ -171,7 +206,7 @@ def sample(
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
-    return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
+    return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _check_prompt(config: MUDDFormerConfig, input_ids: Any) -> None:

@@ -1,23 +1,24 @@
-// connection_weights and its backward out of PyTorch's own products and small elementwise steps.
+// connection_weights and its backward out of PyTorch's own products and elementwise steps.
 //
-// The norm's factor r = rsqrt(mean(x^2) + eps) is a number per token and its scale a vector over D, so
-// that RMSNorm(x) W1^T = r * (x (W1 * scale)^T): x is read once for r and once by the product, and no
-// normed copy of it is written. Everything per token past the first product is small: [tokens, K], [tokens, C*S].
+// The order of the steps is the one that the formula is written in, and products take their operands in
+// the dtype of x: in float32 the result then differs from the public release's by little more than
+// nothing, which folding the norm's factor and scale into the products would not give.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+
+#include <tuple>
 
 #include "checks.h"
 
 namespace muddformer {
 
 struct ConnectionWeightsActivations {
-  at::Tensor x;       // [tokens, D]
-  at::Tensor w1;      // W1 * scale, [K, D]
-  at::Tensor factor;  // r, [tokens, 1], accumulation type
-  at::Tensor p;       // x w1^T, [tokens, K], accumulation type
-  at::Tensor gelu;    // GELU(r p), [tokens, K], dtype of x
+  at::Tensor factor;  // r = rsqrt(mean(x^2) + eps), [tokens, 1], accumulation type
+  at::Tensor normed;  // x * r * scale, [tokens, D], dtype of x
+  at::Tensor hidden;  // normed W1^T, [tokens, K], accumulation type
+  at::Tensor gelu;    // GELU(hidden), [tokens, K], dtype of x
   at::Tensor a;       // the weights before the cap, [tokens, C*S], accumulation type
 };
 
@@ -26,14 +27,14 @@ inline ConnectionWeightsActivations connection_weights_activations(
     const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate) {
   const at::ScalarType dtype = x.scalar_type();
   const at::ScalarType wide = accumulation_dtype(dtype);
-  const int64_t width = x.size(-1);
+  const at::Tensor rows = x.to(wide).reshape({x.numel() / x.size(-1), x.size(-1)});
   ConnectionWeightsActivations s;
-  s.x = x.reshape({x.numel() / std::max<int64_t>(1, width), width});
-  s.w1 = scale.has_value() ? at::mul(w1.to(wide), scale->to(wide)).to(dtype) : w1;
-  const at::Tensor norm = at::linalg_vector_norm(s.x, 2, at::IntArrayRef({1}), true, wide);
-  s.factor = norm.square_().div_(static_cast<double>(width)).add_(eps).rsqrt_();
-  s.p = at::linear(s.x, s.w1).to(wide);
-  s.gelu = at::gelu(at::mul(s.p, s.factor), gelu_approximate).to(dtype);
+  s.factor = rows.square().mean(1, /*keepdim=*/true).add_(eps).rsqrt_();
+  at::Tensor normed = at::mul(rows, s.factor);
+  if (scale.has_value()) normed.mul_(scale->to(wide));
+  s.normed = normed.to(dtype);
+  s.hidden = at::linear(s.normed, w1).to(wide);
+  s.gelu = at::gelu(s.hidden, gelu_approximate).to(dtype);
   s.a = at::linear(s.gelu, w2).to(wide).add_(prior.to(wide).reshape({1, -1}));
   return s;
 }
@@ -45,8 +46,7 @@ inline at::Tensor connection_weights_composition(const at::Tensor& x, const at::
                                                  std::optional<double> cap) {
   check_connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  at::Tensor a =
-      connection_weights_activations(x, w1, w2, prior, scale, eps, gelu_approximate).a;
+  at::Tensor a = connection_weights_activations(x, w1, w2, prior, scale, eps, gelu_approximate).a;
   if (cap.has_value()) a = a.div_(*cap).tanh_().mul_(*cap);
   at::DimVector shape(x.sizes().begin(), x.sizes().end() - 1);
   shape.append(prior.sizes().begin(), prior.sizes().end());
@@ -70,21 +70,20 @@ connection_weights_backward_composition(
   const at::Tensor grad_prior = da.sum(0).view(prior.sizes()).to(prior.scalar_type());
   const at::Tensor da_narrow = da.to(dtype);
   const at::Tensor grad_w2 = da_narrow.t().mm(s.gelu);
-  const at::Tensor dh =
-      at::gelu_backward(da_narrow.mm(w2).to(wide), at::mul(s.p, s.factor), gelu_approximate);
-  const at::Tensor dp = at::mul(dh, s.factor).to(dtype);
-  at::Tensor grad_w1 = dp.t().mm(s.x);
+  const at::Tensor dhidden =
+      at::gelu_backward(da_narrow.mm(w2).to(wide), s.hidden, gelu_approximate).to(dtype);
+  const at::Tensor grad_w1 = dhidden.t().mm(s.normed);
+  at::Tensor dnormed = dhidden.mm(w1).to(wide);
+
+  // With n = x r:  dx = r (dn - n <dn, n> / D).
+  const at::Tensor n = at::mul(x.to(wide).reshape(s.normed.sizes()), s.factor);
   at::Tensor grad_scale = at::empty({0}, x.options());
   if (scale.has_value()) {
-    const at::Tensor product = grad_w1.to(wide);
-    grad_scale = at::mul(product, w1.to(wide)).sum(0).to(scale->scalar_type());
-    grad_w1 = at::mul(product, scale->to(wide)).to(dtype);
+    grad_scale = at::mul(dnormed, n).sum(0).to(scale->scalar_type());
+    dnormed.mul_(scale->to(wide));
   }
-  // dL/dr = sum_k dh p and dr/dx = -r^3 x / D: one number per token times x.
-  const at::Tensor along_x = at::mul(dh, s.p).sum(1, /*keepdim=*/true)
-                                 .mul_(s.factor.pow(3))
-                                 .mul_(-1.0 / static_cast<double>(x.size(-1)));
-  at::Tensor dx = dp.mm(s.w1).to(wide).addcmul_(s.x.to(wide), along_x);
+  const at::Tensor along_n = at::mul(dnormed, n).mean(1, /*keepdim=*/true);
+  at::Tensor dx = dnormed.addcmul_(n, along_n, -1).mul_(s.factor);
   if (grad_x.has_value()) dx.add_(grad_x->reshape(dx.sizes()));
   return {dx.to(dtype).view(x.sizes()), grad_w1, grad_w2, grad_prior, grad_scale};
 }

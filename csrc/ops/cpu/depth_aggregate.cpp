@@ -4,7 +4,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -12,6 +11,7 @@
 #include <memory>
 
 #include "../checks.h"
+#include "../rows.h"
 #include "depth_aggregate_kernel.h"
 
 namespace muddformer {
@@ -37,64 +37,6 @@ int kernel_dtype(at::ScalarType dtype) {
     case at::kBFloat16: return cpu::kBFloat16;
     default: return cpu::kFloat16;
   }
-}
-
-// Tensors [..., D] as [tokens, D] with contiguous rows, and what the kernels need to know of them.
-class Rows {
- public:
-  void reserve(size_t count) {
-    tensors_.reserve(count);
-    pointers_.reserve(count);
-    strides_.reserve(count);
-  }
-  void push_back(const at::Tensor& tensor) {
-    const int64_t width = tensor.size(-1);
-    at::Tensor rows = tensor.reshape({width == 0 ? 0 : tensor.numel() / width, width});
-    if (rows.stride(1) != 1 && width > 1) rows = rows.contiguous();
-    pointers_.push_back(rows.data_ptr());
-    strides_.push_back(rows.stride(0));
-    tensors_.push_back(std::move(rows));
-  }
-  void push_back_none() {
-    pointers_.push_back(nullptr);
-    strides_.push_back(0);
-  }
-  void* const* pointers() const { return pointers_.data(); }
-  const int64_t* strides() const { return strides_.data(); }
-
- private:
-  std::vector<at::Tensor> tensors_;
-  std::vector<void*> pointers_;
-  std::vector<int64_t> strides_;
-};
-
-Rows rows_of(at::TensorList tensors) {
-  Rows rows;
-  rows.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) rows.push_back(tensor);
-  return rows;
-}
-
-Rows rows_of(const c10::List<std::optional<at::Tensor>>& tensors, size_t count) {
-  Rows rows;
-  rows.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    const std::optional<at::Tensor> tensor =
-        i < tensors.size() ? tensors.get(i) : std::optional<at::Tensor>();
-    if (tensor.has_value() && tensor->defined()) {
-      rows.push_back(*tensor);
-    } else {
-      rows.push_back_none();
-    }
-  }
-  return rows;
-}
-
-std::vector<at::Tensor> empty_outputs(int64_t count, const at::Tensor& like) {
-  std::vector<at::Tensor> outputs;
-  outputs.reserve(count);
-  for (int64_t i = 0; i < count; ++i) outputs.push_back(at::empty(like.sizes(), like.options()));
-  return outputs;
 }
 
 // Gradients of a history larger than the caches are next read when an earlier layer's backward has walked

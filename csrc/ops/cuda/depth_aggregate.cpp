@@ -1,0 +1,116 @@
+// The aggregation on CUDA: host side of csrc/kernels/aggregate.h.
+#include "../depth_aggregate.h"
+
+#include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../../kernels/aggregate.h"
+#include "../checks.h"
+#include "../rows.h"
+
+namespace muddformer {
+namespace {
+
+kernels::DType kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return kernels::DType::Float64;
+    case at::kFloat: return kernels::DType::Float32;
+    case at::kBFloat16: return kernels::DType::BFloat16;
+    default: return kernels::DType::Float16;
+  }
+}
+
+void check_limits(int64_t sources, int64_t ways) {
+  TORCH_CHECK_VALUE(sources <= kernels::kMaxSources, "hiddens: expected at most ",
+                    kernels::kMaxSources, " hidden states on CUDA, got ", sources);
+  TORCH_CHECK_VALUE(ways <= kernels::kMaxWays, "weights: expected at most ", kernels::kMaxWays,
+                    " ways on CUDA, got ", ways);
+}
+
+// [tokens, C, S] with the block of a token contiguous; one block for all tokens stays one block.
+at::Tensor token_blocks(const at::Tensor& weights, int64_t tokens) {
+  const int64_t ways = weights.size(-2), sources = weights.size(-1);
+  at::Tensor blocks = weights.reshape({tokens, ways, sources});
+  const bool block_contiguous = blocks.select(0, 0).is_contiguous();
+  const bool known_stride = blocks.stride(0) == ways * sources || blocks.stride(0) == 0;
+  if (block_contiguous && (known_stride || tokens == 1)) return blocks;
+  return blocks.contiguous();
+}
+
+int64_t token_stride(const at::Tensor& blocks) {
+  return blocks.stride(0) == 0 ? 0 : blocks.size(1) * blocks.size(2);
+}
+
+std::vector<at::Tensor> depth_aggregate_cuda(at::TensorList hiddens, const at::Tensor& weights) {
+  check_depth_aggregate(hiddens, weights);
+  const at::Tensor& like = hiddens[0];
+  const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
+  check_limits(sources, ways);
+  const c10::cuda::CUDAGuard device_guard(like.device());
+  std::vector<at::Tensor> outputs = empty_outputs(ways, like);
+  if (like.numel() == 0) return outputs;
+  const int64_t tokens = like.numel() / width;
+  const Rows x = rows_of(hiddens), y = rows_of(outputs);
+  const at::Tensor w = token_blocks(weights, tokens);
+  kernels::AggregateForward args;
+  args.dtype = kernel_dtype(like.scalar_type());
+  args.tokens = tokens;
+  args.dim = width;
+  args.sources = static_cast<int>(sources);
+  args.ways = static_cast<int>(ways);
+  args.x = x.pointers();
+  args.x_stride = x.strides();
+  args.w = w.const_data_ptr();
+  args.w_stride = token_stride(w);
+  args.y = y.pointers();
+  C10_CUDA_CHECK(kernels::launch_aggregate_forward(args, c10::cuda::getCurrentCUDAStream()));
+  return outputs;
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cuda(
+    const c10::List<std::optional<at::Tensor>>& grad_outputs,
+    const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
+    const at::Tensor& weights) {
+  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+  const at::Tensor& like = hiddens[0];
+  const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
+  check_limits(sources, ways);
+  const c10::cuda::CUDAGuard device_guard(like.device());
+  std::vector<at::Tensor> grads = empty_outputs(sources, like);
+  if (like.numel() == 0) return {std::move(grads), at::zeros(weights.sizes(), weights.options())};
+  at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
+  const int64_t tokens = like.numel() / width;
+  const Rows x = rows_of(hiddens), dx = rows_of(grads);
+  const Rows dy = contiguous_rows_of(grad_outputs, ways);
+  const Rows incoming = contiguous_rows_of(grad_hiddens, sources);
+  const at::Tensor w = token_blocks(weights, tokens);
+  kernels::AggregateBackward args;
+  args.dtype = kernel_dtype(like.scalar_type());
+  args.tokens = tokens;
+  args.dim = width;
+  args.sources = static_cast<int>(sources);
+  args.ways = static_cast<int>(ways);
+  args.x = x.pointers();
+  args.x_stride = x.strides();
+  args.w = w.const_data_ptr();
+  args.w_stride = token_stride(w);
+  args.dy = dy.pointers();
+  args.grad_in = incoming.pointers();
+  args.grad_out = dx.pointers();
+  args.dw = grad_weights.data_ptr();
+  C10_CUDA_CHECK(kernels::launch_aggregate_backward(args, c10::cuda::getCurrentCUDAStream()));
+  return {std::move(grads), std::move(grad_weights)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(muddformer, CUDA, m) {
+  m.impl("depth_aggregate", depth_aggregate_cuda);
+  m.impl("depth_aggregate_backward", depth_aggregate_backward_cuda);
+}
+
+}  // namespace muddformer

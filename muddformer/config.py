@@ -1,0 +1,354 @@
+"""The configuration of a model: architecture, connections and nothing about training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["MUDDFormerConfig"]
+
+WAYS = "qkvr"
+
+# Largest value of each size. Far above any model, low enough that a broken file cannot ask for an endless build.
+_SIZES = {
+    "vocab_size": 2**31 - 1,
+    "block_size": 2**22,
+    "n_layer": 1024,
+    "n_head": 2**16,
+    "n_kv_heads": 2**16,
+    "dim": 2**20,
+    "intermediate_size": 2**24,
+    "source_stride": 2**16,
+    "block_stride": 2**16,
+    "window": 2**16,
+}
+_CHOICES = {
+    "model_type": ("muddformer", "muddpythia"),
+    "post_norm": ("none", "residual", "all"),
+    "gelu_approximate": ("none", "tanh"),
+}
+_FLAGS = (
+    "use_qk_norm",
+    "use_parallel_residual",
+    "use_linear_bias",
+    "tie_word_embeddings",
+    "ffn_reallocation",
+    "dense",
+    "dynamic",
+    "multiway",
+    "separate_norms",
+    "pre_norm",
+    "expand_last",
+    "round64",
+)
+_FAMILY_DEFAULTS = {
+    "muddformer": {"norm_eps": 1e-6, "rotary_pct": 1.0, "use_parallel_residual": False, "use_linear_bias": False},
+    "muddpythia": {"norm_eps": 1e-5, "rotary_pct": 0.25, "use_parallel_residual": True, "use_linear_bias": True},
+}
+_PRESETS = {
+    name: dict(zip(("model_type", "n_layer", "dim", "n_head", "intermediate_size"), values, strict=True))
+    for name, values in {
+        "MUDDFormer-2.8B": ("muddformer", 32, 2560, 32, 6912),
+        "MUDDPythia-1.4B": ("muddpythia", 24, 2048, 16, 8192),
+        "MUDDPythia-2.8B": ("muddpythia", 32, 2560, 32, 10240),
+    }.items()
+}
+
+# Keys of the public release whose meaning is the same here, with the release's defaults (not ours).
+_OFFICIAL_DEFAULTS = {
+    "block_size": 2048,
+    "vocab_size": 50432,
+    "n_layer": 32,
+    "n_head": 32,
+    "dim": 2560,
+    "intermediate_size": None,
+    "rope_base": 10000.0,
+    "norm_eps": None,
+    "use_qk_norm": False,
+    "rotary_pct": None,
+    "use_parallel_residual": None,
+    "use_linear_bias": None,
+    "tie_word_embeddings": False,
+    "dense": True,
+    "expand_last": False,
+    "round64": False,
+}
+_OFFICIAL_RENAMED = {"n_local_heads", "dynamic_dense", "dense_type", "sepln"}
+_OFFICIAL_PYTHIA = ("rotary_pct", "use_parallel_residual", "use_linear_bias")
+# Keys that say how the release runs, not what it computes. Its head_dim is always overwritten by dim // n_head.
+_OFFICIAL_IGNORED = {
+    "model_type", "model", "head_dim", "is_training", "use_layer_cache", "stack_hidden", "use_gradient_checkpointing",
+    "pad_token_id", "bos_token_id", "eos_token_id", "architectures", "auto_map", "dtype", "torch_dtype",
+    "transformers_version", "_name_or_path", "use_cache",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class MUDDFormerConfig:
+    """What a model computes (arXiv 2502.12170). Immutable; every field is checked when it is made.
+
+    Args:
+        model_type: ``"muddformer"`` (Transformer++: RMSNorm, SwiGLU) or ``"muddpythia"`` (LayerNorm, GELU).
+        vocab_size: number of tokens.
+        block_size: longest sequence.
+        n_layer: number of blocks L.
+        n_head: number of query heads; the head width is ``dim // n_head``.
+        n_kv_heads: number of key and value heads, a divisor of ``n_head``. None: ``n_head``.
+        dim: model width D.
+        intermediate_size: FFN hidden width before re-allocation. None: 8/3 D up to a multiple of 256
+            for SwiGLU, 4 D for GELU.
+        ffn_reallocation: FFN width grows with depth from half of ``intermediate_size`` to 1.5 times (Eq. 9).
+        norm_eps: added to the variance in every norm. None: 1e-6 (muddformer) or 1e-5 (muddpythia).
+        rope_base: base of the rotary frequencies.
+        rotary_pct: rotated part of each head. None: 1 (muddformer) or 0.25 (muddpythia).
+        use_qk_norm: RMSNorm of every query and key head before the rotation.
+        use_parallel_residual: attention and FFN read the same residual stream. None: True for muddpythia only.
+        use_linear_bias: biases in attention and FFN. None: True for muddpythia only.
+        tie_word_embeddings: the head shares the weight of the embedding.
+        initializer_range: standard deviation of fresh weight matrices and embeddings.
+        dense: False for the plain Transformer; the fields below then have no effect.
+        dynamic: connection weights depend on the token; False for the static prior alone.
+        multiway: every way has its own aggregate; False: one aggregate feeds all four streams.
+        ways: the ways that are aggregated, a part of ``"qkvr"``; a way left out takes the newest hidden state.
+        separate_norms: q, k and v have a norm each (blocks that receive distinct streams only).
+        source_stride: k of "k x p": every k-th hidden state is a source (with the first and the newest).
+        block_stride: p of "k x p": an aggregation after every p-th block and after the last.
+        window: only the newest ``window`` hidden states and the first are sources. None: all.
+        pre_norm: PreDANorm: hidden states are normed once, when they join the history (Eq. 10).
+        post_norm: PostDANorm: aggregates are added to the newest hidden state, after a norm of the residual way
+            (``"residual"``, as the training code has it) or of every way (``"all"``, as the paper reads).
+        expand_last: the last generator has a hidden layer four times as wide.
+        round64: hidden widths of the generators go up to the next multiple of 64.
+        cap: soft bound of the connection weights, ``cap * tanh(A / cap)``. None: no bound.
+        gelu_approximate: ``"none"`` (erf form) or ``"tanh"``, in the generators and in the GELU FFN.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    model_type: str = "muddformer"
+    vocab_size: int = 50432
+    block_size: int = 2048
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_heads: int | None = None
+    dim: int = 2560
+    intermediate_size: int | None = None
+    ffn_reallocation: bool = True
+    norm_eps: float | None = None
+    rope_base: float = 10000.0
+    rotary_pct: float | None = None
+    use_qk_norm: bool = True
+    use_parallel_residual: bool | None = None
+    use_linear_bias: bool | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    dense: bool = True
+    dynamic: bool = True
+    multiway: bool = True
+    ways: str = WAYS
+    separate_norms: bool = True
+    source_stride: int = 1
+    block_stride: int = 1
+    window: int | None = None
+    pre_norm: bool = False
+    post_norm: str = "none"
+    expand_last: bool = True
+    round64: bool = True
+    cap: float | None = None
+    gelu_approximate: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in _CHOICES:
+            check_choice(name, getattr(self, name))
+        for name, default in _FAMILY_DEFAULTS[self.model_type].items():
+            if getattr(self, name) is None:
+                self._set(name, default)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, limit in _SIZES.items():
+            if name == "window" and self.window is None:
+                continue
+            if getattr(self, name) is None:
+                self._set(name, self._default_size(name))
+            self._set(name, check_integer(name, getattr(self, name), limit))
+        self._set("norm_eps", check_real("norm_eps", self.norm_eps, 0.0, 1.0))
+        self._set("rope_base", check_real("rope_base", self.rope_base))
+        self._set("rotary_pct", check_real("rotary_pct", self.rotary_pct, 0.0, 1.0))
+        self._set("initializer_range", check_real("initializer_range", self.initializer_range))
+        if self.cap is not None:
+            self._set("cap", check_real("cap", self.cap))
+        self._set("ways", check_ways("ways", self.ways))
+        self._check_combinations()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _default_size(self, name: str) -> int | None:
+        # n_head and dim stand before the fields that depend on them in _SIZES, so they are known to be right here.
+        if name == "n_kv_heads":
+            return self.n_head
+        if name == "intermediate_size":
+            return 4 * self.dim if self.model_type == "muddpythia" else -(int(8 * self.dim / 3) // -256) * 256
+        return None
+
+    def _check_combinations(self) -> None:
+        if self.dim % self.n_head:
+            raise ValueError(f"dim must be a multiple of n_head, got dim={self.dim} and n_head={self.n_head}")
+        if self.n_head % self.n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads must divide n_head, got n_kv_heads={self.n_kv_heads} and n_head={self.n_head}"
+            )
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_pct must select an even number of at least 2 entries of a head: got {self.rotary_pct} of "
+                f"dim // n_head = {self.head_dim}, which are {self.rotary_dim}"
+            )
+        if self.ffn_reallocation and min(self.ffn_widths) < 1:
+            raise ValueError(
+                f"intermediate_size is too small for ffn_reallocation, which rounds widths to multiples of 128: "
+                f"got {self.intermediate_size}, which leaves a block with a width of 0"
+            )
+        if not self.multiway and self.ways != WAYS:
+            raise ValueError(
+                f"ways must be {WAYS!r} with multiway=False, because all streams share one aggregate, got {self.ways!r}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.n_head
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of rotated entries of each head."""
+        return int(self.head_dim * self.rotary_pct)
+
+    @property
+    def ffn_widths(self) -> tuple[int, ...]:
+        """Hidden width of the FFN of every block (Eq. 9: linear from 0.5 to 1.5 of ``intermediate_size``)."""
+        if not self.ffn_reallocation or self.n_layer == 1:
+            return (self.intermediate_size,) * self.n_layer
+        last = self.n_layer - 1
+        # In the release's order of operations, rounding half to even: at a tie the last bit decides a width.
+        return tuple(round(self.intermediate_size * (i / last + 0.5) / 128) * 128 for i in range(self.n_layer))
+
+    def replace(self, **changes: Any) -> MUDDFormerConfig:
+        """A checked copy with some fields changed."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def plain_twin(self) -> MUDDFormerConfig:
+        """The same Transformer without connections: equal blocks and widths, ``dense=False``."""
+        return self.replace(dense=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values, ready for JSON; :meth:`from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MUDDFormerConfig:
+        """A configuration from field names and values; fields left out take their defaults.
+
+        Raises:
+            TypeError, ValueError: for an unknown field or a wrong value.
+        """
+        _check_keys(values, {field.name for field in dataclasses.fields(cls)}, "MUDDFormerConfig")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MUDDFormerConfig:
+        """The configuration of a published checkpoint: MUDDFormer-2.8B, MUDDPythia-1.4B or MUDDPythia-2.8B.
+
+        Raises:
+            ValueError: for an unknown name, listing the known ones.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"name must be one of {', '.join(_PRESETS)}, got {name!r}")
+        return cls(**{**_PRESETS[name], **changes})
+
+    @classmethod
+    def from_official(cls, values: Mapping[str, Any]) -> MUDDFormerConfig:
+        """A configuration from the keys of the public release (its ``config.json``).
+
+        Keys left out take the release's defaults; those that only say how the release runs are accepted and dropped.
+        The family is ``model_type`` (or ``model``), or else muddpythia if one of rotary_pct, use_parallel_residual and
+        use_linear_bias is there. ``dense_type`` is ``"qkvr"`` (older: ``"qkvm"``) or ``"l"``, one aggregate for all
+        streams.
+
+        Raises:
+            TypeError, ValueError: for an unknown key, or a value that is wrong or not supported here.
+        """
+        known = _OFFICIAL_DEFAULTS.keys() | _OFFICIAL_RENAMED | _OFFICIAL_IGNORED | {"window_size", "window_type"}
+        _check_keys(values, known, "the public release")
+        for name in ("window_size", "window_type"):
+            if values.get(name) is not None:
+                raise ValueError(f"{name} must be None (no sliding-window attention here), got {values[name]!r}")
+        pythia_keys = any(values.get(name) is not None for name in _OFFICIAL_PYTHIA)
+        family = values.get("model_type") or values.get("model") or ("muddpythia" if pythia_keys else "muddformer")
+        dense_type = values.get("dense_type", "qkvr")
+        if dense_type not in ("qkvr", "qkvm", "l"):
+            raise ValueError(f"dense_type must be 'qkvr', 'qkvm' or 'l', got {dense_type!r}")
+        kv_heads = values.get("n_local_heads")
+        return cls(
+            model_type=family,
+            n_kv_heads=None if type(kv_heads) is int and kv_heads == -1 else kv_heads,
+            dynamic=values.get("dynamic_dense", True),
+            multiway=dense_type != "l",
+            separate_norms=values.get("sepln", True),
+            **{name: values.get(name, default) for name, default in _OFFICIAL_DEFAULTS.items()},
+        )
+
+    @staticmethod
+    def is_official(values: Mapping[str, Any]) -> bool:
+        """Whether a mapping uses the keys of the public release instead of this class's fields."""
+        return not _OFFICIAL_RENAMED.isdisjoint(values)
+
+
+def check_ways(name: str, ways: Any) -> str:
+    """``ways`` in the order of ``"qkvr"``, after checking that it is a part of it, not empty, no letter twice."""
+    if not isinstance(ways, str):
+        raise TypeError(f"{name} must be a string, a part of {WAYS!r}, got {ways!r}")
+    if not ways or set(ways) - set(WAYS) or len(set(ways)) != len(ways):
+        raise ValueError(f"{name} must be a part of {WAYS!r}, not empty and no letter twice, got {ways!r}")
+    return "".join(way for way in WAYS if way in ways)
+
+
+def check_choice(name: str, value: Any) -> str:
+    """``value``, after checking that it is one of the words that the field ``name`` may have."""
+    choices = _CHOICES[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, one of {choices}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return value
+
+
+def check_integer(name: str, value: Any, high: int = 2**31 - 1, *, low: int = 1) -> int:
+    """``value`` as an int, after checking that it is an integer (a bool is not) from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+    return int(value)
+
+
+def check_real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
+    """``value`` as a float, after checking that it is finite, more than ``low`` and at most ``high``, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and low < value <= high):
+        bound = "finite" if high == math.inf else f"at most {high:g}"
+        raise ValueError(f"{name} must be more than {low:g} and {bound}, got {value!r}")
+    return float(value)
+
+
+def _check_keys(values: Any, known: set[str], owner: str) -> None:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"the configuration must be a mapping of names to values, got {type(values).__name__}")
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key {', '.join(map(repr, unknown[:5]))}: not a field of {owner}")

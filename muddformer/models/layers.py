@@ -1,0 +1,215 @@
+"""The blocks of both families: attention with rotary positions, feed-forward networks, norms.
+
+B, T: batch and sequence length; D: model width; H: heads; E: width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import MUDDFormerConfig
+from ..nn import RMSNorm
+
+if TYPE_CHECKING:
+    from ..generation import KVCache
+
+__all__ = ["Attention", "Block", "FeedForward", "RotaryEmbedding", "apply_rotary"]
+
+
+class RotaryEmbedding(nn.Module):
+    """Tables of the cosines and sines of rotary positions, float32 [block_size, rotary_dim / 2] each.
+
+    They are no part of the state dict, and are made anew whenever the module is moved or cast: they are right after
+    ``to_empty`` of a model from the meta device, and stay float32 in a bfloat16 model.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: MUDDFormerConfig, device: Any = None) -> None:
+        super().__init__()
+        self.base = config.rope_base
+        self.shape = (config.block_size, config.rotary_dim // 2)
+        self.register_buffer("cos", torch.empty(self.shape, device=device, dtype=torch.float32), persistent=False)
+        self.register_buffer("sin", torch.empty_like(self.cos), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, device: Any = None) -> None:
+        """Makes the tables, on another device if one is given."""
+        positions, half = self.shape
+        device = self.cos.device if device is None else device
+        frequencies = 1.0 / self.base ** (torch.arange(half, device=device, dtype=torch.float32) / half)
+        angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * frequencies
+        self.cos, self.sin = angles.cos(), angles.sin()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        super()._apply(fn, recurse)
+        self.reset_parameters()
+        return self
+
+    def forward(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [length, rotary_dim / 2] of the positions from 0 on, or of ``positions`` [length]."""
+        if positions is not None:
+            return self.cos[positions], self.sin[positions]
+        return self.cos[:length], self.sin[:length]
+
+    def extra_repr(self) -> str:
+        return f"positions={self.shape[0]}, rotary_dim={2 * self.shape[1]}, base={self.base:g}"
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first entries of every head by its position, in the half-split form: entry i pairs with i + half.
+
+    Args:
+        x: [B, T, H, E].
+        cos, sin: float32 [T, half], half <= E / 2. The other E - 2 * half entries pass through.
+
+    Returns:
+        [B, T, H, E] in the dtype of ``x``; computed in float32 (float64 for float64).
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    parts = [(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)]
+    return torch.cat(parts if 2 * half == x.shape[-1] else [*parts, x[..., 2 * half :]], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention whose queries, keys and values may come from different streams.
+
+    Args:
+        config: the model's configuration.
+        index: number of the block from 0, the place of its keys and values in a cache.
+    """
+
+    def __init__(self, config: MUDDFormerConfig, index: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.index = index
+        self.head_dim = config.head_dim
+        self.grouped = config.n_kv_heads != config.n_head
+        bias, kv_dim = config.use_linear_bias, config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=bias, **factory)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=bias, **factory)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=bias, **factory)
+        self.wo = nn.Linear(config.dim, config.dim, bias=bias, **factory)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, **factory) if config.use_qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, **factory) if config.use_qk_norm else None
+
+    def forward(
+        self,
+        xq: Tensor,
+        xk: Tensor,
+        xv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Attends to this and earlier positions.
+
+        Args:
+            xq, xk, xv: normed streams [B, T, D]; they may be one tensor.
+            rotary: cosines and sines of the T positions.
+            mask: bool [T, length of the cache], True where a query sees a key. None: causal among the T.
+            cache: keys and values of earlier positions.
+
+        Returns:
+            [B, T, D].
+        """
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w, x in ((self.wq, xq), (self.wk, xk), (self.wv, xv)))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(self.index, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.wo(y.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, ``w2(silu(w1 x) * w3 x)`` (muddformer), or ``w2(gelu(w1 x))`` (muddpythia); [..., D] -> [..., D].
+
+    Args:
+        config: the model's configuration.
+        width: hidden width.
+    """
+
+    def __init__(self, config: MUDDFormerConfig, width: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        factory = {"bias": config.use_linear_bias, "device": device, "dtype": dtype}
+        self.gelu_approximate = config.gelu_approximate
+        self.w1 = nn.Linear(config.dim, width, **factory)
+        self.w2 = nn.Linear(width, config.dim, **factory)
+        self.w3 = nn.Linear(config.dim, width, **factory) if config.model_type == "muddformer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        if self.w3 is None:
+            return self.w2(F.gelu(self.w1(x), approximate=self.gelu_approximate))
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """A Transformer block: attention and feed-forward network, each after a norm and added to the residual stream.
+
+    Args:
+        config: the model's configuration.
+        index: number of the block from 0.
+        separate_norms: the q, k and v streams have a norm each (``attention_norms``) instead of one ``attention_norm``.
+    """
+
+    def __init__(
+        self, config: MUDDFormerConfig, index: int, separate_norms: bool, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.parallel = config.use_parallel_residual
+        self.attention = Attention(config, index, **factory)
+        self.feed_forward = FeedForward(config, config.ffn_widths[index], **factory)
+        self.attention_norm = self.attention_norms = None
+        if separate_norms:
+            self.attention_norms = nn.ModuleList(make_norm(config, **factory) for _ in range(3))
+        else:
+            self.attention_norm = make_norm(config, **factory)
+        self.ffn_norm = make_norm(config, **factory)
+
+    def forward(
+        self,
+        *streams: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The next hidden state.
+
+        Args:
+            streams: (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
+            rotary, mask, cache: see :meth:`Attention.forward`.
+
+        Returns:
+            ``A + FFN(Norm(A))`` with ``A = xr + Attention(...)``, or ``A + FFN(Norm(xr))`` if parallel; [B, T, D].
+        """
+        residual = streams[-1]
+        if self.attention_norms is not None:
+            if len(streams) == 1:
+                streams = streams * 4
+            normed = [norm(x) for norm, x in zip(self.attention_norms, streams[:3], strict=True)]
+        elif len(streams) == 1:
+            normed = [self.attention_norm(residual)] * 3
+        else:
+            normed = [self.attention_norm(x) for x in streams[:3]]
+        x = residual + self.attention(*normed, rotary, mask, cache)
+        return x + self.feed_forward(self.ffn_norm(residual if self.parallel else x))
+
+
+def make_norm(config: MUDDFormerConfig, device: Any = None, dtype: Any = None) -> nn.Module:
+    """The family's norm over the model width: RMSNorm (muddformer) or LayerNorm (muddpythia)."""
+    if config.model_type == "muddpythia":
+        return nn.LayerNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+    return RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)

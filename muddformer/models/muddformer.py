@@ -1,0 +1,201 @@
+"""The language model of both families, with MUDD connections or without."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import MUDDFormerConfig
+from ..nn import MUDDStack, RMSNorm
+from .layers import Block, RotaryEmbedding, make_norm
+
+if TYPE_CHECKING:
+    from ..generation import KVCache
+
+__all__ = ["MUDDFormer", "build_model"]
+
+
+def build_model(config: MUDDFormerConfig, device: Any = None, dtype: torch.dtype | None = None) -> MUDDFormer:
+    """A freshly initialised model.
+
+    Args:
+        config: what the model computes; with ``dense=False`` it is the plain Transformer.
+        device: where its parameters are made; ``"meta"`` makes none.
+        dtype: of the parameters: float64, float32, bfloat16 or float16. None: torch's default.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    return MUDDFormer(config, device=device, dtype=dtype)
+
+
+class MUDDFormer(MUDDStack):
+    """MUDDFormer or MUDDPythia (``config.model_type``), or its plain twin (``config.dense=False``).
+
+    ``X_0 = Embedding(ids)``, the blocks with MUDD connections (:class:`muddformer.nn.MUDDStack`), final norm, linear
+    head. Parameters have the names of the public release. See :func:`build_model` for the arguments.
+    """
+
+    def __init__(self, config: MUDDFormerConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        if not isinstance(config, MUDDFormerConfig):
+            raise TypeError(f"config must be a MUDDFormerConfig, got {type(config).__name__}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
+        factory = {"device": device, "dtype": dtype}
+        connections = {
+            "dense": config.dense,
+            "multiway": config.dense and config.multiway,
+            "source_stride": config.source_stride,
+            "block_stride": config.block_stride,
+            "window": config.window,
+        }
+        distinct = config.dense and config.multiway and config.separate_norms
+        layers = [
+            # Blocks that no aggregation stands before receive one stream and have one norm, as the first has.
+            Block(config, i, distinct and i > 0 and i % config.block_stride == 0, **factory)
+            for i in range(config.n_layer)
+        ]
+        super().__init__(
+            layers,
+            config.dim,
+            ways=config.ways,
+            dynamic=config.dynamic,
+            pre_norm=config.pre_norm,
+            post_norm=config.post_norm,
+            expand_last=config.expand_last,
+            round64=config.round64,
+            eps=config.norm_eps,
+            gelu_approximate=config.gelu_approximate,
+            cap=config.cap,
+            **connections,
+            **factory,
+        )
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, **factory)
+        self.rotary = RotaryEmbedding(config, device=device)
+        self.norm = make_norm(config, **factory)
+        self.output = None
+        if not config.tie_word_embeddings:
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False, **factory)
+        self.register_load_state_dict_post_hook(_place_rotary_tables)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gives all parameters their initial values: call it after ``to_empty`` of a model from the meta device.
+
+        Matrices and embeddings ~ Normal(0, ``initializer_range``), biases 0, norms 1; connections as
+        :class:`muddformer.nn.DepthAggregation` has it, so that a fresh model computes what its plain twin computes.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (RMSNorm, nn.LayerNorm)):
+                module.reset_parameters()
+        super().reset_parameters()
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+        """Scores of the next token at every position, or their loss.
+
+        Args:
+            input_ids: token ids [B, T], int64 or int32, T at most ``config.block_size``.
+            targets: the tokens to predict [B, T]; positions with -100 do not count.
+            cache: a ``muddformer.generation.KVCache``; ``input_ids`` follows the tokens that are in it, and is added.
+
+        Returns:
+            Logits [B, T, vocab_size]; with ``targets`` the mean cross-entropy instead, a float32 scalar (float64 for a
+            float64 model).
+
+        Raises:
+            TypeError, ValueError: for a wrong dtype, shape or length.
+            IndexError: for a token id outside the vocabulary (on CUDA: torch's device-side assertion).
+        """
+        self._check_ids("input_ids", input_ids)
+        length = input_ids.shape[1]
+        if cache is None:
+            if length > self.config.block_size:
+                raise ValueError(
+                    f"input_ids must have at most block_size={self.config.block_size} tokens, got {length}"
+                )
+            blocks = {"rotary": self.rotary(length)}
+        else:
+            positions, mask = cache.advance(length)
+            blocks = {"rotary": self.rotary(length, positions), "mask": mask, "cache": cache}
+        x = self.norm(super().forward(self._embed(input_ids), **blocks))
+        logits = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+        if targets is None:
+            return logits
+        self._check_ids("targets", targets)
+        if targets.shape != input_ids.shape:
+            raise ValueError(
+                f"targets must have the shape of input_ids {list(input_ids.shape)}, got {list(targets.shape)}"
+            )
+        logits = logits.flatten(0, 1)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten().long())
+
+    def plain_twin(self) -> MUDDFormer:
+        """The plain Transformer with copies of this model's weights, without its connections.
+
+        A fresh model and its twin compute the same (the connections then pass the newest hidden state on).
+
+        Raises:
+            ValueError: if the norms of q, k and v of a block differ: no plain Transformer has these weights.
+        """
+        twin = MUDDFormer(self.config.plain_twin(), device="meta").to_empty(device=self.tok_embeddings.weight.device)
+        twin = twin.to(self.tok_embeddings.weight.dtype).train(self.training)
+        state = {}
+        for name, value in self.state_dict().items():
+            block, separate, norm = name.partition(".attention_norms.")
+            if separate:
+                way, _, name = norm.partition(".")
+                name = f"{block}.attention_norm.{name}"
+                if way != "0" and not torch.equal(value, state[name]):
+                    raise ValueError(f"{block}.attention_norms differ, so this model has no plain twin")
+            state[name] = value
+        expected = twin.state_dict().keys()
+        twin.load_state_dict({name: value for name, value in state.items() if name in expected})
+        return twin
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``model.safetensors`` and ``config.json``, see :func:`muddformer.checkpoint.save_pretrained`."""
+        from ..checkpoint import save_pretrained
+
+        save_pretrained(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], **kwargs: Any) -> MUDDFormer:
+        """Reads a checkpoint directory, see :func:`muddformer.checkpoint.from_pretrained`."""
+        from ..checkpoint import from_pretrained
+
+        return from_pretrained(directory, **kwargs)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.tok_embeddings(input_ids)
+        except IndexError as error:
+            raise IndexError(
+                f"input_ids must be from 0 to vocab_size - 1 = {self.config.vocab_size - 1}, "
+                f"got {input_ids.min().item()} to {input_ids.max().item()}"
+            ) from error
+
+    def _check_ids(self, name: str, ids: Any) -> None:
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
+        if ids.dim() != 2:
+            raise ValueError(f"{name} must be [batch, tokens], got shape {list(ids.shape)}")
+        if ids.device != self.tok_embeddings.weight.device:
+            raise ValueError(f"{name} must be on {self.tok_embeddings.weight.device}, like the model, got {ids.device}")
+
+
+def _place_rotary_tables(model: MUDDFormer, _: Any) -> None:
+    """The tables are not in a state dict: after ``load_state_dict(assign=True)`` on meta they follow the weights."""
+    device = model.tok_embeddings.weight.device
+    if model.rotary.cos.device != device:
+        model.rotary.reset_parameters(device)

@@ -1,0 +1,379 @@
+"""Modules that give a stack of blocks Multiway Dynamic Dense (MUDD) connections (arXiv 2502.12170).
+
+:class:`DepthAggregation` is one layer of connections, :class:`MUDDStack` runs blocks with one after each of them.
+
+B, T: batch and sequence length (any leading shape); D: model width; S: number of sources; C: number of ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import ops
+from .config import WAYS, check_choice, check_integer, check_real, check_ways
+
+__all__ = ["DepthAggregation", "MUDDStack", "RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension [D], in the dtype of ``x``.
+
+    Unlike torch.nn.RMSNorm, a float32 weight meets a bfloat16 input (as under autocast) in the fused kernel.
+
+    Args:
+        dim: width D.
+        eps: added to the mean square.
+        init: value of a fresh weight.
+    """
+
+    def __init__(
+        self, dim: int, eps: float = 1e-6, *, init: float = 1.0, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.init = init
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the weight to ``init``."""
+        nn.init.constant_(self.weight, self.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps:g}"
+
+
+class DepthAggregation(nn.Module):
+    """Depth-wise aggregation DA_i: mixes the hidden states of all layers so far, with weights made from the newest.
+
+    ``A = GELU(RMSNorm(X_i) W1^T) W2^T + prior`` and ``Y_c = sum_j A[..., c, j] X_j`` (Eq. 5 to 8). A fresh
+    layer passes X_i on: every Y_c is X_i.
+
+    Args:
+        dim: model width D.
+        sources: number of hidden states S that are mixed, the newest last.
+        ways: a part of ``"qkvr"``: four streams are returned, one left out being X_i itself. Or a number C: C streams
+            are returned, the last one counting as the residual way.
+        dynamic: False: the prior alone, the same for every token.
+        expand: factor of the generator's hidden width K = C * S * expand.
+        round64: K goes up to the next multiple of 64 (an exact multiple too).
+        pre_norm: PreDANorm: X_i passes an RMSNorm before it is mixed (and the generator's norm has a weight). The other
+            hidden states are expected as an earlier layer returned them.
+        post_norm: PostDANorm: ``Y_c = X_i + sum_j ...`` with an RMSNorm of the sum of the residual way (``"residual"``)
+            or of every way (``"all"``). ``"none"``: no norm and no addition.
+        eps: added to the mean square in the norms.
+        gelu_approximate: ``"none"`` (erf form) or ``"tanh"``.
+        cap: soft bound of the weights, ``cap * tanh(A / cap)``. None: no bound.
+        prior: False: the module has no prior of its own; every call gets one.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        sources: int,
+        ways: str | int = WAYS,
+        *,
+        dynamic: bool = True,
+        expand: int = 1,
+        round64: bool = False,
+        pre_norm: bool = False,
+        post_norm: str = "none",
+        eps: float = 1e-6,
+        gelu_approximate: str = "none",
+        cap: float | None = None,
+        prior: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.dim = check_integer("dim", dim)
+        self.sources = check_integer("sources", sources)
+        self.ways = check_integer("ways", ways) if isinstance(ways, int) else check_ways("ways", ways)
+        self.num_ways = ways if isinstance(ways, int) else len(ways)
+        self.eps = check_real("eps", eps, 0.0, 1.0)
+        self.gelu_approximate = check_choice("gelu_approximate", gelu_approximate)
+        self.cap = None if cap is None else check_real("cap", cap)
+        self.prior = nn.Parameter(torch.empty(self.num_ways, self.sources, **factory)) if prior else None
+        self.dynamic = dynamic
+        self.norm = self.pre_norm = self.post_norms = None
+        if dynamic:
+            width = self.num_ways * self.sources * check_integer("expand", expand)
+            width = (width // 64 + 1) * 64 if round64 else width
+            self.w1 = nn.Linear(dim, width, bias=False, **factory)
+            self.w2 = nn.Linear(width, self.num_ways * self.sources, bias=False, **factory)
+            self.norm = RMSNorm(dim, eps, **factory) if pre_norm else None
+        if pre_norm:
+            self.pre_norm = RMSNorm(dim, eps, **factory)
+        if check_choice("post_norm", post_norm) != "none":
+            residual = self.num_ways - 1 if isinstance(ways, int) else self.ways.find("r")
+            self.post_norms = nn.ModuleList(
+                RMSNorm(dim, eps, init=1e-3, **factory) if post_norm == "all" or way == residual else nn.Identity()
+                for way in range(self.num_ways)
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Passes X_i on: W1 ~ Normal(variance 1/D), W2 = 0, prior one-hot on X_i (0 with ``post_norm``)."""
+        if self.dynamic:
+            nn.init.normal_(self.w1.weight, std=self.dim**-0.5)
+            nn.init.zeros_(self.w2.weight)
+        for norm in (self.norm, self.pre_norm, *(self.post_norms or ())):
+            if isinstance(norm, RMSNorm):
+                norm.reset_parameters()
+        if self.prior is not None:
+            self.reset_prior(self.prior)
+
+    @torch.no_grad()
+    def reset_prior(self, prior: Tensor) -> None:
+        """Fills a prior [C, S] for this layer with its initial values, in place."""
+        prior.zero_()
+        if self.post_norms is None:
+            # The bounded weight, not the prior, has to be one; a cap of at most 1 cannot reach it.
+            one = torch.tensor(1.0, dtype=torch.float64)
+            prior[:, -1] = self.cap * torch.atanh(one / self.cap).item() if self.cap and self.cap > 1 else 1.0
+
+    def forward(self, hiddens: Sequence[Tensor], prior: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Mixes hidden states.
+
+        Args:
+            hiddens: the S sources, each [..., D], of one shape, dtype and device; the newest, X_i, is the last.
+            prior: [C, S], in place of the module's own.
+
+        Returns:
+            ``(streams, hiddens)``: the streams, each [..., D], and the sources to give to later layers in place of
+            those that came (their gradients are chained, and with ``pre_norm`` the newest is now the normed one).
+
+        Raises:
+            ValueError: for a wrong number of sources.
+        """
+        if len(hiddens) != self.sources:
+            raise ValueError(f"hiddens must be {self.sources} tensors, got {len(hiddens)}")
+        prior = self.prior if prior is None else prior
+        if prior is None:
+            raise ValueError("prior must be given to a DepthAggregation that was made with prior=False")
+        weights, newest = self._weights(hiddens[-1], prior)
+        normed = newest if self.pre_norm is None else self.pre_norm(newest)
+        mixed, hiddens = ops.depth_aggregate_chained([*hiddens[:-1], normed], weights)
+        if self.pre_norm is None:
+            newest = hiddens[-1]
+        if self.post_norms is not None:
+            mixed = [newest + norm(y) for norm, y in zip(self.post_norms, mixed, strict=True)]
+        if isinstance(self.ways, str):
+            by_way = dict(zip(self.ways, mixed, strict=True))
+            mixed = [by_way.get(way, newest) for way in WAYS]
+        return list(mixed), list(hiddens)
+
+    def _weights(self, x: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Connection weights [..., C, S], and x to be used from here on."""
+        if self.dynamic:
+            return ops.connection_weights_chained(
+                x,
+                self.w1.weight,
+                self.w2.weight,
+                prior,
+                scale=None if self.norm is None else self.norm.weight,
+                eps=self.eps,
+                gelu_approximate=self.gelu_approximate,
+                cap=self.cap,
+            )
+        if self.cap is not None:
+            prior = self.cap * torch.tanh(prior / self.cap)
+        return prior.to(x.dtype).expand(*x.shape[:-1], *prior.shape), x
+
+    def extra_repr(self) -> str:
+        text = f"{self.dim}, sources={self.sources}, ways={self.ways!r}, dynamic={self.dynamic}, eps={self.eps:g}"
+        text += f", gelu_approximate={self.gelu_approximate!r}" if self.dynamic else ""
+        return text if self.cap is None else f"{text}, cap={self.cap:g}"
+
+
+def aggregation_plan(
+    layers: int, *, source_stride: int = 1, block_stride: int = 1, window: int | None = None, last: bool = True
+) -> dict[int, tuple[int, ...]]:
+    """Which hidden states X_j each aggregation DA_i mixes: ``{i: (j, ...)}``, i = 1 .. layers, j ascending up to i.
+
+    Args:
+        layers: number of blocks L.
+        source_stride: k of "k x p": every k-th hidden state is a source, and always X_0 and X_i.
+        block_stride: p of "k x p": an aggregation after every p-th block and after the last.
+        window: of those, X_0 and the ones among the newest ``window`` hidden states. None: all.
+        last: False: none after the last block.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_integer("source_stride", source_stride)
+    check_integer("block_stride", block_stride)
+    if window is not None:
+        check_integer("window", window)
+    oldest = {i: 0 if window is None else i - window + 1 for i in range(1, layers + 1)}
+    return {
+        i: tuple(j for j in range(i + 1) if j in (0, i) or (j % source_stride == 0 and j >= oldest[i]))
+        for i in range(1, layers + 1)
+        if (last if i == layers else i % block_stride == 0)
+    }
+
+
+class MUDDStack(nn.Module):
+    """Runs a list of blocks with MUDD connections, in place of a loop ``for block in blocks: x = block(x)``.
+
+    After a block an aggregation mixes all hidden states so far into the streams of the next block; after the last block
+    only the residual way is made, which is the result. A fresh stack computes what the blocks alone compute. Parameters
+    have the names of the public release: ``layers.i.*``, ``dense_bs.n`` (priors), ``dynamic_dense.n.{w1,w2}.weight``, n
+    counting the aggregations; PreDANorm adds ``source_norms.j.weight`` for hidden states that join without one.
+
+    Args:
+        layers: the blocks, as a list or ModuleList. Each returns one tensor of the shape of its input.
+        dim: model width D.
+        multiway: the blocks are called with four streams (xq, xk, xv, xr), each with its own aggregate. False: they are
+            called with one stream x.
+        dense: False: no connections at all.
+        ways: with ``multiway``: the ways that are aggregated, a part of ``"qkvr"``; one left out takes the newest
+            hidden state. Without ``"r"`` nothing is aggregated after the last block.
+        source_stride, block_stride, window: which hidden states are mixed where, see :func:`aggregation_plan`.
+        expand_last: the last generator has a hidden layer four times as wide.
+        dynamic, round64, pre_norm, post_norm, eps, gelu_approximate, cap: see :class:`DepthAggregation`.
+
+    Attributes:
+        gradient_checkpointing: set it to True to recompute every block in the backward of a training step instead of
+            keeping its activations (torch.utils.checkpoint; the history of hidden states is kept).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        dim: int,
+        *,
+        multiway: bool = False,
+        dense: bool = True,
+        ways: str = WAYS,
+        dynamic: bool = True,
+        source_stride: int = 1,
+        block_stride: int = 1,
+        window: int | None = None,
+        pre_norm: bool = False,
+        post_norm: str = "none",
+        expand_last: bool = True,
+        round64: bool = True,
+        eps: float = 1e-6,
+        gelu_approximate: str = "none",
+        cap: float | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.multiway = multiway
+        self.gradient_checkpointing = False
+        ways = check_ways("ways", ways)
+        if dense and not multiway and ways != WAYS:
+            raise ValueError(f"ways must be {WAYS!r} with multiway=False, got {ways!r}")
+        self.plan = {}
+        if dense:
+            self.plan = aggregation_plan(
+                len(self.layers),
+                source_stride=source_stride,
+                block_stride=block_stride,
+                window=window,
+                last="r" in ways,
+            )
+        self.dense_bs = nn.ParameterList()
+        self.dynamic_dense = nn.ModuleList()
+        for i, sources in self.plan.items():
+            last = i == len(self.layers)
+            da = DepthAggregation(
+                dim,
+                len(sources),
+                ways if multiway and not last else 1,
+                dynamic=dynamic,
+                expand=4 if last and expand_last else 1,
+                round64=round64,
+                pre_norm=pre_norm,
+                post_norm=post_norm,
+                eps=eps,
+                gelu_approximate=gelu_approximate,
+                cap=cap,
+                prior=False,
+                device=device,
+                dtype=dtype,
+            )
+            self.dynamic_dense.append(da)
+            self.dense_bs.append(nn.Parameter(torch.empty(da.num_ways, da.sources, device=device, dtype=dtype)))
+        # Hidden states that are mixed later but are not the newest of any aggregation, which would norm them itself.
+        joining = sorted({j for sources in self.plan.values() for j in sources} - self.plan.keys())
+        make_norm = (lambda: RMSNorm(dim, eps, device=device, dtype=dtype)) if pre_norm else nn.Identity
+        self.source_norms = nn.ModuleDict({str(j): make_norm() for j in joining})
+        # Not self.reset_parameters(): a subclass may extend it to modules that it has yet to make.
+        MUDDStack.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Gives the connections their initial values, with which the stack computes what its blocks alone compute."""
+        for da, prior in zip(self.dynamic_dense, self.dense_bs, strict=True):
+            da.reset_parameters()
+            da.reset_prior(prior)
+        for norm in self.source_norms.values():
+            if isinstance(norm, RMSNorm):
+                norm.reset_parameters()
+
+    def connection_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the connections, which usually have no weight decay; all others belong to the blocks."""
+        for module in (self.dense_bs, self.dynamic_dense, self.source_norms):
+            yield from module.parameters()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs the blocks.
+
+        Args:
+            x: X_0 [..., D], the embedding output.
+            args, kwargs: passed on to every block.
+
+        Returns:
+            The residual way's aggregate after the last block [..., D] (before any final norm).
+
+        Raises:
+            TypeError: if a block returns anything but a tensor.
+        """
+        history: dict[int, Tensor] = {}
+        streams = [x]
+        aggregations = iter(zip(self.plan.values(), self.dynamic_dense, self.dense_bs, strict=True))
+        self._join(history, 0, x)
+        for i, layer in enumerate(self.layers, start=1):
+            if self.multiway and len(streams) == 1:
+                streams = streams * len(WAYS)
+            x = self._call(layer, *streams, *args, **kwargs)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"block {i - 1} must return one tensor, got {type(x).__name__}")
+            if i not in self.plan:
+                self._join(history, i, x)
+                streams = [x]
+                continue
+            sources, da, prior = next(aggregations)
+            streams, hiddens = da([*(history[j] for j in sources[:-1]), x], prior)
+            history = dict(zip(sources, hiddens, strict=True))
+        return streams[-1]
+
+    def _join(self, history: dict[int, Tensor], i: int, x: Tensor) -> None:
+        """Adds X_i to the history if any aggregation reads it."""
+        if str(i) in self.source_norms:
+            history[i] = self.source_norms[str(i)](x)
+
+    def _call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False, **kwargs)
+        return layer(*args, **kwargs)
