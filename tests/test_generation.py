@@ -39,14 +39,15 @@ def prompt(batch: int = 3, length: int = 5) -> Tensor:
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_cache_equals_full_forward(changes: dict) -> None:
-    model, ids = make(**changes), prompt(length=12)
+    # In float64: random weights amplify the rounding of products of other shapes.
+    model, ids = make(**changes).double(), prompt(length=12)
     expected = model(ids)
-    cache = KVCache(model.config, 3, 16)
+    cache = KVCache(model.config, 3, 16, dtype=torch.float64)
     with torch.no_grad():
         # The prompt, single tokens, and several at once.
         logits = torch.cat([model(part, cache=cache) for part in ids.split([5, 1, 1, 4, 1], dim=1)], dim=1)
     assert cache.used == 12
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
