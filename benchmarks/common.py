@@ -31,13 +31,22 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median time of a call in milliseconds, after a warm-up: CUDA events, or the clock on a CPU."""
+    """Median time of a call in milliseconds, after a warm-up: CUDA events, or the clock on a CPU.
+
+    On CUDA the device sleeps for as long as the host needs to enqueue the call, so that the events enclose device time
+    alone, as in a training loop whose host runs ahead.
+    """
     for _ in range(3):
         call()
     times: list[float] = []
     end = time.perf_counter() + seconds
     if device.type == "cuda":
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        cycles = int(3e9 * (time.perf_counter() - begin))  # at most 2 GHz: half as long again as the host needs
         while time.perf_counter() < end or len(times) < 10:
+            torch.cuda._sleep(cycles)
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
@@ -86,8 +95,10 @@ def commit() -> str:
     """Short hash of the measured commit, with a plus where the tree differs from it; empty outside of git."""
     git = ["git", "-C", str(ROOT)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        head, dirty = (
+            subprocess.run([*git, *command.split()], capture_output=True, text=True, check=True).stdout
+            for command in ("rev-parse --short HEAD", "status --porcelain -uno")
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head.strip() + ("+" if dirty.strip() else "")

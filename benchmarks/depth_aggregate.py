@@ -1,9 +1,10 @@
 """Aggregation over depth, forward and backward: ours beside eager PyTorch and torch.compile, and the floor in bytes.
 
 The floor counts passes over one [tokens, D] tensor ("units"), at the speed of copying as many bytes:
-    forward S + C;  backward 2S + C (sources, dY, their gradients);  chained backward 3S + C (and the incoming gradients).
-Eager and torch.compile are each given the better of two formulations (a sum over sources, one product over a stack), and
-are not charged for the S additions with which autograd joins the gradients of different layers; `chained` includes them.
+    forward S + C;  backward 2S + C (sources, dY, gradients);  chained backward 3S + C (and the incoming gradients).
+Eager and torch.compile are each given the better of two formulations (a sum over sources, one product over a stack),
+and are not charged for the S additions with which autograd joins the gradients of different layers; `chained` includes
+them.
 
     python benchmarks/depth_aggregate.py --csv benchmarks/results/cpu_depth_aggregate.csv
 """
@@ -56,7 +57,9 @@ def check(hiddens: list[Tensor], weights: Tensor, functions: dict[str, Callable]
             assert error < tolerance, f"{name}: relative error {error}"
 
 
-def measure(tokens: int, width: int, sources: int, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict]:
+def measure(
+    tokens: int, width: int, sources: int, dtype: torch.dtype, device: torch.device, seconds: float
+) -> list[dict]:
     """Rows of one shape."""
     torch.manual_seed(0)
     leaf = lambda *shape: torch.randn(shape, device=device).to(dtype).requires_grad_()  # noqa: E731
@@ -111,7 +114,7 @@ def main() -> None:
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="names of torch dtypes")
     args = p.parse_args()
     device = torch.device(args.device)
-    print(f"{'shape':>11} {'dtype':>9} {'S':>3} {'method':>8} {'kind':>8} {'ms':>9} {'floor':>8} {'of floor':>8} {'GB/s':>7}")
+    print("      shape     dtype   S   method     kind        ms    floor of floor    GB/s")
     for dtype in args.dtypes:
         for shape in args.shapes:
             tokens, width = map(int, shape.split("x"))

@@ -1,5 +1,5 @@
-// Checks of the ops' arguments, shared by all backends. An error names the argument, what was expected
-// and what came. Sizes may be symbolic.
+// Checks of the ops' arguments, shared by all backends. An error names the argument, what was
+// expected and what came. Sizes may be symbolic.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -60,8 +60,8 @@ void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const a
                               double eps, std::string_view gelu_approximate,
                               std::optional<double> cap);
 void check_connection_weights_backward(const at::Tensor& grad_weights,
-                                       const std::optional<at::Tensor>& grad_x,
-                                       const at::Tensor& x, const at::Tensor& prior);
+                                       const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
+                                       const at::Tensor& prior);
 
 // float32 for everything but float64: the type that products and sums are accumulated in.
 inline at::ScalarType accumulation_dtype(at::ScalarType dtype) {

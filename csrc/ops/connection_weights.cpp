@@ -16,7 +16,8 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
       "float eps=1e-6, str gelu_approximate='none', float? cap=None) -> Tensor",
       tags);
   m.def(
-      "connection_weights_chained(Tensor x, Tensor w1, Tensor w2, Tensor prior, Tensor? scale=None, "
+      "connection_weights_chained(Tensor x, Tensor w1, Tensor w2, Tensor prior, Tensor? "
+      "scale=None, "
       "float eps=1e-6, str gelu_approximate='none', float? cap=None) -> (Tensor, Tensor)",
       tags);
   m.def(
@@ -101,8 +102,8 @@ void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const a
 }
 
 void check_connection_weights_backward(const at::Tensor& grad_weights,
-                                       const std::optional<at::Tensor>& grad_x,
-                                       const at::Tensor& x, const at::Tensor& prior) {
+                                       const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
+                                       const at::Tensor& prior) {
   check_same_dtype_device(grad_weights, {"grad_weights"}, x, "x");
   const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
   TORCH_CHECK_VALUE(grad_weights.dim() == x.dim() + 1 &&

@@ -1,11 +1,12 @@
-// Per-token connection weights from the newest hidden state (arXiv 2502.12170, section 2, Eq. 6 to 8):
+// Per-token connection weights from the newest hidden state (arXiv 2502.12170, section 2, Eq. 6 to
+// 8):
 //
 //   A = GELU(RMSNorm(x) W1^T) W2^T + prior,   optionally A <- cap * tanh(A / cap)
 //
-// x is [..., D], W1 [K, D], W2 [C*S, K] (row c*S + j is source j of way c), prior [C, S], the norm's
-// optional scale [D]; A is [..., C, S]. float64, float32, bfloat16 or float16; prior and scale may be
-// float32 beside any of them. The norm, the GELU, the prior and the cap are computed in float32 (float64
-// for float64). The functions go through the dispatcher.
+// x is [..., D], W1 [K, D], W2 [C*S, K] (row c*S + j is source j of way c), prior [C, S], the
+// norm's optional scale [D]; A is [..., C, S]. float64, float32, bfloat16 or float16; prior and
+// scale may be float32 beside any of them. The norm, the GELU, the prior and the cap are computed
+// in float32 (float64 for float64). The functions go through the dispatcher.
 #pragma once
 
 #include <ATen/core/Tensor.h>

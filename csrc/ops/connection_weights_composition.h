@@ -1,8 +1,9 @@
 // connection_weights and its backward out of PyTorch's own products and elementwise steps.
 //
-// The order of the steps is the one that the formula is written in, and products take their operands in
-// the dtype of x: in float32 the result then differs from the public release's by little more than
-// nothing, which folding the norm's factor and scale into the products would not give.
+// The order of the steps is the one that the formula is written in, and products take their
+// operands in the dtype of x: in float32 the result then differs from the public release's by
+// little more than nothing, which folding the norm's factor and scale into the products would not
+// give.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -54,11 +55,13 @@ inline at::Tensor connection_weights_composition(const at::Tensor& x, const at::
 }
 
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-connection_weights_backward_composition(
-    const at::Tensor& grad_weights, const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
-    const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap) {
+connection_weights_backward_composition(const at::Tensor& grad_weights,
+                                        const std::optional<at::Tensor>& grad_x,
+                                        const at::Tensor& x, const at::Tensor& w1,
+                                        const at::Tensor& w2, const at::Tensor& prior,
+                                        const std::optional<at::Tensor>& scale, double eps,
+                                        std::string_view gelu_approximate,
+                                        std::optional<double> cap) {
   check_connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
   check_connection_weights_backward(grad_weights, grad_x, x, prior);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);

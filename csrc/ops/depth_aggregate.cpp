@@ -58,8 +58,9 @@ void check_depth_aggregate(at::TensorList hiddens, const at::Tensor& weights) {
   TORCH_CHECK_VALUE(
       weights.dim() == first.dim() + 1 && weights.sym_sizes().slice(0, leading.size()) == leading &&
           weights.sym_size(-1) == static_cast<int64_t>(hiddens.size()) && weights.sym_size(-2) >= 1,
-      "weights: expected shape [..., C, S] with leading shape ", leading, ", C >= 1 and S = ",
-      hiddens.size(), " (the number of hidden states), got ", weights.sym_sizes());
+      "weights: expected shape [..., C, S] with leading shape ", leading,
+      ", C >= 1 and S = ", hiddens.size(), " (the number of hidden states), got ",
+      weights.sym_sizes());
 }
 
 static void check_gradients(const c10::List<std::optional<at::Tensor>>& grads, const char* name,

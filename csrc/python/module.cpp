@@ -1,5 +1,5 @@
-// muddformer._C: what the extension was built with. It links nothing of torch, so that it can be imported
-// and asked before libmuddformer is loaded into a torch that may be another one.
+// muddformer._C: what the extension was built with. It links nothing of torch, so that it can be
+// imported and asked before libmuddformer is loaded into a torch that may be another one.
 #include <pybind11/pybind11.h>
 
 #include "version.h"

@@ -23,10 +23,14 @@ class DepthAggregate : public testing::TestWithParam<std::tuple<Shape, at::Scala
 
 double tolerance(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kDouble: return 1e-12;
-    case at::kFloat: return 1e-5;
-    case at::kHalf: return 3e-3;
-    default: return 2e-2;
+    case at::kDouble:
+      return 1e-12;
+    case at::kFloat:
+      return 1e-5;
+    case at::kHalf:
+      return 3e-3;
+    default:
+      return 2e-2;
   }
 }
 

@@ -224,6 +224,7 @@ TEST_F(Kernels, CapturedInAGraph) {
   cudaStream_t stream = nullptr;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
+  CUDA_OK(cudaDeviceSynchronize());  // the stream does not wait for the uploads
   CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   CUDA_OK(launch_aggregate_forward(p.forward(Path::Automatic), stream));
@@ -240,8 +241,9 @@ TEST_F(Kernels, CapturedInAGraph) {
   CUDA_OK(cudaGraphLaunch(executable, stream));
   CUDA_OK(cudaStreamSynchronize(stream));
   const auto replayed = results();
-  for (void* out : {p.y_pointers[1], p.grad_out_pointers[3]})
-    CUDA_OK(cudaMemset(out, 0xff, 300 * 2048 * 2));
+  for (void* out : {p.y_pointers[1], p.grad_out_pointers[3]}) {
+    CUDA_OK(cudaMemsetAsync(out, 0xff, 300 * 2048 * 2, stream));
+  }
   CUDA_OK(launch_aggregate_forward(p.forward(Path::Automatic), stream));
   CUDA_OK(launch_aggregate_backward(p.backward(Path::Automatic), stream));
   CUDA_OK(cudaStreamSynchronize(stream));

@@ -1,5 +1,5 @@
-// Under autocast the history is kept in the autocast dtype. The chained form hands the cast sources on,
-// so that a hidden state is cast once, when it joins, and not in every layer.
+// Under autocast the history is kept in the autocast dtype. The chained form hands the cast sources
+// on, so that a hidden state is cast once, when it joins, and not in every layer.
 #include "../depth_aggregate.h"
 
 #include <ATen/autocast_mode.h>

@@ -1,5 +1,5 @@
-// Autograd of the connection weights. The chained form returns x after the weights; the gradient that
-// later layers accumulated for x comes back through it.
+// Autograd of the connection weights. The chained form returns x after the weights; the gradient
+// that later layers accumulated for x comes back through it.
 #include "../connection_weights.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>

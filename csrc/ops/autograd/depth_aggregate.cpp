@@ -1,5 +1,5 @@
-// Autograd of the aggregation. The chained form returns its sources after its outputs; autograd makes
-// aliases of them, and the gradient that later layers accumulated comes back through them.
+// Autograd of the aggregation. The chained form returns its sources after its outputs; autograd
+// makes aliases of them, and the gradient that later layers accumulated comes back through them.
 #include "../depth_aggregate.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -62,9 +62,8 @@ struct DepthAggregate : torch::autograd::Function<DepthAggregate<kChained>> {
       passed.resize(saved.size());
       return passed;
     }
-    auto [result, grad_weights] =
-        depth_aggregate_backward(optional_tensors(grad_outputs), optional_tensors(grad_hiddens),
-                                 hiddens, saved.back());
+    auto [result, grad_weights] = depth_aggregate_backward(
+        optional_tensors(grad_outputs), optional_tensors(grad_hiddens), hiddens, saved.back());
     result.push_back(std::move(grad_weights));
     return result;
   }

@@ -1,5 +1,6 @@
-// The aggregation on the CPU: host side of depth_aggregate_kernel.h. Tokens are split between threads;
-// every token is finished by one thread in one order, so results do not depend on the number of threads.
+// The aggregation on the CPU: host side of depth_aggregate_kernel.h. Tokens are split between
+// threads; every token is finished by one thread in one order, so results do not depend on the
+// number of threads.
 #include "../depth_aggregate.h"
 
 #include <ATen/Parallel.h>
@@ -32,15 +33,19 @@ const cpu::AggregateKernels& aggregate_kernels() {
 
 int kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kDouble: return cpu::kFloat64;
-    case at::kFloat: return cpu::kFloat32;
-    case at::kBFloat16: return cpu::kBFloat16;
-    default: return cpu::kFloat16;
+    case at::kDouble:
+      return cpu::kFloat64;
+    case at::kFloat:
+      return cpu::kFloat32;
+    case at::kBFloat16:
+      return cpu::kBFloat16;
+    default:
+      return cpu::kFloat16;
   }
 }
 
-// Gradients of a history larger than the caches are next read when an earlier layer's backward has walked
-// over all of it; written past the caches they cost no read of the lines that they replace.
+// Gradients of a history larger than the caches are next read when an earlier layer's backward has
+// walked over all of it; written past the caches they cost no read of the lines that they replace.
 bool write_past_caches(at::TensorList grads) {
   constexpr int64_t kCacheBytes = int64_t{8} << 20;
   const at::Tensor& first = grads[0];
@@ -79,7 +84,7 @@ std::vector<at::Tensor> depth_aggregate_cpu(at::TensorList hiddens, const at::Te
   const Rows x = rows_of(hiddens);
   const Rows y = rows_of(outputs);
   const at::Tensor w = weights.reshape({tokens, ways, sources});
-  const cpu::AggregateForward args{sources,     ways,        width,       x.pointers(),
+  const cpu::AggregateForward args{sources,     ways,         width,       x.pointers(),
                                    x.strides(), w.data_ptr(), w.stride(0), w.stride(1),
                                    w.stride(2), y.pointers()};
   run(args, aggregate_kernels().forward[kernel_dtype(like.scalar_type())], tokens);
@@ -102,11 +107,22 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
   const Rows incoming = rows_of(grad_hiddens, sources);
   const Rows dx = rows_of(grads);
   const at::Tensor w = weights.reshape({tokens, ways, sources});
-  const cpu::AggregateBackward args{
-      sources,       ways,         width,        x.pointers(),        x.strides(),
-      w.data_ptr(),  w.stride(0),  w.stride(1),  w.stride(2),         dy.pointers(),
-      dy.strides(),  incoming.pointers(), incoming.strides(), dx.pointers(), grad_weights.data_ptr(),
-      write_past_caches(grads)};
+  const cpu::AggregateBackward args{sources,
+                                    ways,
+                                    width,
+                                    x.pointers(),
+                                    x.strides(),
+                                    w.data_ptr(),
+                                    w.stride(0),
+                                    w.stride(1),
+                                    w.stride(2),
+                                    dy.pointers(),
+                                    dy.strides(),
+                                    incoming.pointers(),
+                                    incoming.strides(),
+                                    dx.pointers(),
+                                    grad_weights.data_ptr(),
+                                    write_past_caches(grads)};
   run(args, aggregate_kernels().backward[kernel_dtype(like.scalar_type())], tokens);
   return {std::move(grads), std::move(grad_weights)};
 }

@@ -1,10 +1,12 @@
-// Aggregation of hidden states over depth on the CPU: see depth_aggregate_kernel.h for the formulas.
+// Aggregation of hidden states over depth on the CPU: see depth_aggregate_kernel.h for the
+// formulas.
 //
-// Both kernels are bound by memory: each row of each source is read once. The forward walks over a row
-// in strips that fit the vector registers and sums all sources into C accumulators a strip. The backward
-// keeps the C gradient rows of a token in the first-level cache and walks over one source after the
-// other: its gradient is finished and its C dot products are taken in the same pass. As many streams as
-// sources are more than the hardware follows, so the same place of the next token is prefetched.
+// Both kernels are bound by memory: each row of each source is read once. The forward walks over a
+// row in strips that fit the vector registers and sums all sources into C accumulators a strip. The
+// backward keeps the C gradient rows of a token in the first-level cache and walks over one source
+// after the other: its gradient is finished and its C dot products are taken in the same pass. As
+// many streams as sources are more than the hardware follows, so the same place of the next token
+// is prefetched.
 #include "depth_aggregate_kernel.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -59,7 +61,9 @@ struct Pack {
 };
 
 // One line of the next token's row into the second-level cache; harmless past the end.
-inline void prefetch(const void* address) { __builtin_prefetch(address, /*rw=*/0, /*locality=*/2); }
+inline void prefetch(const void* address) {
+  __builtin_prefetch(address, /*rw=*/0, /*locality=*/2);
+}
 
 constexpr int kLine = 64;
 
@@ -146,10 +150,17 @@ inline void forward_strip_all_ways(const AggregateForward& args,
     forward_strip<scalar_t, 4, kPacks>(args, weights, c, t, d, last_count);
   }
   switch (args.ways - c) {
-    case 3: forward_strip<scalar_t, 3, kPacks>(args, weights, c, t, d, last_count); break;
-    case 2: forward_strip<scalar_t, 2, kPacks>(args, weights, c, t, d, last_count); break;
-    case 1: forward_strip<scalar_t, 1, kPacks>(args, weights, c, t, d, last_count); break;
-    default: break;
+    case 3:
+      forward_strip<scalar_t, 3, kPacks>(args, weights, c, t, d, last_count);
+      break;
+    case 2:
+      forward_strip<scalar_t, 2, kPacks>(args, weights, c, t, d, last_count);
+      break;
+    case 1:
+      forward_strip<scalar_t, 1, kPacks>(args, weights, c, t, d, last_count);
+      break;
+    default:
+      break;
   }
 }
 
@@ -174,8 +185,8 @@ void forward(const AggregateForward& args, int64_t begin, int64_t end, void* scr
   }
 }
 
-// Ways first..first+kWays-1 of source j of token t. With more than one group of ways, the gradient of the
-// source stays in `partial` between the groups, so that it is rounded once.
+// Ways first..first+kWays-1 of source j of token t. With more than one group of ways, the gradient
+// of the source stays in `partial` between the groups, so that it is rounded once.
 template <typename scalar_t, int kWays>
 inline void backward_row(const AggregateBackward& args, const accumulate_t<scalar_t>* weights,
                          const accumulate_t<scalar_t>* dy, int64_t dy_stride, int64_t first,
@@ -262,10 +273,17 @@ void backward(const AggregateBackward& args, int64_t begin, int64_t end, void* s
         backward_row<scalar_t, 4>(args, weights, dy, dy_stride, c, t, j, partial);
       }
       switch (args.ways - c) {
-        case 3: backward_row<scalar_t, 3>(args, weights, dy, dy_stride, c, t, j, partial); break;
-        case 2: backward_row<scalar_t, 2>(args, weights, dy, dy_stride, c, t, j, partial); break;
-        case 1: backward_row<scalar_t, 1>(args, weights, dy, dy_stride, c, t, j, partial); break;
-        default: break;
+        case 3:
+          backward_row<scalar_t, 3>(args, weights, dy, dy_stride, c, t, j, partial);
+          break;
+        case 2:
+          backward_row<scalar_t, 2>(args, weights, dy, dy_stride, c, t, j, partial);
+          break;
+        case 1:
+          backward_row<scalar_t, 1>(args, weights, dy, dy_stride, c, t, j, partial);
+          break;
+        default:
+          break;
       }
     }
   }

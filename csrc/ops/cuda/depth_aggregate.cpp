@@ -17,10 +17,14 @@ namespace {
 
 kernels::DType kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kDouble: return kernels::DType::Float64;
-    case at::kFloat: return kernels::DType::Float32;
-    case at::kBFloat16: return kernels::DType::BFloat16;
-    default: return kernels::DType::Float16;
+    case at::kDouble:
+      return kernels::DType::Float64;
+    case at::kFloat:
+      return kernels::DType::Float32;
+    case at::kBFloat16:
+      return kernels::DType::BFloat16;
+    default:
+      return kernels::DType::Float16;
   }
 }
 

@@ -1,0 +1,43 @@
+// Host side of the launches: how a row is split over threads, and how many stages a ring gets.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "ring.cuh"
+
+namespace muddformer::kernels {
+
+// A row is split into chunks of columns: one vector of 16 bytes for each thread of a block.
+struct Columns {
+  int chunks;
+  int threads;  // a multiple of 32; a chunk has threads vectors, the last one may have fewer
+};
+
+constexpr Columns split_columns(int vectors) {
+  const int chunks = (vectors + kMaxConsumers - 1) / kMaxConsumers;
+  const int width = (vectors + chunks - 1) / chunks;
+  return {chunks, (width + 31) / 32 * 32};
+}
+
+// Stages of a block, such that the blocks of a multiprocessor have about bytes_in_flight under way
+// together. More is slower: it only makes the memory switch more often between more places.
+constexpr int ring_stages(int consumers, int stage_bytes, int bytes_in_flight) {
+  const int blocks = kRingBlocks * kRingThreads / (consumers + 32);
+  const int stages = (bytes_in_flight / blocks + stage_bytes - 1) / stage_bytes;
+  return std::min(std::max(stages, 2), kMaxStages);
+}
+
+// Launches a ring kernel, which has the member stages among its parameters. Dynamic shared memory
+// stays below the 48 KB that need no permission: at most 6 stages of 4 KB, or 2 of 8 KB, the
+// weights and the sums of the warps.
+template <typename Args>
+cudaError_t launch_ring(void (*kernel)(Args), const Args& args, int64_t blocks, int consumers,
+                        int stage_bytes, int other_bytes, cudaStream_t stream) {
+  const int shared_bytes = args.stages * stage_bytes + other_bytes;
+  kernel<<<static_cast<unsigned>(blocks), consumers + 32, shared_bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace muddformer::kernels
