@@ -1,6 +1,5 @@
 """Multiway Dynamic Dense (MUDD) connections for PyTorch (arXiv 2502.12170): fused operators, modules and models."""
 
-from muddformer import _library  # noqa: F401  (loads libmuddformer; before everything that uses its ops)
 from muddformer import nn, ops, utils
 from muddformer._library import __version__
 from muddformer.checkpoint import from_pretrained, save_pretrained

@@ -1,8 +1,9 @@
 """The two operations of Multiway Dynamic Dense (MUDD) connections (arXiv 2502.12170, section 2).
 
 B, T: batch and sequence length (any leading shape); D: model width; S: number of sources; C: number of ways;
-K: hidden width of the generator. Dtypes: float64, float32, bfloat16, float16. Products and sums are accumulated in float32
-(float64 for float64). The kernels are in ``csrc/ops``; here are only the Python signatures of ``torch.ops.muddformer.*``.
+K: hidden width of the generator. Dtypes: float64, float32, bfloat16, float16. Products and sums are accumulated in
+float32 (float64 for float64). The kernels are in ``csrc/ops``; here are only the Python signatures of
+``torch.ops.muddformer.*``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from muddformer import _library  # noqa: F401  (loads libmuddformer, which registers the operators)
 
 __all__ = [
     "connection_weights",
@@ -47,9 +50,9 @@ def depth_aggregate_chained(hiddens: Sequence[Tensor], weights: Tensor) -> tuple
         weights: as in :func:`depth_aggregate`.
 
     Returns:
-        ``(streams, hiddens)``: the C streams, and the S sources again, to be used in place of the ones given by everything
-        that comes later. The backward then receives the gradient which later layers have already accumulated, and
-        returns it plus its own term from one pass over the history.
+        ``(streams, hiddens)``: the C streams, and the S sources again, to be used in place of the ones given by
+        everything that comes later. The backward then receives the gradient which later layers have already
+        accumulated, and returns it plus its own term from one pass over the history.
     """
     streams, hiddens = torch.ops.muddformer.depth_aggregate_chained(hiddens, weights)
     return streams, hiddens

@@ -14,10 +14,11 @@ cmake_prefix_path: str = str(Path(__file__).parent / "share" / "cmake")
 
 def build_info() -> dict[str, str]:
     """Versions of muddformer, of what it was built with and of what it runs on."""
+    kernels = f"CUDA {_C.cuda_version} for {_C.cuda_architectures}" if _C.cuda_version else "none (CPU build)"
     return {
         "muddformer": _C.version,
         "built for torch": _C.torch_version,
-        "CUDA kernels": f"CUDA {_C.cuda_version} for {_C.cuda_architectures}" if _C.cuda_version else "none (CPU build)",
+        "CUDA kernels": kernels,
         "torch": torch.__version__,
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
     }

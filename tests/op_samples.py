@@ -76,7 +76,8 @@ def aggregate_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Aggr
     yield AggregateSample("sliced-width", [make(5, 48)[:, 3:27] for _ in range(3)], make(5, 4, 7)[..., 2:5])
     yield AggregateSample("strided-width", [make(5, 48)[:, ::2] for _ in range(3)], make(5, 8, 3)[:, ::2])
     yield AggregateSample("expanded", [make(1, 24).expand(5, 24), make(5, 24)], make(4, 2).expand(5, 4, 2))
-    yield AggregateSample("transposed", [make(3, 5, 16).transpose(0, 1) for _ in range(2)], make(3, 5, 4, 2).transpose(0, 1))
+    transposed = [make(3, 5, 16).transpose(0, 1) for _ in range(2)]
+    yield AggregateSample("transposed", transposed, make(3, 5, 4, 2).transpose(0, 1))
 
 
 @dataclass
@@ -110,7 +111,9 @@ def weights_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Weight
     def make(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.float64).to(like)
 
-    def sample(name: str, leading: tuple[int, ...], width: int, k: int, ways: int, sources: int, **options) -> WeightsSample:
+    def sample(
+        name: str, leading: tuple[int, ...], width: int, k: int, ways: int, sources: int, **options
+    ) -> WeightsSample:
         return WeightsSample(
             name,
             make(*leading, width),

@@ -59,7 +59,16 @@ def wrong_tensors(like: Tensor) -> Iterator[tuple[str, Any]]:
     yield "one-dimension-less", randn(*shape[1:])
     yield "scalar", torch.tensor(1.0)
     yield "empty", torch.empty(0)
-    for dtype in (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float64, torch.bfloat16, torch.float16):
+    for dtype in (
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+        torch.float64,
+        torch.bfloat16,
+        torch.float16,
+    ):
         yield str(dtype).removeprefix("torch."), torch.zeros(shape, dtype=dtype)
     yield "meta", torch.empty(shape, device="meta")
     yield "none", None
@@ -138,11 +147,23 @@ def test_there_are_at_least_200() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a["hiddens"].__setitem__(1, randn(2, 5, 9)), "hiddens[1]: expected shape [2, 5, 8] of hiddens[0], got [2, 5, 9]"),
-        (lambda a: a["hiddens"].__setitem__(2, a["hiddens"][2].double()), "hiddens[2]: expected dtype Float of hiddens[0], got Double"),
-        (lambda a: a["hiddens"].__setitem__(0, torch.zeros(2, 5, 8, dtype=torch.long)), "hiddens[0]: expected dtype float64"),
+        (
+            lambda a: a["hiddens"].__setitem__(1, randn(2, 5, 9)),
+            "hiddens[1]: expected shape [2, 5, 8] of hiddens[0], got [2, 5, 9]",
+        ),
+        (
+            lambda a: a["hiddens"].__setitem__(2, a["hiddens"][2].double()),
+            "hiddens[2]: expected dtype Float of hiddens[0], got Double",
+        ),
+        (
+            lambda a: a["hiddens"].__setitem__(0, torch.zeros(2, 5, 8, dtype=torch.long)),
+            "hiddens[0]: expected dtype float64",
+        ),
         (lambda a: a.update(hiddens=[]), "hiddens: expected at least one hidden state, got none"),
-        (lambda a: a.update(weights=randn(2, 5, 4, 2)), "C >= 1 and S = 3 (the number of hidden states), got [2, 5, 4, 2]"),
+        (
+            lambda a: a.update(weights=randn(2, 5, 4, 2)),
+            "C >= 1 and S = 3 (the number of hidden states), got [2, 5, 4, 2]",
+        ),
     ],
 )
 def test_messages_of_depth_aggregate(change: Callable, message: str) -> None:

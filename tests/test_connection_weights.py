@@ -131,7 +131,10 @@ def test_fresh_generator_gives_the_prior(device: torch.device) -> None:
     """W2 = 0, as initialised for training: the weights are the static prior, whatever x is."""
     prior = torch.randn(4, 3, device=device)
     weights = ops.connection_weights(
-        torch.randn(2, 5, 16, device=device), torch.randn(8, 16, device=device), torch.zeros(12, 8, device=device), prior
+        torch.randn(2, 5, 16, device=device),
+        torch.randn(8, 16, device=device),
+        torch.zeros(12, 8, device=device),
+        prior,
     )
     assert torch.equal(weights, prior.expand(2, 5, 4, 3))
 

@@ -84,7 +84,11 @@ def test_chained_autograd_adds_nothing(device: torch.device) -> None:
         loss = loss + torch.stack([s.sum() for s in streams]).sum()
     with torch.profiler.profile(record_shapes=True) as profile:
         loss.backward()
-    adds = [e for e in profile.events() if e.name.startswith("aten::add") and e.input_shapes and list(size) in e.input_shapes]
+    adds = [
+        e
+        for e in profile.events()
+        if e.name.startswith("aten::add") and e.input_shapes and list(size) in e.input_shapes
+    ]
     assert not adds
 
 
@@ -287,7 +291,9 @@ def test_export(device: torch.device) -> None:
 
     tokens = torch.export.Dim("tokens", min=2, max=64)
     args = tuple(torch.randn(4, *shape, device=device) for shape in [(8,), (8,), (4, 2)])
-    program = torch.export.export(Layer(), args, dynamic_shapes={"a": {0: tokens}, "b": {0: tokens}, "weights": {0: tokens}})
+    program = torch.export.export(
+        Layer(), args, dynamic_shapes={"a": {0: tokens}, "b": {0: tokens}, "weights": {0: tokens}}
+    )
     args = tuple(torch.randn(9, *shape, device=device) for shape in [(8,), (8,), (4, 2)])
     assert relative_error(program.module()(*args), Layer()(*args)) < 1e-6
     assert "muddformer.depth_aggregate" in str(program.graph)

@@ -36,7 +36,8 @@ def test_another_torch_is_refused() -> None:
 
 def test_import_needs_no_optional_package_and_no_gpu() -> None:
     blocked = "('tokenizers', 'yaml', 'rich', 'tensorboard', 'matplotlib', 'transformers')"
-    code = f"import sys; [sys.modules.__setitem__(m, None) for m in {blocked}]; import muddformer; print(muddformer.__version__)"
+    block = f"import sys; [sys.modules.__setitem__(m, None) for m in {blocked}]"
+    code = f"{block}; import muddformer; print(muddformer.__version__)"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.stdout.strip() == muddformer.__version__, run.stderr
@@ -87,7 +88,9 @@ def test_consumer_with_another_torch_is_refused(tmp_path: Path) -> None:
     """find_package says which torch was found and which is needed."""
     fake = tmp_path / "torch"
     for header, text in {
-        "torch/headeronly/version.h": "#define TORCH_VERSION_MAJOR 1\n#define TORCH_VERSION_MINOR 0\n#define TORCH_VERSION_PATCH 0\n",
+        "torch/headeronly/version.h": "".join(
+            f"#define TORCH_VERSION_{part} {value}\n" for part, value in [("MAJOR", 1), ("MINOR", 0), ("PATCH", 0)]
+        ),
         "torch/csrc/api/include/torch/torch.h": "",
     }.items():
         path = fake / "include" / header

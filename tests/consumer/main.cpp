@@ -16,8 +16,8 @@ int main() {
   torch::optim::SGD optimizer(parameters, 0.01);
   double first = 0, last = 0;
   for (int step = 0; step < 20; ++step) {
-    const auto [weights, x] = muddformer::connection_weights_chained(newest, parameters[0],
-                                                                     parameters[1], parameters[2]);
+    const auto [weights, x] =
+        muddformer::connection_weights_chained(newest, parameters[0], parameters[1], parameters[2]);
     const auto [streams, hiddens] = muddformer::depth_aggregate_chained({older, x}, weights);
     const at::Tensor loss = torch::stack(streams).square().mean();
     optimizer.zero_grad();

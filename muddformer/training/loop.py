@@ -1,0 +1,288 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import Batches, held_out_batches, prepare_corpus
+from .errors import Diverged, InputError
+from .metrics import MetricsFile, Progress, Row, TensorBoard, peak_memory_mib, say
+from .modelling import find_device, load_model, make_config, make_model
+from .optim import learning_rate, make_optimizer
+from .settings import Settings
+from .state import Checkpoint, find_checkpoints, restore_state, save_checkpoint
+
+__all__ = ["Result", "Trainer", "load_run_settings"]
+
+_RUN_FILES = ("settings.json", "metrics.csv", "checkpoints", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        finished: False if it was interrupted by a signal.
+        step: updates done.
+        val_loss: last held-out loss, nats per token; None if there was no evaluation.
+        checkpoint: the newest checkpoint.
+    """
+
+    finished: bool
+    step: int
+    val_loss: float | None
+    checkpoint: Path
+
+
+class Trainer:
+    """Trains a model on a corpus, into a folder of its own: ``settings.json``, ``metrics.csv``, ``checkpoints``,
+    ``tensorboard``.
+
+    Args:
+        settings: of the run.
+        run: its folder.
+        resume: continue from the newest checkpoint there, or from the start if there is none yet.
+        overwrite: remove an earlier run from the folder.
+
+    Raises:
+        InputError: if settings, text, device or folder cannot be used.
+    """
+
+    def __init__(self, settings: Settings, run: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.settings = settings
+        self.run = run
+        self.device = _set_up_torch(settings)
+        make_config(settings.model, vocab_size=1)  # a bad value is told before the text is read
+        _prepare_folder(run, resume, overwrite)
+        self.corpus = prepare_corpus(settings.data, say)
+        checkpoints = find_checkpoints(run)
+        checkpoint = Checkpoint(checkpoints[-1]) if checkpoints else None
+        torch.manual_seed(settings.train.seed)
+        if checkpoint is None:
+            self.model = make_model(settings.model, self.corpus.vocab_size)
+        else:
+            self._check_same(checkpoint)
+            self.model = load_model(checkpoint.folder)
+        self.model.to(self.device)
+        self.optimizer = make_optimizer(self.model, settings.train)
+        self.step = self.sequences = 0
+        if checkpoint is not None:
+            restore_state(checkpoint, self.model, self.optimizer)
+            self.step, self.sequences = checkpoint.training["step"], checkpoint.training["sequences"]
+        self.checkpoint = checkpoint.folder if checkpoint else None
+        self.block_size = self.model.config.block_size
+        train = settings.train
+        self.batches = Batches(self.corpus.train, self.block_size, train.seed)
+        self.held_out = held_out_batches(self.corpus.val, self.block_size, train.batch_size, train.eval_batches)
+        self._forward = torch.compile(self.model) if train.compile else self.model
+        self._pending: list[tuple[float, Tensor, Tensor]] = []  # learning rate, loss and gradient norm, on the device
+        self._stop = False
+        _write_text(run / "settings.json", json.dumps(settings.to_dict(), indent=1))
+        where = f"from step {self.step}" if checkpoint else "from the start"
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        say(f"training {size:,} parameters on {self.device} {where}, {len(self.corpus.train):,} tokens of text")
+
+    def fit(self) -> Result:
+        """Trains to the last step. SIGINT and SIGTERM end the run after the update at hand, with a checkpoint.
+
+        Raises:
+            Diverged: if a loss or gradient norm is not finite. No checkpoint has been written since.
+        """
+        train, val_loss = self.settings.train, None
+        self.model.train()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._stop_on_signals())
+            metrics = MetricsFile(self.run / "metrics.csv", self.step)
+            stack.callback(metrics.close)
+            board = TensorBoard(self.run / "tensorboard", self.step) if train.tensorboard else None
+            if board is not None:
+                stack.callback(board.close)
+            progress = Progress(train.steps, self.step)
+            stack.callback(progress.close)
+            clock = time.perf_counter()
+            last = self.step >= train.steps
+            while not last:
+                self.update()
+                done = self.step == train.steps
+                last = done or self._stop
+                evaluate = done or self.step % train.eval_every == 0
+                save = last or self.step % train.checkpoint_every == 0
+                if not (evaluate or save or self.step % train.log_every == 0):
+                    continue
+                rows = self._collect(clock)
+                try:
+                    _check_finite(rows, self.checkpoint)
+                    if evaluate:
+                        val_loss = rows[-1].val_loss = self.evaluate()
+                        _check_finite(rows, self.checkpoint)
+                finally:
+                    metrics.write(rows)
+                    if board is not None:
+                        board.write(rows)
+                progress.update(rows[-1])
+                if save:
+                    metrics.sync()  # before the checkpoint, which relies on these rows
+                    self.checkpoint = self._save()
+                clock = time.perf_counter()
+        return Result(self.step >= train.steps, self.step, val_loss, self.checkpoint)
+
+    def update(self) -> None:
+        """Updates the parameters once, from the next batches."""
+        train = self.settings.train
+        self.step += 1
+        rate = learning_rate(self.step, train)
+        total = torch.zeros((), device=self.device)
+        for _ in range(train.accumulation):
+            inputs, targets = self.batches(self.sequences, train.batch_size)
+            self.sequences += train.batch_size
+            loss = self._loss(inputs, targets) / train.accumulation
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._pending.append((rate, total, norm))
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy over the held-out batches, nats per token."""
+        self.model.eval()
+        losses = [self._loss(inputs, targets) for inputs, targets in self.held_out]
+        self.model.train()
+        return torch.stack(losses).mean().item()
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # pinned, so that the copies do not wait for the device
+            inputs, targets = (ids.pin_memory().to(self.device, non_blocking=True) for ids in (inputs, targets))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.train.dtype == "bfloat16"):
+            return self._forward(inputs, targets)
+
+    def _collect(self, clock: float) -> list[Row]:
+        """The rows of the updates since the last call; waits for the device, once for all of them."""
+        values = torch.stack([torch.stack((loss, norm)) for _, loss, norm in self._pending]).tolist()
+        tokens_per_step = self.settings.train.batch_size * self.settings.train.accumulation * self.block_size
+        speed = tokens_per_step * len(values) / (time.perf_counter() - clock)
+        memory = peak_memory_mib(self.device)
+        rows = []
+        for ago, ((rate, _, _), (loss, norm)) in enumerate(zip(reversed(self._pending), reversed(values), strict=True)):
+            tokens = self.sequences * self.block_size - ago * tokens_per_step
+            rows.append(Row(self.step - ago, tokens, loss, None, rate, norm, speed, memory))
+        self._pending.clear()
+        return rows[::-1]
+
+    def _save(self) -> Path:
+        training = {
+            "step": self.step,
+            "sequences": self.sequences,
+            "settings": self.settings.to_dict(),
+            "corpus": self.corpus.fingerprint,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        tokenizer = self.corpus.tokenizer.to_str()
+        return save_checkpoint(self.run, self.model, self.optimizer, tokenizer, training, self.settings.train.keep_last)
+
+    def _check_same(self, checkpoint: Checkpoint) -> None:
+        """That the run goes on with the same model and text; says it if the numbers can differ in the last bits."""
+        then = checkpoint.training
+        if then["settings"]["model"] != self.settings.model:
+            raise InputError(f"section 'model' is not the one of checkpoint {str(checkpoint.folder)!r}")
+        if then["corpus"] != self.corpus.fingerprint:
+            raise InputError(f"the training text is not the one of checkpoint {str(checkpoint.folder)!r}")
+        for name, now in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
+            if then[name] != now:
+                say(f"{name}: {now}, before {then[name]}; the losses can differ in the last bits from those of one run")
+
+    @contextlib.contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        def stop(number: int, frame: object) -> None:
+            if self._stop:  # asked for a second time
+                raise KeyboardInterrupt
+            self._stop = True
+            say(f"{signal.Signals(number).name}: ending after this update")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def load_run_settings(run: Path) -> Settings:
+    """Settings that a run was started with.
+
+    Raises:
+        InputError: if the folder holds no run.
+    """
+    try:
+        return Settings.from_dict(json.loads((run / "settings.json").read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{str(run)!r} holds no run: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{str(run / 'settings.json')!r} is broken: {error}") from error
+
+
+def _set_up_torch(settings: Settings) -> torch.device:
+    train = settings.train
+    device = find_device(train.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def _prepare_folder(run: Path, resume: bool, overwrite: bool) -> None:
+    if (run / "settings.json").exists() and not (resume or overwrite):
+        raise InputError(f"{str(run)!r} holds a run already: --resume continues it, --overwrite replaces it")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if overwrite and not resume:
+            for name in _RUN_FILES:
+                path = run / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot use {str(run)!r} as the folder of the run: {error.strerror}") from error
+
+
+def _check_finite(rows: list[Row], checkpoint: Path | None) -> None:
+    for row in rows:
+        numbers = {"loss": row.loss, "gradient norm": row.grad_norm, "held-out loss": row.val_loss}
+        bad = [f"{name} {value}" for name, value in numbers.items() if value is not None and not _finite(value)]
+        if bad:
+            kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there was no checkpoint yet"
+            raise Diverged(
+                f"step {row.step}: {' and '.join(bad)} (learning rate {row.learning_rate:.3g}); {kept}. A lower "
+                "train.learning_rate, a longer train.warmup_steps or, in deep models, pre and post norms help"
+            )
+
+
+def _finite(value: float) -> bool:
+    return float("-inf") < value < float("inf")
+
+
+def _write_text(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
