@@ -47,7 +47,7 @@ test-python: $(installed)
 
 test-cpp: $(installed) gtest
 	$(bin)/cmake -S tests/cpp -B $(call cmake_build,tests-cpp) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
-		-DCMAKE_PREFIX_PATH="$$($(bin)/python -c 'import muddformer.utils as u; print(u.cmake_prefix_path)')"
+		-DCMAKE_PREFIX_PATH="$$($(bin)/python -I -c 'import muddformer.utils as u; print(u.cmake_prefix_path)')"
 	$(bin)/cmake --build $(call cmake_build,tests-cpp) --parallel $(cmake_jobs)
 	$(bin)/ctest --test-dir $(call cmake_build,tests-cpp) --output-on-failure --parallel $(cmake_jobs)
 

@@ -1,5 +1,10 @@
 """Multiway Dynamic Dense (MUDD) connections for PyTorch (arXiv 2502.12170): fused operators, modules and models."""
 
+from pkgutil import extend_path
+
+# Started in the source folder, Python finds that folder first: the compiled part is in the installed package.
+__path__ = extend_path(__path__, __name__)
+
 from muddformer import nn, ops, utils
 from muddformer._library import __version__
 from muddformer.checkpoint import from_pretrained, save_pretrained

@@ -9,7 +9,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "muddformer: the compiled module muddformer._C is missing. Build it with "
-        "`pip install --no-build-isolation .` in the source folder, and import from outside that folder."
+        "`pip install --no-build-isolation .` in the source folder."
     ) from error
 
 
@@ -25,4 +25,4 @@ if _minor(torch.__version__) != _minor(_C.torch_version):
 
 __version__: str = _C.version
 
-torch.ops.load_library(str(Path(__file__).parent / "lib" / "libmuddformer.so"))
+torch.ops.load_library(str(Path(_C.__file__).parent / "lib" / "libmuddformer.so"))

@@ -8,7 +8,7 @@ from muddformer import _C
 
 __all__ = ["build_info", "cmake_prefix_path"]
 
-cmake_prefix_path: str = str(Path(__file__).parent / "share" / "cmake")
+cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 """Folder for CMAKE_PREFIX_PATH, so that ``find_package(muddformer)`` works; as ``torch.utils.cmake_prefix_path``."""
 
 

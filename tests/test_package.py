@@ -44,7 +44,7 @@ def test_import_needs_no_optional_package_and_no_gpu() -> None:
 
 
 def test_library_needs_no_python() -> None:
-    library = Path(muddformer.__file__).parent / "lib" / "libmuddformer.so"
+    library = Path(_C.__file__).parent / "lib" / "libmuddformer.so"
     readelf = shutil.which("readelf")
     if readelf is None:
         needed = library.read_bytes().decode("latin1")
@@ -100,3 +100,11 @@ def test_consumer_with_another_torch_is_refused(tmp_path: Path) -> None:
     run = subprocess.run([*command, f"-DCMAKE_PREFIX_PATH={utils.cmake_prefix_path}"], capture_output=True, text=True)
     assert run.returncode != 0
     assert "has torch 1.0.0" in " ".join(run.stderr.split())
+
+
+def test_source_folder_uses_the_installed_library() -> None:
+    """``python -m muddformer`` in the source folder, whose package has no compiled part."""
+    command = [sys.executable, "-m", "muddformer", "info"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.returncode == 0, run.stderr
+    assert muddformer.__version__ in run.stdout
