@@ -8,7 +8,9 @@
 PYTHON ?= python3
 TORCH_VERSION ?=
 VENV ?= .venv
-CXX ?= c++
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
 
 bin := $(VENV)/bin
 tag := $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-torch-$(or $(TORCH_VERSION),newest)
@@ -31,14 +33,19 @@ install: $(installed)
 
 # ---- set-up -----------------------------------------------------------------------------------------------------
 $(ready):
+	@if [ -e $(VENV) ] && ! ls $(VENV)/.ready-* >/dev/null 2>&1; then \
+		echo "make: VENV=$(VENV) is there and was not made by this Makefile" >&2; exit 1; fi
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
+	touch $(VENV)/.ready-not-yet
 	$(bin)/python -m pip install --quiet --upgrade pip
 	$(bin)/python -m pip install --quiet "torch$(if $(TORCH_VERSION),==$(TORCH_VERSION))" "setuptools>=77" wheel cmake ninja
 	touch $@
 
 $(installed): $(ready) $(sources)
+	rm -rf build/lib* build/bdist*
 	$(bin)/python -m pip install --quiet --no-build-isolation ".[test]"
+	@$(bin)/python -I -c 'import muddformer.utils as u; print("muddformer: CUDA kernels:", u.build_info()["CUDA kernels"])'
 	touch $@
 
 # ---- tests ------------------------------------------------------------------------------------------------------

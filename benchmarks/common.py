@@ -118,7 +118,7 @@ def write_rows(rows: list[dict], path: Path | None, device: torch.device) -> Non
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *context])
+        writer = csv.DictWriter(file, [*rows[0], *context], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows({**row, **context} for row in rows)

@@ -58,7 +58,7 @@ def check(hiddens: list[Tensor], weights: Tensor, functions: dict[str, Callable]
 
 
 def measure(
-    tokens: int, width: int, sources: int, dtype: torch.dtype, device: torch.device, seconds: float
+    tokens: int, width: int, sources: int, dtype: torch.dtype, device: torch.device, seconds: float, methods: list[str]
 ) -> list[dict]:
     """Rows of one shape."""
     torch.manual_seed(0)
@@ -67,12 +67,13 @@ def measure(
     grads = [torch.randn_like(hiddens[0]) for _ in range(WAYS)]
     incoming = [torch.randn_like(hiddens[0]) for _ in range(sources)]
     torch._dynamo.reset()
-    compiled = [torch.compile(f, fullgraph=True) for f in (reference.depth_aggregate, reference.depth_aggregate_einsum)]
+    naive = [reference.depth_aggregate, reference.depth_aggregate_einsum]
     forms = {
-        "eager": [reference.depth_aggregate, reference.depth_aggregate_einsum],
-        "compile": compiled,
+        "eager": naive,
+        "compile": [torch.compile(f, fullgraph=True) for f in naive],
         "ours": [ops.depth_aggregate],
     }
+    forms = {method: forms[method] for method in methods}
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     check(hiddens, weights, {f"{k} {i}": f for k, fs in forms.items() for i, f in enumerate(fs)}, tolerance)
     unit = tokens * width * hiddens[0].element_size()
@@ -103,7 +104,8 @@ def measure(
         with torch.no_grad():
             rows.append(row(method, "forward", [lambda f=f: f(hiddens, weights) for f in functions]))
         rows.append(row(method, "both", [forward_backward(f, hiddens, weights, grads) for f in functions]))
-    rows.append(row("ours", "chained", [chained(hiddens, weights, grads, incoming)]))
+    if "ours" in methods:
+        rows.append(row("ours", "chained", [chained(hiddens, weights, grads, incoming)]))
     return rows
 
 
@@ -111,6 +113,7 @@ def main() -> None:
     p = parser(__doc__.split("\n")[0])
     p.add_argument("--sources", type=int, nargs="+", default=[5, 13, 25], help="numbers of sources S")
     p.add_argument("--shapes", nargs="+", default=["1024x512", "2048x1024"], help="tokens x D")
+    p.add_argument("--methods", nargs="+", default=["eager", "compile", "ours"], help="what to measure")
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="names of torch dtypes")
     args = p.parse_args()
     device = torch.device(args.device)
@@ -119,7 +122,7 @@ def main() -> None:
         for shape in args.shapes:
             tokens, width = map(int, shape.split("x"))
             for sources in args.sources:
-                rows = measure(tokens, width, sources, getattr(torch, dtype), device, args.seconds)
+                rows = measure(tokens, width, sources, getattr(torch, dtype), device, args.seconds, args.methods)
                 for r in rows:
                     print(
                         f"{shape:>11} {dtype:>9} {sources:>3} {r['method']:>8} {r['kind']:>8} {r['ms']:>9.3f} "

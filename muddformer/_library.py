@@ -8,7 +8,7 @@ try:
     from muddformer import _C
 except ImportError as error:
     raise ImportError(
-        "muddformer: the compiled module muddformer._C is missing. Build it with "
+        f"muddformer: the compiled module muddformer._C is missing or made for another Python ({error}). Build it with "
         "`pip install --no-build-isolation .` in the source folder."
     ) from error
 
@@ -25,4 +25,10 @@ if _minor(torch.__version__) != _minor(_C.torch_version):
 
 __version__: str = _C.version
 
-torch.ops.load_library(str(Path(_C.__file__).parent / "lib" / "libmuddformer.so"))
+try:
+    torch.ops.load_library(str(Path(_C.__file__).parent / "lib" / "libmuddformer.so"))
+except OSError as error:
+    raise ImportError(
+        f"muddformer: libmuddformer cannot be loaded into torch {torch.__version__}: {error.__cause__ or error}. Was "
+        "it built with another torch? `pip install --no-build-isolation --force-reinstall --no-deps .` builds it again."
+    ) from error

@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 141
+    except OSError as error:  # a full disk, say
+        print(f"muddformer: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -88,6 +91,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise InputError("--prompt must be text in the encoding of the terminal, UTF-8 as a rule")
     pieces = stream_text(
         Path(options.checkpoint),
         prompt,
@@ -134,7 +139,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _chosen_settings(options: argparse.Namespace) -> Settings:
     if options.config is None:
         return load_preset(options.preset or "demo")
-    return load_file(options.config, over=load_preset(options.preset) if options.preset else None)
+    return load_file(options.config, over=load_preset(options.preset or "demo"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -166,7 +171,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _add_train_options(train: argparse.ArgumentParser) -> None:
     train.epilog = _settings_help()
-    _add_source_options(train, "demo if there is no --config")
+    _add_source_options(train, "demo")
     _add_set_option(train)
     option = train.add_argument
     option("--data", nargs="+", metavar="PATH", help="text files and folders (default: Python's standard library)")
@@ -181,7 +186,7 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
 def _add_generate_options(generate: argparse.ArgumentParser) -> None:
     option = generate.add_argument
     default = "(default: %(default)s)"
-    count, share = _number(int, 1), _number(float, 0, 1)
+    count, share = _number(int, 1), _number(float, 1e-9, 1)
     option("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run: its newest one")
     option("--prompt", required=True, metavar="TEXT", help="beginning of the text; -: read it from stdin")
     option("--max-new-tokens", type=count, default=200, metavar="N", help=f"length, tokens {default}")

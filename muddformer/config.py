@@ -208,6 +208,11 @@ class MUDDFormerConfig:
                 f"rotary_pct must select an even number of at least 2 entries of a head: got {self.rotary_pct} of "
                 f"dim // n_head = {self.head_dim}, which are {self.rotary_dim}"
             )
+        if self.block_size * self.rotary_dim > 2**30:
+            raise ValueError(
+                f"block_size is too large for the tables of rotary positions: got {self.block_size} positions of "
+                f"{self.rotary_dim} entries, more than 2**30 numbers"
+            )
         if self.ffn_reallocation and min(self.ffn_widths) < 1:
             raise ValueError(
                 f"intermediate_size is too small for ffn_reallocation, which rounds widths to multiples of 128: "

@@ -227,11 +227,17 @@ def aggregation_plan(
     }
 
 
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place; not known of tensors of inference mode and while compiling."""
+    return [] if torch.compiler.is_compiling() else [-1 if x.is_inference() else x._version for x in tensors]
+
+
 class MUDDStack(nn.Module):
     """Runs a list of blocks with MUDD connections, in place of a loop ``for block in blocks: x = block(x)``.
 
     After a block an aggregation mixes all hidden states so far into the streams of the next block; after the last block
-    only the residual way is made, which is the result. A fresh stack computes what the blocks alone compute. Parameters
+    only the residual way is made, which is the result. A fresh stack computes what the blocks alone compute (but for a
+    pre-norm without post-norm, and a cap of at most 1). Parameters
     have the names of the public release: ``layers.i.*``, ``dense_bs.n`` (priors), ``dynamic_dense.n.{w1,w2}.weight``, n
     counting the aggregations; PreDANorm adds ``source_norms.j.weight`` for hidden states that join without one.
 
@@ -348,6 +354,7 @@ class MUDDStack(nn.Module):
 
         Raises:
             TypeError: if a block returns anything but a tensor.
+            RuntimeError: if a block changes its input in place, which the history still holds.
         """
         history: dict[int, Tensor] = {}
         streams = [x]
@@ -356,9 +363,15 @@ class MUDDStack(nn.Module):
         for i, layer in enumerate(self.layers, start=1):
             if self.multiway and len(streams) == 1:
                 streams = streams * len(WAYS)
+            versions = _versions(streams)
             x = self._call(layer, *streams, *args, **kwargs)
             if not isinstance(x, Tensor):
                 raise TypeError(f"block {i - 1} must return one tensor, got {type(x).__name__}")
+            if _versions(streams) != versions:
+                raise RuntimeError(
+                    f"block {i - 1} changes its input in place, but later blocks read this hidden state too: "
+                    "write x = x + f(x) instead of x += f(x)"
+                )
             if i not in self.plan:
                 self._join(history, i, x)
                 streams = [x]

@@ -112,6 +112,8 @@ def test_python_m(tmp_path):
     (["generate", "--checkpoint", "x", "--prompt", "x", "--top-k", "0"], "--top-k"),
     (["generate", "--checkpoint", "x", "--prompt", "x", "--top-k", "1.5"], "--top-k"),
     (["generate", "--checkpoint", "x", "--prompt", "x", "--top-p", "1.5"], "--top-p"),
+    (["generate", "--checkpoint", "x", "--prompt", "x", "--top-p", "0"], "--top-p"),
+    (["generate", "--checkpoint", "x", "--prompt", "\udcff"], "--prompt"),
     (["generate", "--checkpoint", "x", "--prompt", "x", "--seed", "-1"], "--seed"),
     (["info", "--preset", "nope"], "nope"),
     (["info", "--checkpoint", "/no/such"], "/no/such"),

@@ -62,11 +62,11 @@ def make(variant: str = "default", **changes) -> MUDDFormer:
     return build_model(MUDDFormerConfig(**{**SMALL, **VARIANTS[variant], **changes}))
 
 
-def scramble(model: MUDDFormer) -> MUDDFormer:
+def scramble(model: MUDDFormer, alpha: float = 0.2) -> MUDDFormer:
     """Moves every parameter off its initial value, so that each one counts."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            parameter.add_(torch.randn_like(parameter), alpha=alpha)
     return model
 
 
@@ -291,7 +291,7 @@ def test_checkpointing(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["default", "pythia", "static", "pre-post", "ways-qkv", "cap"])
 def test_autocast(variant: str) -> None:
-    model, ids = scramble(make(variant)), some_ids()
+    model, ids = scramble(make(variant), alpha=0.05), some_ids()  # larger weights amplify rounding
     expected = model(ids)
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = model(ids), model(ids, ids)

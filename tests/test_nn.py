@@ -253,3 +253,25 @@ BAD = [
 def test_bad_arguments(call, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+class InPlace(torch.nn.Linear):
+    """A block that works in the plain loop, but not where its input is read again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += super().forward(x)
+        return x
+
+
+@pytest.mark.parametrize("options", [{}, {"block_stride": 2}])
+def test_blocks_that_change_their_input_are_refused(options: dict) -> None:
+    stack = MUDDStack([InPlace(8, 8) for _ in range(4)], 8, **options)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="changes its input in place"):
+        stack(torch.randn(2, 3, 8))
+
+
+def test_autocast_with_parameters_of_another_low_precision() -> None:
+    da = DepthAggregation(16, 2, dtype=torch.float16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        streams, _ = da([torch.randn(3, 16), torch.randn(3, 16)])
+    assert streams[0].dtype == torch.bfloat16

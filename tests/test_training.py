@@ -22,7 +22,7 @@ import muddformer
 from muddformer.checkpoint import from_pretrained
 from muddformer.config import MUDDFormerConfig
 from muddformer.models import build_model
-from muddformer.training import loop
+from muddformer.training import loop, modelling
 from muddformer.training.errors import Diverged, InputError
 from muddformer.training.metrics import MetricsFile, Row, peak_memory_mib, read_metrics
 from muddformer.training.optim import learning_rate, make_optimizer, parameter_groups
@@ -434,3 +434,30 @@ def test_streamed_text_is_whole(make_settings, tmp_path):
     tokens = list(stream_tokens(trainer.model.eval(), ids, 40, 3.0))
     tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
     assert "".join(pieces) == trainer.corpus.tokenizer.decode(tokens) and len(pieces) == len(tokens) + 1
+
+
+def test_run_folder_inside_the_data_can_be_resumed(make_settings, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(4):
+        (texts / f"{number}.txt").write_text("the query, the key and the value\n" * 60)
+    settings = make_settings(steps=6).merge({"data": {"paths": [str(texts)], "pattern": "*"}})
+    loop.Trainer(settings, texts / "run").fit()
+    longer = settings.merge({"train": {"steps": 8}})
+    assert loop.Trainer(longer, texts / "run", resume=True).fit().step == 8
+
+
+def test_overwrite_keeps_the_run_until_the_text_is_read(make_settings, tmp_path):
+    settings, run = make_settings(steps=5), tmp_path / "run"
+    loop.Trainer(settings, run).fit()
+    with pytest.raises(InputError):
+        loop.Trainer(settings.merge({"data": {"paths": [str(tmp_path / "none")]}}), run, overwrite=True)
+    assert find_checkpoints(run)
+
+
+def test_model_and_plain_twin_start_with_equal_blocks():
+    dense, plain = (modelling.make_model({**MODEL, "dense": dense}, 64, seed=3) for dense in (True, False))
+    ours = dense.state_dict()
+    for name, value in plain.state_dict().items():
+        if "norm" not in name:
+            assert torch.equal(value, ours[name]), name

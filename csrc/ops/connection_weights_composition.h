@@ -1,9 +1,8 @@
 // connection_weights and its backward out of PyTorch's own products and elementwise steps.
 //
-// The order of the steps is the one that the formula is written in, and products take their
-// operands in the dtype of x: in float32 the result then differs from the public release's by
-// little more than nothing, which folding the norm's factor and scale into the products would not
-// give.
+// The order of the steps is the one that the formula is written in, and products take and give the
+// dtype of x, so that float32 results differ from the public release's by the last bits alone.
+// Folding the norm's factor and scale into the products would save passes and cost that.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -18,9 +17,10 @@ namespace muddformer {
 struct ConnectionWeightsActivations {
   at::Tensor factor;  // r = rsqrt(mean(x^2) + eps), [tokens, 1], accumulation type
   at::Tensor normed;  // x * r * scale, [tokens, D], dtype of x
-  at::Tensor hidden;  // normed W1^T, [tokens, K], accumulation type
-  at::Tensor gelu;    // GELU(hidden), [tokens, K], dtype of x
-  at::Tensor a;       // the weights before the cap, [tokens, C*S], accumulation type
+  at::Tensor
+      hidden;  // normed W1^T, [tokens, K], rounded to the dtype of x, held in the accumulation type
+  at::Tensor gelu;  // GELU(hidden), [tokens, K], dtype of x
+  at::Tensor a;     // the weights before the cap, [tokens, C*S], accumulation type
 };
 
 inline ConnectionWeightsActivations connection_weights_activations(

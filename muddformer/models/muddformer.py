@@ -88,9 +88,14 @@ class MUDDFormer(MUDDStack):
         """Gives all parameters their initial values: call it after ``to_empty`` of a model from the meta device.
 
         Matrices and embeddings ~ Normal(0, ``initializer_range``), biases 0, norms 1; connections as
-        :class:`muddformer.nn.DepthAggregation` has it, so that a fresh model computes what its plain twin computes.
+        :class:`muddformer.nn.DepthAggregation` has it, so that a fresh model computes what its plain twin computes (but
+        for a pre-norm without post-norm, and a cap of at most 1). The connections come last: a model and its plain twin
+        draw equal values from equal seeds.
         """
+        connections = {id(module) for module in self.dynamic_dense.modules()}
         for module in self.modules():
+            if id(module) in connections:
+                continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
                 if getattr(module, "bias", None) is not None:

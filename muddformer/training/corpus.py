@@ -128,6 +128,9 @@ def _walk(root: Path, pattern: str) -> Iterator[tuple[str, Path]]:
         raise InputError(f"cannot read folder {error.filename!r}: {error.strerror}") from error
 
     for folder, folders, files in os.walk(root, onerror=fail):
+        if "settings.json" in files and "checkpoints" in folders:  # a run of ours, which may be written right now
+            folders[:] = []
+            continue
         folders[:] = [name for name in folders if not name.startswith(".") and name not in _THIRD_PARTY]
         for name in files:
             path = Path(folder, name)

@@ -65,13 +65,14 @@ class Trainer:
         self.run = run
         self.device = _set_up_torch(settings)
         make_config(settings.model, vocab_size=1)  # a bad value is told before the text is read
-        _prepare_folder(run, resume, overwrite)
+        _check_folder(run, resume, overwrite)
         self.corpus = prepare_corpus(settings.data, say)
+        _prepare_folder(run, resume, overwrite)
         checkpoints = find_checkpoints(run)
         checkpoint = Checkpoint(checkpoints[-1]) if checkpoints else None
         torch.manual_seed(settings.train.seed)
         if checkpoint is None:
-            self.model = make_model(settings.model, self.corpus.vocab_size)
+            self.model = make_model(settings.model, self.corpus.vocab_size, settings.train.seed)
         else:
             self._check_same(checkpoint)
             self.model = load_model(checkpoint.folder)
@@ -89,7 +90,7 @@ class Trainer:
         self._forward = torch.compile(self.model) if train.compile else self.model
         self._pending: list[tuple[float, Tensor, Tensor]] = []  # learning rate, loss and gradient norm, on the device
         self._stop = False
-        _write_text(run / "settings.json", json.dumps(settings.to_dict(), indent=1))
+        _write_text(run / "settings.json", json.dumps(settings.resolved().to_dict(), indent=1))
         where = f"from step {self.step}" if checkpoint else "from the start"
         size = sum(parameter.numel() for parameter in self.model.parameters())
         say(f"training {size:,} parameters on {self.device} {where}, {len(self.corpus.train):,} tokens of text")
@@ -199,7 +200,7 @@ class Trainer:
     def _check_same(self, checkpoint: Checkpoint) -> None:
         """That the run goes on with the same model and text; says it if the numbers can differ in the last bits."""
         then = checkpoint.training
-        if then["settings"]["model"] != self.settings.model:
+        if not isinstance(then["settings"], dict) or then["settings"].get("model") != self.settings.model:
             raise InputError(f"section 'model' is not the one of checkpoint {str(checkpoint.folder)!r}")
         if then["corpus"] != self.corpus.fingerprint:
             raise InputError(f"the training text is not the one of checkpoint {str(checkpoint.folder)!r}")
@@ -253,11 +254,14 @@ def _set_up_torch(settings: Settings) -> torch.device:
     return device
 
 
-def _prepare_folder(run: Path, resume: bool, overwrite: bool) -> None:
+def _check_folder(run: Path, resume: bool, overwrite: bool) -> None:
     if (run / "settings.json").exists() and not (resume or overwrite):
         raise InputError(f"{str(run)!r} holds a run already: --resume continues it, --overwrite replaces it")
+
+
+def _prepare_folder(run: Path, resume: bool, overwrite: bool) -> None:
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         if overwrite and not resume:
             for name in _RUN_FILES:
                 path = run / name

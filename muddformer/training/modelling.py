@@ -42,9 +42,13 @@ def make_config(fields: Mapping[str, Any], vocab_size: int) -> MUDDFormerConfig:
     return config
 
 
-def make_model(fields: Mapping[str, Any], vocab_size: int) -> MUDDFormer:
-    """A fresh model of :func:`make_config`; its parameters come from torch's random number generator."""
-    return build_model(make_config(fields, vocab_size))
+def make_model(fields: Mapping[str, Any], vocab_size: int, seed: int | None = None) -> MUDDFormer:
+    """A fresh model of :func:`make_config`. From equal seeds a model and its plain twin start with equal blocks."""
+    model = build_model(make_config(fields, vocab_size))
+    if seed is not None:
+        torch.manual_seed(seed)  # making the modules drew numbers too, more of them with connections
+        model.reset_parameters()
+    return model
 
 
 def load_model(folder: Path) -> MUDDFormer:

@@ -110,6 +110,11 @@ class Settings:
             "train": dataclasses.asdict(self.train),
         }
 
+    def resolved(self) -> Settings:
+        """These settings with absolute paths, which do not depend on where a run is resumed."""
+        paths = tuple(str(Path(path).absolute()) for path in self.data.paths)
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, paths=paths))
+
     def override(self, assignments: Sequence[str]) -> Settings:
         """These settings with ``section.key=value`` assignments applied; values are written as in YAML.
 

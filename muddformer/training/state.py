@@ -123,7 +123,7 @@ def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.opt
         torch.set_rng_state(checkpoint.tensors["rng/cpu"])
         if "rng/cuda" in checkpoint.tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint.tensors["rng/cuda"])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"checkpoint {str(checkpoint.folder)!r} does not fit the model: {error}") from error
 
 

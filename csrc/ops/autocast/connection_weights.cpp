@@ -1,4 +1,5 @@
-// Under autocast x, W1 and W2 take the autocast dtype; the small prior and scale stay as they are.
+// Under autocast x, W1 and W2 take the autocast dtype; the small prior and scale are read in
+// float32.
 #include "../connection_weights.h"
 
 #include <ATen/autocast_mode.h>
@@ -15,7 +16,12 @@ auto cast_and_call(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& 
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   return op(at::autocast::cached_cast(dtype, x, device),
             at::autocast::cached_cast(dtype, w1, device),
-            at::autocast::cached_cast(dtype, w2, device), prior, scale, eps, gelu_approximate, cap);
+            at::autocast::cached_cast(dtype, w2, device),
+            at::autocast::cached_cast(at::kFloat, prior, device),
+            scale.has_value()
+                ? std::optional<at::Tensor>(at::autocast::cached_cast(at::kFloat, *scale, device))
+                : std::nullopt,
+            eps, gelu_approximate, cap);
 }
 
 }  // namespace
