@@ -106,9 +106,11 @@ inline void load_weights(const Args& args, int64_t t, accumulate_t<scalar_t>* to
 }
 
 // One strip of kPacks packs (the last one may be partial) of kWays ways, starting at way `first`.
+// rows: row t of every source.
 template <typename scalar_t, int kWays, int kPacks>
-inline void forward_strip(const AggregateForward& args, const accumulate_t<scalar_t>* weights,
-                          int64_t first, int64_t t, int64_t d, int64_t last_count) {
+inline void forward_strip(const AggregateForward& args, const scalar_t* const* rows,
+                          const accumulate_t<scalar_t>* weights, int64_t first, int64_t t,
+                          int64_t d, int64_t last_count) {
   using P = Pack<scalar_t>;
   using Vec = typename P::Vec;
   constexpr int kVectors = kPacks * P::kVectors;
@@ -117,7 +119,7 @@ inline void forward_strip(const AggregateForward& args, const accumulate_t<scala
     for (Vec& v : way) v = Vec(0);
   }
   for (int64_t j = 0; j < args.sources; ++j) {
-    const scalar_t* row = static_cast<const scalar_t*>(args.x[j]) + t * args.x_stride[j] + d;
+    const scalar_t* row = rows[j] + d;
     Vec x[kVectors];
     const char* next = reinterpret_cast<const char*>(row + args.x_stride[j]);
     for (int64_t b = 0; b < kPacks * P::kElements * int64_t{sizeof(scalar_t)}; b += kLine) {
@@ -142,22 +144,22 @@ inline void forward_strip(const AggregateForward& args, const accumulate_t<scala
 }
 
 template <typename scalar_t, int kPacks>
-inline void forward_strip_all_ways(const AggregateForward& args,
+inline void forward_strip_all_ways(const AggregateForward& args, const scalar_t* const* rows,
                                    const accumulate_t<scalar_t>* weights, int64_t t, int64_t d,
                                    int64_t last_count) {
   int64_t c = 0;
   for (; c + 4 <= args.ways; c += 4) {
-    forward_strip<scalar_t, 4, kPacks>(args, weights, c, t, d, last_count);
+    forward_strip<scalar_t, 4, kPacks>(args, rows, weights, c, t, d, last_count);
   }
   switch (args.ways - c) {
     case 3:
-      forward_strip<scalar_t, 3, kPacks>(args, weights, c, t, d, last_count);
+      forward_strip<scalar_t, 3, kPacks>(args, rows, weights, c, t, d, last_count);
       break;
     case 2:
-      forward_strip<scalar_t, 2, kPacks>(args, weights, c, t, d, last_count);
+      forward_strip<scalar_t, 2, kPacks>(args, rows, weights, c, t, d, last_count);
       break;
     case 1:
-      forward_strip<scalar_t, 1, kPacks>(args, weights, c, t, d, last_count);
+      forward_strip<scalar_t, 1, kPacks>(args, rows, weights, c, t, d, last_count);
       break;
     default:
       break;
@@ -171,16 +173,20 @@ void forward(const AggregateForward& args, int64_t begin, int64_t end, void* scr
   constexpr int kRegisters = sizeof(Vectorized<float>) == 64 ? 4 : 2;
   constexpr int kPacks = kRegisters / P::kVectors;
   constexpr int64_t kStrip = kPacks * P::kElements;
-  auto* weights = static_cast<accumulate_t<scalar_t>*>(scratch);
+  auto** rows = static_cast<const scalar_t**>(scratch);
+  auto* weights = reinterpret_cast<accumulate_t<scalar_t>*>(rows + args.sources);
   for (int64_t t = begin; t < end; ++t) {
     load_weights<scalar_t>(args, t, weights);
+    for (int64_t j = 0; j < args.sources; ++j) {
+      rows[j] = static_cast<const scalar_t*>(args.x[j]) + t * args.x_stride[j];
+    }
     int64_t d = 0;
     for (; d + kStrip <= args.width; d += kStrip) {
-      forward_strip_all_ways<scalar_t, kPacks>(args, weights, t, d, P::kElements);
+      forward_strip_all_ways<scalar_t, kPacks>(args, rows, weights, t, d, P::kElements);
     }
     for (; d < args.width; d += P::kElements) {
       const int64_t count = std::min<int64_t>(P::kElements, args.width - d);
-      forward_strip_all_ways<scalar_t, 1>(args, weights, t, d, count);
+      forward_strip_all_ways<scalar_t, 1>(args, rows, weights, t, d, count);
     }
   }
 }

@@ -53,11 +53,11 @@ constexpr int64_t kRowAlignment = 64;
 // Rows of scratch are padded to a multiple of this many elements, at least one vector.
 constexpr int64_t kRowPadding = 32;
 
-// The C rows of gradients and one partial sum in the accumulation type, then the weights of a
-// token.
+// Backward: the C rows of gradients and one partial sum in the accumulation type, then the weights
+// of a token. Forward: pointers to the S rows of a token, then its weights.
 inline int64_t scratch_bytes(int64_t sources, int64_t ways, int64_t width) {
   return static_cast<int64_t>(sizeof(double)) *
-         ((ways + 1) * (width + kRowPadding) + ways * sources);
+         ((ways + 1) * (width + kRowPadding) + (ways + 1) * sources);
 }
 
 extern const AggregateKernels aggregate_kernels_default;
