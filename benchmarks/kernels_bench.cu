@@ -6,6 +6,8 @@
 // the case, launched alike: what small cases lose to the launch and to the memory's start shows
 // there too.
 //
+//   nvcc -O3 -std=c++17 -arch=sm_90 -Icsrc/kernels benchmarks/kernels_bench.cu csrc/kernels/*.cu
+//       -o kernels_bench
 //   kernels_bench [--csv FILE] [--date YYYY-MM-DD] [--group NAME]... [--op NAME]
 //
 // floor = bytes that must move at the speed of a device-to-device copy (bytes read plus bytes

@@ -18,7 +18,7 @@ METHODS = {"eager": "#9aa0a6", "compile": "#6fa8dc", "ours": "#2e7d32"}
 
 
 def bars(name: str, kinds: tuple[str, str], where: dict[str, str], title: str) -> None:
-    """Time over the floor in bytes for each number of sources: eager, torch.compile and ours side by side."""
+    """Milliseconds for each number of sources: eager, torch.compile and ours side by side, and the floor in bytes."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         rows = [r for r in csv.DictReader(file) if all(r[k] == v for k, v in where.items())]
     sources = sorted({int(r["S"]) for r in rows})

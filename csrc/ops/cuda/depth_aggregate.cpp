@@ -1,7 +1,6 @@
 // The aggregation on CUDA: host side of csrc/kernels/aggregate.h.
 #include "../depth_aggregate.h"
 
-#include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -45,8 +44,19 @@ at::Tensor token_blocks(const at::Tensor& weights, int64_t tokens) {
   return blocks.contiguous();
 }
 
-int64_t token_stride(const at::Tensor& blocks) {
-  return blocks.stride(0) == 0 ? 0 : blocks.size(1) * blocks.size(2);
+// What forward and backward read alike: the sources, of the shape of `like`, and the weights as
+// token_blocks().
+template <typename Args>
+void set_inputs(Args& args, const Rows& x, const at::Tensor& like, const at::Tensor& blocks) {
+  args.dtype = kernel_dtype(like.scalar_type());
+  args.tokens = blocks.size(0);
+  args.dim = like.size(-1);
+  args.sources = static_cast<int>(blocks.size(2));
+  args.ways = static_cast<int>(blocks.size(1));
+  args.x = x.pointers();
+  args.x_stride = x.strides();
+  args.w = blocks.const_data_ptr();
+  args.w_stride = blocks.stride(0) == 0 ? 0 : blocks.size(1) * blocks.size(2);
 }
 
 std::vector<at::Tensor> depth_aggregate_cuda(at::TensorList hiddens, const at::Tensor& weights) {
@@ -61,15 +71,7 @@ std::vector<at::Tensor> depth_aggregate_cuda(at::TensorList hiddens, const at::T
   const Rows x = rows_of(hiddens), y = rows_of(outputs);
   const at::Tensor w = token_blocks(weights, tokens);
   kernels::AggregateForward args;
-  args.dtype = kernel_dtype(like.scalar_type());
-  args.tokens = tokens;
-  args.dim = width;
-  args.sources = static_cast<int>(sources);
-  args.ways = static_cast<int>(ways);
-  args.x = x.pointers();
-  args.x_stride = x.strides();
-  args.w = w.const_data_ptr();
-  args.w_stride = token_stride(w);
+  set_inputs(args, x, like, w);
   args.y = y.pointers();
   C10_CUDA_CHECK(kernels::launch_aggregate_forward(args, c10::cuda::getCurrentCUDAStream()));
   return outputs;
@@ -93,15 +95,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cuda(
   const Rows incoming = contiguous_rows_of(grad_hiddens, sources);
   const at::Tensor w = token_blocks(weights, tokens);
   kernels::AggregateBackward args;
-  args.dtype = kernel_dtype(like.scalar_type());
-  args.tokens = tokens;
-  args.dim = width;
-  args.sources = static_cast<int>(sources);
-  args.ways = static_cast<int>(ways);
-  args.x = x.pointers();
-  args.x_stride = x.strides();
-  args.w = w.const_data_ptr();
-  args.w_stride = token_stride(w);
+  set_inputs(args, x, like, w);
   args.dy = dy.pointers();
   args.grad_in = incoming.pointers();
   args.grad_out = dx.pointers();
