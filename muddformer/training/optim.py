@@ -25,7 +25,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         if isinstance(module, nn.Embedding | DepthAggregation):
             kept.update(map(id, module.parameters()))
         elif isinstance(module, MUDDStack):
-            kept.update(map(id, module.dense_bs))
+            kept.update(map(id, module.connection_parameters()))
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in kept], "weight_decay": weight_decay},
         {"params": [p for p in model.parameters() if id(p) in kept], "weight_decay": 0.0},
