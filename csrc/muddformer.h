@@ -3,4 +3,6 @@
 
 #include "ops/connection_weights.h"
 #include "ops/depth_aggregate.h"
+#include "ops/depth_aggregate_norm.h"
+#include "ops/depth_aggregation_step.h"
 #include "version.h"

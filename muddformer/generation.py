@@ -96,6 +96,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     eos_token_id: int | None = None,
+    cuda_graph: bool | None = None,
 ) -> Tensor:
     """Continues token sequences.
 
@@ -108,6 +109,9 @@ def generate(
         top_p: draw among the likeliest tokens that together reach this probability only, in (0, 1].
         seed: makes the draws repeatable. None: torch's global generator.
         eos_token_id: a sequence that reaches this token repeats it; all at it end the generation.
+        cuda_graph: whether the steps after the first are replays of one captured CUDA graph, which spares the host most
+            of its work. None: on CUDA where it is known to work and pays (an unchanged :class:`muddformer.MUDDFormer`
+            without hooks, no autocast, more than 8 tokens to add).
 
     Returns:
         Prompt and new tokens [B, T + n], of the dtype of ``input_ids``; n is ``max_new_tokens``, or less after
@@ -125,6 +129,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         eos_token_id=eos_token_id,
+        cuda_graph=cuda_graph,
     )
     return torch.cat([input_ids, *tokens], dim=1)
 
@@ -139,6 +144,7 @@ def generate_stream(
     top_p: float | None = None,
     seed: int | None = None,
     eos_token_id: int | None = None,
+    cuda_graph: bool | None = None,
 ) -> Iterator[Tensor]:
     """:func:`generate`, one step at a time: yields the new tokens [B, 1] of every step as soon as they are known."""
     config = getattr(model, "config", None)
@@ -167,7 +173,13 @@ def generate_stream(
     def choose(logits: Tensor) -> Tensor:
         return logits.argmax(-1, keepdim=True) if greedy else sample(logits, temperature, top_k, top_p, generator)
 
-    return _decode(model, input_ids, max_new_tokens, choose, eos_token_id)
+    if cuda_graph is None:
+        cuda_graph = max_new_tokens > 8 and _graph_works(model)
+    elif not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph must be True, False or None, got {type(cuda_graph).__name__}")
+    elif cuda_graph and (model.tok_embeddings.weight.device.type != "cuda" or torch.is_autocast_enabled("cuda")):
+        raise ValueError("cuda_graph must be False or None for a model that is not on CUDA, and under autocast")
+    return _decode(model, input_ids, max_new_tokens, choose, eos_token_id, cuda_graph)
 
 
 @torch.no_grad()
@@ -177,20 +189,71 @@ def _decode(
     max_new_tokens: int,
     choose: Callable[[Tensor], Tensor],
     eos_token_id: int | None,
+    cuda_graph: bool,
 ) -> Iterator[Tensor]:
     batch, length = input_ids.shape
     weight = model.tok_embeddings.weight
     cache = KVCache(model.config, batch, length + max_new_tokens, device=weight.device, dtype=weight.dtype)
     ended = torch.zeros(batch, 1, device=input_ids.device, dtype=torch.bool)
     fresh = input_ids
-    for _ in range(max_new_tokens):
-        fresh = choose(model(fresh, cache=cache)[:, -1]).to(input_ids.dtype)
+    step: Callable[[Tensor], Tensor] = lambda ids: model(ids, cache=cache)  # noqa: E731
+    for i in range(max_new_tokens):
+        if i == 1 and cuda_graph:
+            step = _GraphedStep(step, cache, fresh)
+        fresh = choose(step(fresh)[:, -1]).to(input_ids.dtype)
         if eos_token_id is not None:
             fresh = fresh.masked_fill(ended, eos_token_id)
             ended = fresh == eos_token_id
         yield fresh
         if eos_token_id is not None and bool(ended.all()):
             return
+
+
+class _GraphedStep:
+    """A decode step of one token for every sequence, captured once and replayed with other tokens.
+
+    The cache has fixed shapes and keeps the next position on the device, so the same kernels serve every step.
+    """
+
+    def __init__(self, step: Callable[[Tensor], Tensor], cache: KVCache, ids: Tensor) -> None:
+        self.cache = cache
+        self.ids = ids.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        # A first run sets up libraries and workspaces. The place that it takes in the cache is taken again by the
+        # first replay, which overwrites what is there.
+        used, position = cache.used, cache._next.clone()
+        stream = torch.cuda.Stream(ids.device)
+        stream.wait_stream(torch.cuda.current_stream(ids.device))
+        with torch.cuda.stream(stream):
+            step(self.ids)
+            cache.used = used
+            cache._next.copy_(position)
+        torch.cuda.current_stream(ids.device).wait_stream(stream)
+        with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = step(self.ids)
+        cache.used = used
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits [B, 1, vocab_size], overwritten by the next call."""
+        self.ids.copy_(ids)
+        self.cache.used += 1
+        self.graph.replay()
+        return self.logits
+
+
+def _graph_works(model: nn.Module) -> bool:
+    """Whether nothing but our own code, which can be captured, runs in a step of this model."""
+    from .models import MUDDFormer
+
+    return (
+        type(model) is MUDDFormer
+        and model.tok_embeddings.weight.device.type == "cuda"
+        and not torch.is_autocast_enabled("cuda")
+        and not any(
+            m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl is not None or hasattr(m, "_orig_mod")
+            for m in model.modules()
+        )
+    )
 
 
 def sample(

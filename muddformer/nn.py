@@ -53,6 +53,26 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps:g}"
 
 
+def norm_kind(norms: Iterable[nn.Module | None], dim: int) -> tuple[str, float] | None:
+    """What the aggregation needs to know to norm its streams itself.
+
+    Returns:
+        ``("rms" or "layer", eps)`` if the norms (None: a way without one) are all RMSNorm or all LayerNorm, with
+        weights [dim] that are there (not sharded over devices) and one eps. None for any others.
+    """
+    kinds = set()
+    for norm in norms:
+        if norm is None:
+            continue
+        weight = getattr(norm, "weight", None)
+        if type(norm) not in (RMSNorm, nn.LayerNorm) or type(weight) not in (Tensor, nn.Parameter):
+            return None
+        if weight.shape != (dim,):
+            return None
+        kinds.add(("rms" if type(norm) is RMSNorm else "layer", norm.eps))
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 class DepthAggregation(nn.Module):
     """Depth-wise aggregation DA_i: mixes the hidden states of all layers so far, with weights made from the newest.
 
@@ -146,36 +166,120 @@ class DepthAggregation(nn.Module):
             one = torch.tensor(1.0, dtype=torch.float64)
             prior[:, -1] = self.cap * torch.atanh(one / self.cap).item() if self.cap and self.cap > 1 else 1.0
 
-    def forward(self, hiddens: Sequence[Tensor], prior: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(
+        self,
+        hiddens: Sequence[Tensor],
+        prior: Tensor | None = None,
+        stream_norms: Sequence[nn.Module | None] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Mixes hidden states.
 
         Args:
             hiddens: the S sources, each [..., D], of one shape, dtype and device; the newest, X_i, is the last.
             prior: [C, S], in place of the module's own.
+            stream_norms: norms of the streams that are returned, None for a stream that stays as it is. On CUDA they
+                cost no pass of their own (:func:`muddformer.ops.depth_aggregate_norm_chained`).
 
         Returns:
             ``(streams, hiddens)``: the streams, each [..., D], and the sources to give to later layers in place of
             those that came (their gradients are chained, and with ``pre_norm`` the newest is now the normed one).
 
         Raises:
-            ValueError: for a wrong number of sources.
+            ValueError: for a wrong number of sources or norms.
         """
         if len(hiddens) != self.sources:
             raise ValueError(f"hiddens must be {self.sources} tensors, got {len(hiddens)}")
+        ways = self.ways if isinstance(self.ways, str) else None
+        count = self.num_ways if ways is None else len(WAYS)
+        norms = [None] * count if stream_norms is None else list(stream_norms)
+        if len(norms) != count:
+            raise ValueError(f"stream_norms must have {count} entries, got {len(norms)}")
         prior = self.prior if prior is None else prior
         if prior is None:
             raise ValueError("prior must be given to a DepthAggregation that was made with prior=False")
+        way_norms = norms if ways is None else [norms[WAYS.index(way)] for way in ways]
+        newest = hiddens[-1]
+        if self._takes_one_step(newest, way_norms):
+            mixed = self._step(hiddens, prior, way_norms)
+        else:
+            mixed, hiddens, newest = self._mix(hiddens, prior, way_norms)
+        if ways is not None:
+            by_way = dict(zip(ways, mixed, strict=True))
+            left_out = [way for way in WAYS if way not in by_way]
+            for way in left_out:
+                norm = norms[WAYS.index(way)]
+                by_way[way] = newest if norm is None else norm(newest)
+            mixed = [by_way[way] for way in WAYS]
+        return list(mixed), list(hiddens)
+
+    def _mix(
+        self, hiddens: Sequence[Tensor], prior: Tensor, norms: Sequence[nn.Module | None]
+    ) -> tuple[list[Tensor], Sequence[Tensor], Tensor]:
+        """The streams of the ways, the hidden states to be used from here on, and X_i likewise."""
         weights, newest = self._weights(hiddens[-1], prior)
         normed = newest if self.pre_norm is None else self.pre_norm(newest)
-        mixed, hiddens = ops.depth_aggregate_chained([*hiddens[:-1], normed], weights)
+        hiddens = [*hiddens[:-1], normed]
+        fused = self._fused_norms(norms) if newest.is_cuda else None
+        if fused is not None:
+            base = None if self.post_norms is None else newest
+            mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, base=base, **fused)
+            return mixed, hiddens, newest if self.pre_norm is not None else hiddens[-1]
+        mixed, hiddens = ops.depth_aggregate_chained(hiddens, weights)
         if self.pre_norm is None:
             newest = hiddens[-1]
         if self.post_norms is not None:
             mixed = [newest + norm(y) for norm, y in zip(self.post_norms, mixed, strict=True)]
-        if isinstance(self.ways, str):
-            by_way = dict(zip(self.ways, mixed, strict=True))
-            mixed = [by_way.get(way, newest) for way in WAYS]
-        return list(mixed), list(hiddens)
+        return [y if norm is None else norm(y) for norm, y in zip(norms, mixed, strict=True)], hiddens, newest
+
+    def _takes_one_step(self, newest: Tensor, norms: Sequence[nn.Module | None]) -> bool:
+        """Whether this is decoding: a few tokens on CUDA, no gradients, and what one kernel can do."""
+        if torch.is_grad_enabled() or not newest.is_cuda or self.pre_norm is not None or self.post_norms is not None:
+            return False
+        return newest.numel() <= 64 * self.dim and (
+            norm_kind(norms, self.dim) is not None or all(norm is None for norm in norms)
+        )
+
+    def _step(self, hiddens: Sequence[Tensor], prior: Tensor, norms: Sequence[nn.Module | None]) -> list[Tensor]:
+        norm, norm_eps = norm_kind(norms, self.dim) or ("none", 0.0)
+        return ops.depth_aggregation_step(
+            hiddens,
+            self.w1.weight if self.dynamic else None,
+            self.w2.weight if self.dynamic else None,
+            prior,
+            eps=self.eps,
+            gelu_approximate=self.gelu_approximate,
+            cap=self.cap,
+            norm_weights=[None if x is None else x.weight for x in norms],
+            norm_biases=[getattr(x, "bias", None) for x in norms],
+            norm=norm,
+            norm_eps=norm_eps,
+        )
+
+    def _fused_norms(self, norms: Sequence[nn.Module | None]) -> dict[str, Any] | None:
+        """Arguments of the aggregation that norms its streams itself; None where it cannot, or has no norm to make."""
+        post = None
+        if self.post_norms is not None:
+            kept = [i for i, norm in enumerate(self.post_norms) if isinstance(norm, RMSNorm)]
+            if any(i != self.num_ways - 1 or norms[i] is not None for i in kept):
+                return None
+            post = self.post_norms[-1] if kept else None
+        kind = norm_kind(norms, self.dim)
+        if kind is None and any(norm is not None for norm in norms):
+            return None
+        if post is not None and (norm_kind([post], self.dim) is None or (kind is not None and kind[1] != post.eps)):
+            return None
+        if kind is None and self.post_norms is None:
+            return None
+        norm, eps = kind or ("rms", self.eps)
+        parameters = [None if x is None else x.weight for x in norms], [getattr(x, "bias", None) for x in norms]
+        post_weight = None if post is None else post.weight
+        return {
+            "norm_weights": parameters[0],
+            "norm_biases": parameters[1],
+            "norm": norm,
+            "eps": eps,
+            "post_weight": post_weight,
+        }
 
     def _weights(self, x: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         """Connection weights [..., C, S], and x to be used from here on."""
@@ -242,7 +346,9 @@ class MUDDStack(nn.Module):
     counting the aggregations; PreDANorm adds ``source_norms.j.weight`` for hidden states that join without one.
 
     Args:
-        layers: the blocks, as a list or ModuleList. Each returns one tensor of the shape of its input.
+        layers: the blocks, as a list or ModuleList. Each returns one tensor of the shape of its input. With
+            ``multiway`` a block may name the norms with which it begins, as ``stream_norms``, a list of four RMSNorm or
+            LayerNorm modules or None; then it is called with streams that have passed them and ``normed=True``.
         dim: model width D.
         multiway: the blocks are called with four streams (xq, xk, xv, xr), each with its own aggregate. False: they are
             called with one stream x.
@@ -285,6 +391,7 @@ class MUDDStack(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.dim = dim
         self.multiway = multiway
         self.gradient_checkpointing = False
         ways = check_ways("ways", ways)
@@ -357,14 +464,14 @@ class MUDDStack(nn.Module):
             RuntimeError: if a block changes its input in place, which the history still holds.
         """
         history: dict[int, Tensor] = {}
-        streams = [x]
+        streams, call = [x], {}
         aggregations = iter(zip(self.plan.values(), self.dynamic_dense, self.dense_bs, strict=True))
         self._join(history, 0, x)
         for i, layer in enumerate(self.layers, start=1):
             if self.multiway and len(streams) == 1:
                 streams = streams * len(WAYS)
             versions = _versions(streams)
-            x = self._call(layer, *streams, *args, **kwargs)
+            x = self._call(layer, *streams, *args, **call, **kwargs)
             if not isinstance(x, Tensor):
                 raise TypeError(f"block {i - 1} must return one tensor, got {type(x).__name__}")
             if _versions(streams) != versions:
@@ -374,12 +481,19 @@ class MUDDStack(nn.Module):
                 )
             if i not in self.plan:
                 self._join(history, i, x)
-                streams = [x]
+                streams, call = [x], {}
                 continue
             sources, da, prior = next(aggregations)
-            streams, hiddens = da([*(history[j] for j in sources[:-1]), x], prior)
+            norms = self._stream_norms(i)
+            streams, hiddens = da([*(history[j] for j in sources[:-1]), x], prior, norms)
+            call = {} if norms is None else {"normed": True}
             history = dict(zip(sources, hiddens, strict=True))
         return streams[-1]
+
+    def _stream_norms(self, i: int) -> list[nn.Module | None] | None:
+        """The norms of the streams of block i, from 0, if the aggregation before it can take them over."""
+        norms = getattr(self.layers[i], "stream_norms", None) if self.multiway and i < len(self.layers) else None
+        return norms if norms is not None and norm_kind(norms, self.dim) is not None else None
 
     def _join(self, history: dict[int, Tensor], i: int, x: Tensor) -> None:
         """Adds X_i to the history if any aggregation reads it."""

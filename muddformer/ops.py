@@ -1,4 +1,4 @@
-"""The two operations of Multiway Dynamic Dense (MUDD) connections (arXiv 2502.12170, section 2).
+"""The operations of Multiway Dynamic Dense (MUDD) connections (arXiv 2502.12170, section 2).
 
 B, T: batch and sequence length (any leading shape); D: model width; S: number of sources; C: number of ways;
 K: hidden width of the generator. Dtypes: float64, float32, bfloat16, float16. Products and sums are accumulated in
@@ -20,6 +20,7 @@ __all__ = [
     "connection_weights_chained",
     "depth_aggregate",
     "depth_aggregate_chained",
+    "depth_aggregation_step",
 ]
 
 
@@ -55,6 +56,47 @@ def depth_aggregate_chained(hiddens: Sequence[Tensor], weights: Tensor) -> tuple
         accumulated, and returns it plus its own term from one pass over the history.
     """
     streams, hiddens = torch.ops.muddformer.depth_aggregate_chained(hiddens, weights)
+    return streams, hiddens
+
+
+def depth_aggregate_norm_chained(
+    hiddens: Sequence[Tensor],
+    weights: Tensor,
+    norm_weights: Sequence[Tensor | None],
+    norm_biases: Sequence[Tensor | None] | None = None,
+    *,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    base: Tensor | None = None,
+    post_weight: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`depth_aggregate_chained` whose streams are normed, as the attention of the next block reads them.
+
+    ``Y_c = norm_c(base + mix_c)`` with ``mix_c = sum_j weights[..., c, j, None] * hiddens[j]``; a way without a norm
+    weight is ``base + mix_c``, and with a post weight the last way is ``base + RMSNorm(mix_c) * post_weight``
+    (arXiv 2502.12170, Eq. 10). ``base`` counts as 0 where there is none. On CUDA (compute capability 9.0 or newer) the
+    norms cost no pass of their own, forward or backward; sums are normed before they are rounded.
+
+    Args:
+        hiddens: as in :func:`depth_aggregate`.
+        weights: as in :func:`depth_aggregate`.
+        norm_weights: C weights [D], of the dtype of the hidden states or float32; None for a way without a norm.
+        norm_biases: C biases [D] of the dtype of the weights, or None for each; None: no bias at all.
+        norm: ``"rms"`` (RMSNorm) or ``"layer"`` (LayerNorm).
+        eps: added to the mean square, or the variance, at least 0.
+        base: [..., D], in the dtype of the hidden states.
+        post_weight: weight [D] of the RMSNorm of the last way's sum, which then has no norm weight; needs ``base``.
+
+    Returns:
+        ``(streams, hiddens)``, see :func:`depth_aggregate_chained`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    biases = [None] * len(norm_weights) if norm_biases is None else norm_biases
+    streams, hiddens = torch.ops.muddformer.depth_aggregate_norm_chained(
+        hiddens, weights, norm_weights, biases, norm, eps, base, post_weight
+    )
     return streams, hiddens
 
 
@@ -108,3 +150,59 @@ def connection_weights_chained(
     Later layers use the returned ``x``; the gradient which they accumulate joins the one of the weights in one pass.
     """
     return torch.ops.muddformer.connection_weights_chained(x, w1, w2, prior, scale, eps, gelu_approximate, cap)
+
+
+def depth_aggregation_step(
+    hiddens: Sequence[Tensor],
+    w1: Tensor | None,
+    w2: Tensor | None,
+    prior: Tensor,
+    *,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    gelu_approximate: str = "none",
+    cap: float | None = None,
+    norm_weights: Sequence[Tensor | None] = (),
+    norm_biases: Sequence[Tensor | None] = (),
+    norm: str = "none",
+    norm_eps: float = 1e-6,
+) -> list[Tensor]:
+    """A whole layer of connections for decoding: weights, aggregation and the norms of the streams, without gradients.
+
+    ``A = GELU(RMSNorm(hiddens[-1]) w1^T) w2^T + prior`` (Eq. 6 to 8; without ``w1`` and ``w2``: ``A = prior``), then
+    ``Y_c = norm_c(sum_j A[..., c, j, None] * hiddens[j])``. On CUDA (compute capability 9.0 and later) one kernel for
+    up to 64 tokens, which a CUDA graph can capture; otherwise composed of :func:`connection_weights`,
+    :func:`depth_aggregate` and PyTorch's norms.
+
+    Args:
+        hiddens: the S sources X_j, each [..., D], of one shape, dtype and device; the newest is the last.
+        w1, w2, scale, eps, gelu_approximate, cap: see :func:`connection_weights`; both ``w1`` and ``w2`` None for a
+            static layer.
+        prior: static prior [C, S], of the dtype of the hidden states or float32.
+        norm_weights: weight [D] of every stream's norm, None for a stream that stays as it is; or nothing at all. Of
+            the dtype of the hidden states or float32.
+        norm_biases: bias [D] or None for every stream, with ``norm="layer"``; or nothing at all.
+        norm: ``"rms"``, ``"layer"``, or ``"none"`` where no stream is normed.
+        norm_eps: added in the streams' norms, at least 0.
+
+    Returns:
+        The C streams, each [..., D], new tensors.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: if gradients are enabled and an argument requires one.
+    """
+    return torch.ops.muddformer.depth_aggregation_step(
+        hiddens,
+        w1,
+        w2,
+        prior,
+        scale,
+        eps,
+        gelu_approximate,
+        cap,
+        norm_weights,
+        norm_biases,
+        norm,
+        norm_eps,
+    )

@@ -1,4 +1,4 @@
-"""The naive formulation of both ops in plain PyTorch: what every test and benchmark compares with."""
+"""The naive formulation of every op in plain PyTorch: what every test and benchmark compares with."""
 
 from __future__ import annotations
 
@@ -36,3 +36,31 @@ def connection_weights(
     a = F.linear(F.gelu(F.linear(normed, w1), approximate=gelu_approximate), w2)
     a = a.unflatten(-1, prior.shape) + prior.to(x.dtype)
     return a if cap is None else cap * torch.tanh(a / cap)
+
+
+def depth_aggregate_norm(
+    hiddens: Sequence[Tensor],
+    weights: Tensor,
+    norm_weights: Sequence[Tensor | None],
+    norm_biases: Sequence[Tensor | None],
+    *,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    base: Tensor | None = None,
+    post_weight: Tensor | None = None,
+) -> list[Tensor]:
+    """Y_c = norm_c(base + mix_c); the last way is base + RMSNorm(mix_c) * post_weight if there is a post weight."""
+    streams = depth_aggregate(hiddens, weights)
+    shape = hiddens[0].shape[-1:]
+    if post_weight is not None:
+        streams[-1] = F.rms_norm(streams[-1], shape, post_weight.to(base.dtype), eps)
+    if base is not None:
+        streams = [base + y for y in streams]
+    for c, (weight, bias) in enumerate(zip(norm_weights, norm_biases, strict=True)):
+        if weight is not None:
+            weight, y = weight.to(streams[c].dtype), streams[c]
+            bias = None if bias is None else bias.to(y.dtype)
+            streams[c] = (
+                F.rms_norm(y, shape, weight, eps) if norm == "rms" else F.layer_norm(y, shape, weight, bias, eps)
+            )
+    return streams

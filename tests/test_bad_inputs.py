@@ -44,7 +44,19 @@ def weights_arguments() -> dict[str, Any]:
 
 
 def weights_backward_arguments() -> dict[str, Any]:
-    return {"grad_weights": randn(*LEADING, WAYS, SOURCES), "grad_x": randn(*LEADING, WIDTH), **weights_arguments()}
+    forward = weights_arguments()
+    del forward["eps"]
+    options = {name: forward.pop(name) for name in ("gelu_approximate", "cap")}
+    return {
+        "grad_weights": randn(*LEADING, WAYS, SOURCES),
+        "grad_x": randn(*LEADING, WIDTH),
+        **forward,
+        "weights": randn(*LEADING, WAYS, SOURCES),
+        "hidden": randn(*LEADING, HIDDEN),
+        "factor": randn(*LEADING),
+        **options,
+        "wanted": (True,) * 5,
+    }
 
 
 def wrong_tensors(like: Tensor) -> Iterator[tuple[str, Any]]:
@@ -82,6 +94,7 @@ OPTIONS = {
     "eps": [-1e-6, float("nan"), float("inf"), float("-inf"), "small", None, [1e-6]],
     "gelu_approximate": ["erf", "", "Tanh", "none ", None, 1, True],
     "cap": [0.0, -1.0, float("nan"), float("inf"), "ten", [1.0]],
+    "wanted": ["all", None, 1.0],
 }
 
 
@@ -93,12 +106,13 @@ def cases() -> Iterator[Any]:
         ("depth_aggregate_backward", backward_arguments),
         ("connection_weights", weights_arguments),
         ("connection_weights_chained", weights_arguments),
+        ("connection_weights_forward", weights_arguments),
         ("connection_weights_backward", weights_backward_arguments),
     ]
     # Optional arguments aside: any number of ways, any leading shape.
     valid = {(f"depth_aggregate{c}", "weights", f"size2{n}") for c in ("", "_chained") for n in ("+1", "-1")}
     leading = ("size0+1", "size0-1", "size1+1", "size1-1", "one-dimension-more", "one-dimension-less")
-    valid |= {(f"connection_weights{c}", "x", label) for c in ("", "_chained") for label in leading}
+    valid |= {(f"connection_weights{c}", "x", label) for c in ("", "_chained", "_forward") for label in leading}
     for op, arguments in tables:
         for name, value in arguments().items():
             if isinstance(value, Tensor):

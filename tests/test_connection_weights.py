@@ -91,17 +91,72 @@ def test_gradcheck(name: str, device: torch.device, chained: bool) -> None:
 
 
 def test_opcheck(name: str, device: torch.device) -> None:
+    private = ("test_schema", "test_autograd_registration", "test_faketensor")
     for dtype in (torch.float32, torch.bfloat16):
         sample = find(name, device, dtype)
         leaves = sample.detached()
         torch.library.opcheck(torch.ops.muddformer.connection_weights, positional(leaves))
-        grad = torch.randn(*sample.x.shape[:-1], *sample.prior.shape, device=device, dtype=dtype)
-        for incoming in (None, torch.randn_like(sample.x)):
+        forward = torch.ops.muddformer.connection_weights_forward
+        torch.library.opcheck(forward, positional(sample), test_utils=private)
+        kept = forward(*positional(sample))
+        grad = torch.randn_like(kept[0])
+        *tensors, _, approximate, cap = positional(sample)
+        for incoming, wanted in ((None, (False, True, False, False, True)), (torch.randn_like(sample.x), (True,) * 5)):
             torch.library.opcheck(
                 torch.ops.muddformer.connection_weights_backward,
-                (grad, incoming, *positional(sample)),
-                test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+                (grad, incoming, *tensors, *kept, approximate, cap, wanted),
+                test_utils=private,
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradients_that_are_not_wanted(device: torch.device, dtype: torch.dtype) -> None:
+    """Any one gradient alone is the same as among all, and the others are not made."""
+    everything = find("everything", device, dtype)
+
+    def gradients(wanted: list[int]) -> list[Tensor | None]:
+        leaves = everything.detached()
+        for i, leaf in enumerate(leaves.tensors()):
+            leaf.requires_grad_(i in wanted)
+        weights, x = run(ops.connection_weights_chained, leaves)
+        (weights.square().sum() + x.square().sum()).backward()
+        return [leaf.grad for leaf in leaves.tensors()]
+
+    expected = gradients(list(range(5)))
+    for i in range(5):
+        grads = gradients([i])
+        assert torch.equal(grads[i], expected[i])
+        assert all(grad is None for j, grad in enumerate(grads) if j != i)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cuda_repeats_and_is_captured(scaled: bool) -> None:
+    """Bit for bit, launched or replayed from a CUDA graph."""
+    device = torch.device("cuda")
+    shapes = [(700, 512), (64, 512), (36, 64), (4, 9), (512,)]
+    factors = [1, 512**-0.5, 64**-0.5, 1, 1]
+    x, w1, w2, prior, scale = (
+        torch.randn(s, device=device).mul(f).bfloat16() for s, f in zip(shapes, factors, strict=True)
+    )
+    inputs = (x, w1, w2, prior, scale if scaled else None)
+    grad = torch.randn(700, 4, 9, device=device).bfloat16()
+
+    def step() -> tuple[Tensor, ...]:
+        kept = torch.ops.muddformer.connection_weights_forward(*inputs, cap=5.0)
+        grads = torch.ops.muddformer.connection_weights_backward(grad, x, *inputs, *kept, "none", 5.0, (True,) * 5)
+        return *kept, *grads
+
+    first = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(20):
+        graph.replay()
+        for a, b, c in zip(first, captured, step(), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -200,3 +200,34 @@ def test_bad_cache() -> None:
         model(IDS, cache=cache)
         with pytest.raises(ValueError, match="input_ids has 5 tokens, but of the 8 places of the cache 5 are taken"):
             model(IDS, cache=cache)
+
+
+def test_cuda_graph_needs_cuda() -> None:
+    model, ids = make(), prompt()
+    with pytest.raises(ValueError, match="cuda_graph must be False or None"):
+        muddformer.generate(model, ids, max_new_tokens=2, cuda_graph=True)
+    with pytest.raises(TypeError, match="cuda_graph must be True, False or None, got int"):
+        muddformer.generate(model, ids, max_new_tokens=2, cuda_graph=1)
+    expected = muddformer.generate(model, ids, max_new_tokens=12)
+    assert torch.equal(muddformer.generate(model, ids, max_new_tokens=12, cuda_graph=False), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_cuda_graph_gives_the_same_tokens(changes: dict, dtype: torch.dtype) -> None:
+    model, ids = make(**changes).to("cuda", dtype), prompt().cuda()
+    for options in ({}, {"temperature": 0.8, "top_k": 9, "seed": 3}, {"eos_token_id": 5}):
+        eager = muddformer.generate(model, ids, max_new_tokens=19, cuda_graph=False, **options)
+        for graph in (True, None):
+            assert torch.equal(muddformer.generate(model, ids, max_new_tokens=19, cuda_graph=graph, **options), eager)
+
+
+@pytest.mark.cuda
+def test_cuda_graph_is_left_where_code_of_others_runs() -> None:
+    model, lengths = make().cuda(), []
+    model.layers[1].register_forward_pre_hook(lambda _, streams: lengths.append(streams[0].shape[1]))
+    muddformer.generate(model, prompt().cuda(), max_new_tokens=12)
+    assert lengths == [5] + [1] * 11
+    with torch.autocast("cuda", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        muddformer.generate(model, prompt().cuda(), max_new_tokens=12, cuda_graph=True)

@@ -25,8 +25,7 @@
 
 namespace muddformer::kernels {
 
-inline constexpr int kBackwardTable = 64;                 // sources of one launch
-inline constexpr int kBackwardBytesInFlight = 48 * 1024;  // of a multiprocessor
+inline constexpr int kBackwardTable = 64;  // sources of one launch
 
 // Kernel parameters. Pointers travel by value: there is no table to copy to the device.
 template <typename T, int C>
@@ -93,14 +92,13 @@ __device__ __forceinline__ void keep_dots(float (&dots)[C], float* sums, int sou
   }
 }
 
-// dw of the token from the sums of the warps.
+// dw of a token from the sums of the warps, by some threads.
 template <typename T, int C>
-__device__ __forceinline__ void store_dw(const BackwardArgs<T, C>& args, const float* sums,
-                                         int threads) {
-  const int warps = threads / 32;
+__device__ __forceinline__ void store_dw(const BackwardArgs<T, C>& args, int64_t token,
+                                         const float* sums, int warps, int thread, int threads) {
   const int values = C * args.sources;
-  T* dw = args.dw + blockIdx.x * args.dw_stride;
-  for (int i = threadIdx.x; i < values; i += threads) {
+  T* dw = args.dw + token * args.dw_stride;
+  for (int i = thread; i < values; i += threads) {
     float sum = 0.0f;
     for (int warp = 0; warp < warps; ++warp) sum += sums[warp * values + i];
     const int c = i / args.sources;
@@ -190,7 +188,7 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
     }
   }
   sync_consumers(consumers);
-  store_dw(args, sums, consumers);
+  store_dw(args, token, sums, consumers / 32, threadIdx.x, consumers);
 #endif
 }
 
@@ -244,14 +242,13 @@ __global__ void __launch_bounds__(kMaxConsumers, 3)
     for (; j < sources; ++j) take(j, load_x(j), load(args.grad_in[j]));
   }
   __syncthreads();
-  store_dw(args, sums, blockDim.x);
+  store_dw(args, token, sums, blockDim.x / 32, threadIdx.x, blockDim.x);
 }
 
-// Sources first_source .. first_source + sources of p, at most kBackwardTable.
+// What every backward kernel reads: sources of p from first_source on, at most kBackwardTable.
 template <typename T, int C>
-cudaError_t backward_sources(const AggregateBackward& p, int first_source, int sources, Path path,
-                             cudaStream_t stream) {
-  BackwardArgs<T, C> args;
+void set_backward_args(BackwardArgs<T, C>& args, const AggregateBackward& p, int first_source,
+                       int sources) {
   for (int j = 0; j < sources; ++j) {
     args.x[j] = static_cast<const T*>(p.x[first_source + j]);
     args.x_stride[j] = p.x_stride[first_source + j];
@@ -266,18 +263,23 @@ cudaError_t backward_sources(const AggregateBackward& p, int first_source, int s
   args.way_stride = p.sources;
   args.dim = static_cast<int>(p.dim);
   args.sources = sources;
+}
 
+template <typename T, int C>
+cudaError_t backward_sources(const AggregateBackward& p, int first_source, int sources, Path path,
+                             cudaStream_t stream) {
+  BackwardArgs<T, C> args;
+  set_backward_args<T, C>(args, p, first_source, sources);
   const Columns columns = split_columns(args.dim / kVector<T>);
   if (path == Path::Vector) {
     backward_vector<T, C><<<static_cast<unsigned>(p.tokens), columns.threads, 0, stream>>>(args);
     return cudaGetLastError();
   }
   const int stage_bytes = 2 * columns.threads * 16;
-  const int weights = sources * kWaysPadded<C>;
-  const int sums = columns.threads / 32 * C * sources;
+  const int sums_bytes = columns.threads / 32 * C * sources * static_cast<int>(sizeof(float));
   args.stages = ring_stages(columns.threads, stage_bytes, kBackwardBytesInFlight);
   return launch_ring(backward_ring<T, C>, args, p.tokens, columns.threads, stage_bytes,
-                     (weights + sums) * static_cast<int>(sizeof(float)), stream);
+                     weights_bytes<C>(sources) + sums_bytes, stream);
 }
 
 // The launches of one dtype, for up to four ways.

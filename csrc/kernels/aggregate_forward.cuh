@@ -23,8 +23,6 @@
 
 namespace muddformer::kernels {
 
-inline constexpr int kForwardBytesInFlight = 64 * 1024;  // of a multiprocessor
-
 // Kernel parameters. Pointers travel by value: there is no table to copy to the device.
 template <typename T, int C>
 struct ForwardArgs {
@@ -138,10 +136,10 @@ __global__ void __launch_bounds__(kMaxConsumers, 4)
   store_sums(args, token, column, sums);
 }
 
+// What every forward kernel reads: C ways of p from first_way on.
 template <typename T, int C>
-cudaError_t forward_ways(const AggregateForward& p, int first_way, Path path, cudaStream_t stream) {
-  const Columns columns = split_columns(static_cast<int>(p.dim) / kVector<T>);
-  ForwardArgs<T, C> args;
+void set_forward_args(ForwardArgs<T, C>& args, const AggregateForward& p, int first_way,
+                      const Columns& columns) {
   for (int j = 0; j < p.sources; ++j) {
     args.x[j] = static_cast<const T*>(p.x[j]);
     args.x_stride[j] = p.x_stride[j];
@@ -153,6 +151,13 @@ cudaError_t forward_ways(const AggregateForward& p, int first_way, Path path, cu
   args.dim = static_cast<int>(p.dim);
   args.sources = p.sources;
   args.chunks = columns.chunks;
+}
+
+template <typename T, int C>
+cudaError_t forward_ways(const AggregateForward& p, int first_way, Path path, cudaStream_t stream) {
+  const Columns columns = split_columns(static_cast<int>(p.dim) / kVector<T>);
+  ForwardArgs<T, C> args;
+  set_forward_args<T, C>(args, p, first_way, columns);
 
   const int64_t blocks = p.tokens * columns.chunks;
   if (path == Path::Vector) {
@@ -160,10 +165,9 @@ cudaError_t forward_ways(const AggregateForward& p, int first_way, Path path, cu
     return cudaGetLastError();
   }
   const int stage_bytes = columns.threads * 16;
-  const int weights_bytes = p.sources * kWaysPadded<C> * static_cast<int>(sizeof(float));
   args.stages = ring_stages(columns.threads, stage_bytes, kForwardBytesInFlight);
-  return launch_ring(forward_ring<T, C>, args, blocks, columns.threads, stage_bytes, weights_bytes,
-                     stream);
+  return launch_ring(forward_ring<T, C>, args, blocks, columns.threads, stage_bytes,
+                     weights_bytes<C>(p.sources), stream);
 }
 
 // The launches of one dtype: up to four ways each.

@@ -21,21 +21,29 @@ constexpr Columns split_columns(int vectors) {
   return {chunks, (width + 31) / 32 * 32};
 }
 
+inline constexpr int kForwardBytesInFlight = 64 * 1024;  // of a multiprocessor
+inline constexpr int kBackwardBytesInFlight = 48 * 1024;
+
 // Stages of a block, such that the blocks of a multiprocessor have about bytes_in_flight under way
 // together. More is slower: it only makes the memory switch more often between more places.
-constexpr int ring_stages(int consumers, int stage_bytes, int bytes_in_flight) {
-  const int blocks = kRingBlocks * kRingThreads / (consumers + 32);
+constexpr int ring_stages(int consumers, int stage_bytes, int bytes_in_flight,
+                          int ring_blocks = kRingBlocks) {
+  const int blocks = ring_blocks * kRingThreads / (consumers + 32);
   const int stages = (bytes_in_flight / blocks + stage_bytes - 1) / stage_bytes;
   return std::min(std::max(stages, 2), kMaxStages);
 }
 
-// Launches a ring kernel, which has the member stages among its parameters. Dynamic shared memory
-// stays below the 48 KB that need no permission: at most 6 stages of 4 KB, or 2 of 8 KB, the
-// weights and the sums of the warps.
+// Launches a ring kernel, which has the member stages among its parameters. Shared memory over 48
+// KB needs permission.
 template <typename Args>
 cudaError_t launch_ring(void (*kernel)(Args), const Args& args, int64_t blocks, int consumers,
                         int stage_bytes, int other_bytes, cudaStream_t stream) {
   const int shared_bytes = args.stages * stage_bytes + other_bytes;
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
   kernel<<<static_cast<unsigned>(blocks), consumers + 32, shared_bytes, stream>>>(args);
   return cudaGetLastError();
 }

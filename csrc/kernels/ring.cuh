@@ -56,6 +56,11 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes
       : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
 // Waits until the phase is over.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
   asm volatile(
@@ -99,7 +104,7 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t b
 // compute-sanitizer's racecheck can follow it.
 __device__ __forceinline__ void release(uint64_t* empty) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(empty)) : "memory");
+  barrier_arrive(empty);
 }
 
 #endif  // __CUDA_ARCH__ >= 900

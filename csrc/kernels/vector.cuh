@@ -46,6 +46,10 @@ __device__ __forceinline__ uint32_t word_of(const uint4& bits, int i) {
   return i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w;
 }
 
+__device__ __forceinline__ void set_word(uint4& bits, int i, uint32_t word) {
+  (i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w) = word;
+}
+
 template <typename T>
 __device__ __forceinline__ void unpack_word(uint32_t bits, float* values) {
   if constexpr (std::is_same_v<T, float>) {
@@ -102,6 +106,11 @@ __device__ __forceinline__ void store_once(void* address, const uint4& bits) {
 // fetches those of a source.
 template <int C>
 inline constexpr int kWaysPadded = C == 3 ? 4 : C;
+
+template <int C>
+constexpr int weights_bytes(int sources) {
+  return sources * kWaysPadded<C> * static_cast<int>(sizeof(float));
+}
 
 template <int C>
 __device__ __forceinline__ void read_ways(const float* row, float (&w)[C]) {

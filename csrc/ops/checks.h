@@ -50,18 +50,27 @@ inline void check_same_dtype_device(const at::Tensor& tensor, ArgumentName argum
   check_same_device(tensor, argument, like, like_name);
 }
 
-// Defined in depth_aggregate.cpp and connection_weights.cpp.
+// Defined in depth_aggregate.cpp, depth_aggregate_norm.cpp and connection_weights.cpp.
 void check_depth_aggregate(at::TensorList hiddens, const at::Tensor& weights);
 void check_depth_aggregate_backward(const c10::List<std::optional<at::Tensor>>& grad_outputs,
                                     const c10::List<std::optional<at::Tensor>>& grad_hiddens,
                                     at::TensorList hiddens, const at::Tensor& weights);
+void check_depth_aggregate_norm(at::TensorList hiddens, const at::Tensor& weights,
+                                const c10::List<std::optional<at::Tensor>>& norm_weights,
+                                const c10::List<std::optional<at::Tensor>>& norm_biases,
+                                std::string_view norm, double eps,
+                                const std::optional<at::Tensor>& base,
+                                const std::optional<at::Tensor>& post_weight);
 void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
                               const at::Tensor& prior, const std::optional<at::Tensor>& scale,
                               double eps, std::string_view gelu_approximate,
                               std::optional<double> cap);
 void check_connection_weights_backward(const at::Tensor& grad_weights,
                                        const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
-                                       const at::Tensor& prior);
+                                       const at::Tensor& w1, const at::Tensor& prior,
+                                       const std::optional<at::Tensor>& weights,
+                                       const at::Tensor& hidden, const at::Tensor& factor,
+                                       std::optional<double> cap);
 
 // float32 for everything but float64: the type that products and sums are accumulated in.
 inline at::ScalarType accumulation_dtype(at::ScalarType dtype) {

@@ -21,9 +21,14 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
       "float eps=1e-6, str gelu_approximate='none', float? cap=None) -> (Tensor, Tensor)",
       tags);
   m.def(
+      "connection_weights_forward(Tensor x, Tensor w1, Tensor w2, Tensor prior, Tensor? "
+      "scale=None, "
+      "float eps=1e-6, str gelu_approximate='none', float? cap=None) -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
       "connection_weights_backward(Tensor grad_weights, Tensor? grad_x, Tensor x, Tensor w1, "
-      "Tensor w2, Tensor prior, Tensor? scale, float eps, str gelu_approximate, float? cap) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "Tensor w2, Tensor prior, Tensor? scale, Tensor? weights, Tensor hidden, Tensor factor, str "
+      "gelu_approximate, float? cap, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
 }
 
@@ -47,15 +52,27 @@ std::tuple<at::Tensor, at::Tensor> connection_weights_chained(
   return op.call(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> connection_weights_backward(
-    const at::Tensor& grad_weights, const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
-    const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> connection_weights_forward(
+    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
     const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
     std::optional<double> cap) {
   static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("muddformer::connection_weights_forward", "")
+                             .typed<decltype(connection_weights_forward)>();
+  return op.call(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> connection_weights_backward(
+    const at::Tensor& grad_weights, const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
+    const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
+    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& weights,
+    const at::Tensor& hidden, const at::Tensor& factor, std::string_view gelu_approximate,
+    std::optional<double> cap, std::array<bool, 5> wanted) {
+  static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("muddformer::connection_weights_backward", "")
                              .typed<decltype(connection_weights_backward)>();
-  return op.call(grad_weights, grad_x, x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+  return op.call(grad_weights, grad_x, x, w1, w2, prior, scale, weights, hidden, factor,
+                 gelu_approximate, cap, wanted);
 }
 
 // prior and scale: the dtype of x, or float32.
@@ -101,21 +118,41 @@ void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const a
                     "cap: expected a finite number > 0 or None, got ", cap.value_or(0));
 }
 
+// A tensor of the tokens of x: their shape and then `last`.
+static void check_of_tokens(const at::Tensor& tensor, ArgumentName argument, const at::Tensor& x,
+                            c10::SymIntArrayRef last) {
+  c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end() - 1);
+  shape.append(last.begin(), last.end());
+  TORCH_CHECK_VALUE(tensor.sym_sizes() == c10::SymIntArrayRef(shape), argument, ": expected shape ",
+                    c10::SymIntArrayRef(shape), ", got ", tensor.sym_sizes());
+}
+
 void check_connection_weights_backward(const at::Tensor& grad_weights,
                                        const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
-                                       const at::Tensor& prior) {
+                                       const at::Tensor& w1, const at::Tensor& prior,
+                                       const std::optional<at::Tensor>& weights,
+                                       const at::Tensor& hidden, const at::Tensor& factor,
+                                       std::optional<double> cap) {
   check_same_dtype_device(grad_weights, {"grad_weights"}, x, "x");
-  const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
-  TORCH_CHECK_VALUE(grad_weights.dim() == x.dim() + 1 &&
-                        grad_weights.sym_sizes().slice(0, leading.size()) == leading &&
-                        grad_weights.sym_sizes().slice(leading.size()) == prior.sym_sizes(),
-                    "grad_weights: expected shape ", leading, " + ", prior.sym_sizes(), ", got ",
-                    grad_weights.sym_sizes());
+  check_of_tokens(grad_weights, {"grad_weights"}, x, prior.sym_sizes());
   if (grad_x.has_value()) {
     check_same_dtype_device(*grad_x, {"grad_x"}, x, "x");
-    TORCH_CHECK_VALUE(grad_x->sym_sizes() == x.sym_sizes(), "grad_x: expected shape ",
-                      x.sym_sizes(), " of x, got ", grad_x->sym_sizes());
+    check_of_tokens(*grad_x, {"grad_x"}, x, {x.sym_size(-1)});
   }
+  TORCH_CHECK_TYPE(weights.has_value() || !cap.has_value(),
+                   "weights: expected a tensor where there is a cap, got None");
+  if (weights.has_value()) {
+    check_same_dtype_device(*weights, {"weights"}, x, "x");
+    check_of_tokens(*weights, {"weights"}, x, prior.sym_sizes());
+  }
+  check_same_dtype_device(hidden, {"hidden"}, x, "x");
+  check_of_tokens(hidden, {"hidden"}, x, {w1.sym_size(0)});
+  check_defined(factor, {"factor"});
+  TORCH_CHECK_TYPE(factor.scalar_type() == accumulation_dtype(x.scalar_type()),
+                   "factor: expected dtype ", accumulation_dtype(x.scalar_type()), ", got ",
+                   factor.scalar_type());
+  check_same_device(factor, {"factor"}, x, "x");
+  check_of_tokens(factor, {"factor"}, x, {});
 }
 
 }  // namespace muddformer

@@ -11,6 +11,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -44,16 +45,31 @@ MUDDFORMER_API std::tuple<at::Tensor, at::Tensor> connection_weights_chained(
     const std::optional<at::Tensor>& scale = std::nullopt, double eps = 1e-6,
     std::string_view gelu_approximate = "none", std::optional<double> cap = std::nullopt);
 
-/// Gradients of connection_weights_chained(). Activations are recomputed from x.
+/// connection_weights() that also returns what its backward reads instead of computing it again.
+///
+/// @return (weights [..., C, S], h [..., K] = RMSNorm(x) W1^T of the dtype of x, r [...] =
+///         rsqrt(mean(x^2) + eps) in float32, float64 for float64).
+MUDDFORMER_API std::tuple<at::Tensor, at::Tensor, at::Tensor> connection_weights_forward(
+    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
+    const std::optional<at::Tensor>& scale = std::nullopt, double eps = 1e-6,
+    std::string_view gelu_approximate = "none", std::optional<double> cap = std::nullopt);
+
+/// Gradients of connection_weights_chained().
 ///
 /// @param grad_weights gradient of the weights [..., C, S].
 /// @param grad_x gradient of the handed-on x [..., D]; nullopt stands for zero.
-/// @return gradients of (x, w1, w2, prior, scale); the last has shape [0] where there is no scale.
+/// @param weights, hidden, factor what connection_weights_forward() has returned; weights may be
+///        nullopt where there is no cap.
+/// @param wanted which of the five gradients are needed.
+/// @return gradients of (x, w1, w2, prior, scale); of shape [0] where one is not wanted, or there
+/// is
+///         no scale.
 MUDDFORMER_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 connection_weights_backward(const at::Tensor& grad_weights, const std::optional<at::Tensor>& grad_x,
                             const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
                             const at::Tensor& prior, const std::optional<at::Tensor>& scale,
-                            double eps, std::string_view gelu_approximate,
-                            std::optional<double> cap);
+                            const std::optional<at::Tensor>& weights, const at::Tensor& hidden,
+                            const at::Tensor& factor, std::string_view gelu_approximate,
+                            std::optional<double> cap, std::array<bool, 5> wanted);
 
 }  // namespace muddformer

@@ -1,4 +1,4 @@
-// Lists of tensors as the aggregation's kernels take them, on every device.
+// Lists of tensors as the aggregation's ops and kernels take them, on every device.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -71,6 +71,16 @@ inline Rows contiguous_rows_of(const c10::List<std::optional<at::Tensor>>& tenso
     contiguous.push_back(defined ? std::optional<at::Tensor>(tensor->contiguous()) : std::nullopt);
   }
   return rows_of(contiguous, count);
+}
+
+// Undefined tensors as none, as the dispatcher knows them.
+inline c10::List<std::optional<at::Tensor>> optional_tensors(at::TensorList tensors) {
+  c10::List<std::optional<at::Tensor>> list;
+  list.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    list.push_back(tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt);
+  }
+  return list;
 }
 
 inline std::vector<at::Tensor> empty_outputs(int64_t count, const at::Tensor& like) {

@@ -179,32 +179,39 @@ class Block(nn.Module):
             self.attention_norm = make_norm(config, **factory)
         self.ffn_norm = make_norm(config, **factory)
 
+    @property
+    def stream_norms(self) -> list[nn.Module | None]:
+        """The norms of the four streams (xq, xk, xv, xr); the residual stream has none."""
+        norms = [self.attention_norm] * 3 if self.attention_norms is None else list(self.attention_norms)
+        return [*norms, None]
+
     def forward(
         self,
         *streams: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        normed: bool = False,
     ) -> Tensor:
         """The next hidden state.
 
         Args:
             streams: (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
+            normed: four streams have passed ``stream_norms`` already.
             rotary, mask, cache: see :meth:`Attention.forward`.
 
         Returns:
             ``A + FFN(Norm(A))`` with ``A = xr + Attention(...)``, or ``A + FFN(Norm(xr))`` if parallel; [B, T, D].
         """
         residual = streams[-1]
-        if self.attention_norms is not None:
-            if len(streams) == 1:
-                streams = streams * 4
-            normed = [norm(x) for norm, x in zip(self.attention_norms, streams[:3], strict=True)]
-        elif len(streams) == 1:
-            normed = [self.attention_norm(residual)] * 3
+        if normed:
+            inputs = streams[:3]
+        elif len(streams) == 1 and self.attention_norm is not None:
+            inputs = [self.attention_norm(residual)] * 3
         else:
-            normed = [self.attention_norm(x) for x in streams[:3]]
-        x = residual + self.attention(*normed, rotary, mask, cache)
+            streams = streams * 4 if len(streams) == 1 else streams
+            inputs = [norm(x) for norm, x in zip(self.stream_norms[:3], streams[:3], strict=True)]
+        x = residual + self.attention(*inputs, rotary, mask, cache)
         return x + self.feed_forward(self.ffn_norm(residual if self.parallel else x))
 
 

@@ -87,10 +87,14 @@ class Matrix {
   Matrix& operator=(const Matrix&) = delete;
   ~Matrix() { cudaFree(device_); }
 
-  void fill(uint64_t tensor) {
+  // shift + size * noise; every zeros-th entry is 0 or tiny.
+  void fill(uint64_t tensor, double shift = 0, double size = 1, int zeros = 0) {
     for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t i = 0; i < dim_; ++i)
-        host_[offset_ + row * stride_ + i] = make<T>(noise(tensor, row * dim_ + i));
+      for (int64_t i = 0; i < dim_; ++i) {
+        double value = shift + size * noise(tensor, row * dim_ + i);
+        if (zeros != 0 && i % zeros == 0) value *= i % 2 == 0 ? 0.0 : 1e-4;
+        host_[offset_ + row * stride_ + i] = make<T>(value);
+      }
     }
     upload();
   }

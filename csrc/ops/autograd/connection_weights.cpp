@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "../checks.h"
 
 namespace muddformer {
@@ -32,13 +34,15 @@ struct ConnectionWeights : torch::autograd::Function<ConnectionWeights<kChained>
                                const std::optional<at::Tensor>& scale, double eps,
                                std::string_view gelu_approximate, std::optional<double> cap) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, w1, w2, prior, scale.value_or(at::Tensor())});
-    ctx->saved_data["eps"] = eps;
+    auto [weights, hidden, factor] =
+        connection_weights_forward(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+    const at::Tensor none;
+    ctx->save_for_backward(
+        {x, w1, w2, prior, scale.value_or(none), cap.has_value() ? weights : none, hidden, factor});
     ctx->saved_data["gelu_approximate"] = std::string(gelu_approximate);
     ctx->saved_data["cap"] = cap;
     ctx->set_materialize_grads(false);
-    variable_list outputs = {
-        connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap)};
+    variable_list outputs = {std::move(weights)};
     if (kChained) outputs.push_back(x);
     return outputs;
   }
@@ -51,13 +55,35 @@ struct ConnectionWeights : torch::autograd::Function<ConnectionWeights<kChained>
     const auto optional = [](const at::Tensor& tensor) {
       return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
     };
+    std::array<bool, 5> wanted{};
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      wanted[i] = saved[i].defined() && ctx->needs_input_grad(i);
+    }
     const auto [dx, dw1, dw2, dprior, dscale] = connection_weights_backward(
         grads[0], optional(grad_x), saved[0], saved[1], saved[2], saved[3], optional(saved[4]),
-        ctx->saved_data["eps"].toDouble(), ctx->saved_data["gelu_approximate"].toStringRef(),
-        ctx->saved_data["cap"].toOptional<double>());
-    return {dx, dw1, dw2, dprior, saved[4].defined() ? dscale : none, none, none, none};
+        optional(saved[5]), saved[6], saved[7], ctx->saved_data["gelu_approximate"].toStringRef(),
+        ctx->saved_data["cap"].toOptional<double>(), wanted);
+    const auto if_wanted = [&](size_t i, const at::Tensor& grad) {
+      return wanted[i] ? grad : none;
+    };
+    return {if_wanted(0, dx),
+            if_wanted(1, dw1),
+            if_wanted(2, dw2),
+            if_wanted(3, dprior),
+            if_wanted(4, dscale),
+            none,
+            none,
+            none};
   }
 };
+
+// Whether a backward can come: only then is anything kept for it.
+bool needs_gradient(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
+                    const at::Tensor& prior, const std::optional<at::Tensor>& scale) {
+  return at::GradMode::is_enabled() &&
+         (x.requires_grad() || w1.requires_grad() || w2.requires_grad() || prior.requires_grad() ||
+          (scale.has_value() && scale->requires_grad()));
+}
 
 at::Tensor connection_weights_autograd(const at::Tensor& x, const at::Tensor& w1,
                                        const at::Tensor& w2, const at::Tensor& prior,
@@ -65,6 +91,10 @@ at::Tensor connection_weights_autograd(const at::Tensor& x, const at::Tensor& w1
                                        std::string_view gelu_approximate,
                                        std::optional<double> cap) {
   check_all_defined(x, w1, w2, prior);
+  if (!needs_gradient(x, w1, w2, prior, scale)) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+  }
   return ConnectionWeights<false>::apply(x, w1, w2, prior, scale, eps, gelu_approximate, cap)[0];
 }
 
@@ -73,9 +103,7 @@ std::tuple<at::Tensor, at::Tensor> connection_weights_chained_composite(
     const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
     const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
     std::optional<double> cap) {
-  if (!at::GradMode::is_enabled() ||
-      !(x.requires_grad() || w1.requires_grad() || w2.requires_grad() || prior.requires_grad() ||
-        (scale.has_value() && scale->requires_grad()))) {
+  if (!needs_gradient(x, w1, w2, prior, scale)) {
     return {connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap), x};
   }
   check_all_defined(x, w1, w2, prior);
@@ -88,7 +116,8 @@ std::tuple<at::Tensor, at::Tensor> connection_weights_chained_composite(
 
 TORCH_LIBRARY_IMPL(muddformer, Autograd, m) {
   m.impl("connection_weights", connection_weights_autograd);
-  // Differentiating the backward raises an error that names the op.
+  // Differentiating these raises an error that names the op.
+  m.impl("connection_weights_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("connection_weights_backward", torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -9,22 +9,13 @@
 #include <algorithm>
 
 #include "../checks.h"
+#include "../rows.h"
 
 namespace muddformer {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
-
-OptionalTensors optional_tensors(at::TensorList tensors) {
-  OptionalTensors list;
-  list.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    list.push_back(tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt);
-  }
-  return list;
-}
 
 // autograd itself has no clear word for an undefined input.
 void check_all_defined(at::TensorList hiddens, const at::Tensor& weights) {

@@ -1,0 +1,144 @@
+"""Connection weights, forward and backward: ours beside eager PyTorch and torch.compile, and the floor in bytes.
+
+The floor counts passes over one [tokens, D] tensor ("units"), at the speed of copying as many bytes:
+    forward 1 (x);  both 1 + 2 (x; x and dx);  chained 1 + 3 (and the incoming gradient of x).
+The hidden rows [tokens, K], the weights and W1, W2 are left out: less than K / D of a unit each. Eager and
+torch.compile are each given the better of two formulations (the norm before the product, as the formula has it, and its
+factor after it), and are not charged for the addition with which autograd joins the incoming gradient; `chained`
+includes it.
+
+    python benchmarks/connection_weights.py --csv benchmarks/results/h100_connection_weights.csv
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import copy_gb_per_s, median_ms, parser, peak_memory_mib, reference, write_rows
+from torch import Tensor
+
+from muddformer import ops
+
+WAYS = 4
+UNITS = {"forward": 1, "both": 3, "chained": 4}
+
+
+def factor_after_product(x: Tensor, w1: Tensor, w2: Tensor, prior: Tensor) -> Tensor:
+    """The norm's factor multiplies h instead of x: the other way that users write it."""
+    factor = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    h = (F.linear(x, w1) * factor).to(x.dtype)
+    return F.linear(F.gelu(h), w2).unflatten(-1, prior.shape) + prior.to(x.dtype)
+
+
+def forward_backward(function: Callable, inputs: list[Tensor], grad: Tensor) -> Callable:
+    """One call: the forward, then the gradients of all inputs."""
+    return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+
+
+def chained(inputs: list[Tensor], grad: Tensor, incoming: Tensor) -> Callable:
+    """The same with the gradient of x that later layers have accumulated joined in."""
+    return lambda: torch.autograd.grad(ops.connection_weights_chained(*inputs), inputs, [grad, incoming])
+
+
+def check(inputs: list[Tensor], grad: Tensor, functions: dict[str, Callable], tolerance: float) -> None:
+    """Every formulation computes the same, against float64 on 256 tokens."""
+
+    def evaluate(function: Callable, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in [inputs[0][:256], *inputs[1:]]]
+        weights = function(*leaves)
+        return [weights, *torch.autograd.grad(weights, leaves, grad[:256].to(dtype))]
+
+    expected = evaluate(reference.connection_weights, torch.float64)
+    for name, function in functions.items():
+        for y, z in zip(evaluate(function, inputs[0].dtype), expected, strict=True):
+            error = ((y.double() - z).abs().max() / z.abs().max()).item()
+            assert error < tolerance, f"{name}: relative error {error}"
+
+
+def measure(
+    tokens: int, width: int, sources: int, dtype: torch.dtype, device: torch.device, seconds: float, methods: list[str]
+) -> list[dict]:
+    """Rows of one shape."""
+    torch.manual_seed(0)
+    hidden = (WAYS * sources // 64 + 1) * 64
+    leaf = lambda *shape, std=1.0: (torch.randn(shape, device=device) * std).to(dtype).requires_grad_()  # noqa: E731
+    inputs = [
+        leaf(tokens, width),
+        leaf(hidden, width, std=width**-0.5),
+        leaf(WAYS * sources, hidden, std=hidden**-0.5),
+        leaf(WAYS, sources),
+    ]
+    grad = torch.randn(tokens, WAYS, sources, device=device).to(dtype)
+    incoming = torch.randn_like(inputs[0])
+    torch._dynamo.reset()
+    naive = [reference.connection_weights, factor_after_product]
+    forms = {
+        "eager": naive,
+        "compile": [torch.compile(f, fullgraph=True) for f in naive],
+        "ours": [ops.connection_weights],
+    }
+    forms = {method: forms[method] for method in methods}
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    check(inputs, grad, {f"{k} {i}": f for k, fs in forms.items() for i, f in enumerate(fs)}, tolerance)
+    unit = tokens * width * inputs[0].element_size()
+    speed = copy_gb_per_s(tokens * width, dtype, device, seconds)
+
+    def row(method: str, kind: str, calls: list[Callable]) -> dict:
+        ms, best = min(((median_ms(call, device, seconds), call) for call in calls), key=lambda pair: pair[0])
+        moved = UNITS[kind] * unit
+        memory = peak_memory_mib(best, device)
+        return {
+            "op": "connection_weights",
+            "method": method,
+            "kind": kind,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": tokens,
+            "D": width,
+            "S": sources,
+            "C": WAYS,
+            "K": hidden,
+            "ms": round(ms, 4),
+            "gb_per_s": round(moved / ms / 1e6, 1),
+            "floor_ms": round(moved / speed / 1e6, 4),
+            "fraction_of_floor": round(moved / speed / 1e6 / ms, 3),
+            "peak_mib": "" if memory is None else round(memory, 1),
+        }
+
+    rows = []
+    for method, functions in forms.items():
+        with torch.no_grad():
+            rows.append(row(method, "forward", [lambda f=f: f(*inputs) for f in functions]))
+        rows.append(row(method, "both", [forward_backward(f, inputs, grad) for f in functions]))
+    if "ours" in methods:
+        rows.append(row("ours", "chained", [chained(inputs, grad, incoming)]))
+    return rows
+
+
+def main() -> None:
+    p = parser(__doc__.split("\n")[0])
+    p.add_argument("--sources", type=int, nargs="+", default=[9, 17, 25, 33], help="numbers of sources S")
+    p.add_argument("--shapes", nargs="+", default=["8192x2048"], help="tokens x D")
+    p.add_argument("--methods", nargs="+", default=["eager", "compile", "ours"], help="what to measure")
+    p.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="names of torch dtypes")
+    args = p.parse_args()
+    device = torch.device(args.device)
+    print("floor in passes over [tokens, D]: " + ", ".join(f"{kind} {units}" for kind, units in UNITS.items()))
+    print("      shape     dtype   S   K   method     kind        ms    floor of floor    GB/s")
+    for dtype in args.dtypes:
+        for shape in args.shapes:
+            tokens, width = map(int, shape.split("x"))
+            for sources in args.sources:
+                rows = measure(tokens, width, sources, getattr(torch, dtype), device, args.seconds, args.methods)
+                for r in rows:
+                    print(
+                        f"{shape:>11} {dtype:>9} {sources:>3} {r['K']:>3} {r['method']:>8} {r['kind']:>8} "
+                        f"{r['ms']:>9.4f} {r['floor_ms']:>8.4f} {r['fraction_of_floor']:>8.3f} {r['gb_per_s']:>7.1f}",
+                        flush=True,
+                    )
+                write_rows(rows, args.csv, device)
+
+
+if __name__ == "__main__":
+    main()

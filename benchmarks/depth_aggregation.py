@@ -1,0 +1,121 @@
+"""A whole DA layer (connection weights, aggregation, norms of the q, k and v streams), forward and backward.
+
+Ours (muddformer.nn.DepthAggregation with stream norms) beside eager PyTorch and torch.compile, each given the better of
+two formulations of the aggregation. The floor counts passes over one [tokens, D] tensor at the speed of copying:
+    forward: S sources + C streams;  backward: S sources, C gradients, 3 normed streams, S gradients written.
+The generator's own passes over the newest hidden state are small beside them and not counted.
+
+    python benchmarks/depth_aggregation.py --csv benchmarks/results/h100_depth_aggregation.csv
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import copy_gb_per_s, median_ms, parser, peak_memory_mib, reference, write_rows
+from torch import Tensor
+
+from muddformer.nn import DepthAggregation, RMSNorm
+
+WAYS = 4
+
+
+def naive(aggregate: Callable, da: DepthAggregation, norms: list[RMSNorm], hiddens: list[Tensor]) -> list[Tensor]:
+    """The layer in plain PyTorch."""
+    weights = reference.connection_weights(hiddens[-1], da.w1.weight, da.w2.weight, da.prior, eps=da.eps)
+    streams = list(aggregate(hiddens, weights))
+    for c, norm in enumerate(norms):
+        streams[c] = F.rms_norm(streams[c], norm.weight.shape, norm.weight, norm.eps)
+    return streams
+
+
+def measure(
+    tokens: int, width: int, sources: int, dtype: torch.dtype, device: torch.device, seconds: float, methods: list[str]
+) -> list[dict]:
+    """Rows of one shape."""
+    torch.manual_seed(0)
+    da = DepthAggregation(width, sources, round64=True).to(device, dtype)
+    torch.nn.init.normal_(da.w2.weight, std=0.02)
+    norms = [RMSNorm(width).to(device, dtype) for _ in range(3)]
+    hiddens = [torch.randn(tokens, width, device=device).to(dtype).requires_grad_() for _ in range(sources)]
+    grads = [torch.randn_like(hiddens[0]) for _ in range(WAYS)]
+    leaves = [*hiddens, *da.parameters(), *(norm.weight for norm in norms)]
+    torch._dynamo.reset()
+    forms = [
+        lambda xs, a=a: naive(a, da, norms, xs) for a in (reference.depth_aggregate, reference.depth_aggregate_einsum)
+    ]
+    calls = {
+        "eager": forms,
+        "compile": [torch.compile(f, fullgraph=True) for f in forms],
+        "ours": [lambda xs: da(xs, stream_norms=[*norms, None])[0]],
+    }
+    unit = tokens * width * hiddens[0].element_size()
+    speed = copy_gb_per_s(tokens * width * (sources + WAYS) // 2, dtype, device, seconds)
+    with torch.no_grad():
+        exact = forms[0](hiddens)
+        for y, z in zip(calls["ours"][0](hiddens), exact, strict=True):
+            error = ((y - z).float().abs().max() / z.float().abs().max()).item()
+            assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"relative error {error}"
+        del exact
+
+    rows = []
+    for method in methods:
+        for kind, units in (("forward", sources + WAYS), ("both", 3 * sources + 2 * WAYS + 3)):
+
+            def both(function: Callable) -> Callable:
+                return lambda: torch.autograd.grad(function(hiddens), leaves, grads)
+
+            def forward(function: Callable) -> Callable:
+                return torch.no_grad()(lambda: function(hiddens))
+
+            wrapped = [(forward if kind == "forward" else both)(f) for f in calls[method]]
+            ms, best = min(((median_ms(call, device, seconds), call) for call in wrapped), key=lambda pair: pair[0])
+            memory = peak_memory_mib(best, device)
+            floor = units * unit / speed / 1e6
+            rows.append(
+                {
+                    "op": "depth_aggregation",
+                    "method": method,
+                    "kind": kind,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "tokens": tokens,
+                    "D": width,
+                    "S": sources,
+                    "C": WAYS,
+                    "ms": round(ms, 4),
+                    "gb_per_s": round(units * unit / ms / 1e6, 1),
+                    "floor_ms": round(floor, 4),
+                    "fraction_of_floor": round(floor / ms, 3),
+                    "peak_mib": "" if memory is None else round(memory, 1),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    p = parser(__doc__.split("\n")[0])
+    p.add_argument("--sources", type=int, nargs="+", default=[9, 17, 25, 33], help="numbers of sources S")
+    p.add_argument("--shapes", nargs="+", default=["8192x2048"], help="tokens x D")
+    p.add_argument("--methods", nargs="+", default=["eager", "compile", "ours"], help="what to measure")
+    p.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="names of torch dtypes")
+    args = p.parse_args()
+    device = torch.device(args.device)
+    print("      shape     dtype   S   method     kind        ms    floor of floor    GB/s")
+    for dtype in args.dtypes:
+        for shape in args.shapes:
+            tokens, width = map(int, shape.split("x"))
+            for sources in args.sources:
+                rows = measure(tokens, width, sources, getattr(torch, dtype), device, args.seconds, args.methods)
+                for r in rows:
+                    print(
+                        f"{shape:>11} {dtype:>9} {sources:>3} {r['method']:>8} {r['kind']:>8} {r['ms']:>9.3f} "
+                        f"{r['floor_ms']:>8.3f} {r['fraction_of_floor']:>8.3f} {r['gb_per_s']:>7.1f}",
+                        flush=True,
+                    )
+                write_rows(rows, args.csv, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+// Depth aggregation with normed streams, chained backward, in one pass over the history:
+//
+//   n        = (Y_c - bias) / weight                  of a normed way (aggregate_norm.h)
+//            = mix_c * r                              of the last way, with a post weight
+//   dV_c     = r (g - n <g, n> / D [- mean(g)])       g = dY_c * weight; [] for LayerNorm
+//            = dY_c                                   of a way without a norm
+//   dX_j     = G_j + sum_c w[t, c, j] dV_c            dw[t, c, j] = <dV_c, X_j>
+//   dbase    = sum_c dV_c                             the post way gives dY_c instead of dV_c
+//   dweight  = sum_t dY_c n,   dbias = sum_t dY_c
+//
+// X_j, G_j, dX_j, dY_c, Y_c, mix, base [N, D], w and dw [N, C, S]. Every tensor is read or written
+// once (dY and Y twice where a row has more than one chunk); float32 sums, rounded once.
+//
+// Work is split as in aggregate_backward.cuh, but the blocks stay and walk over the tokens: each
+// keeps the sums over its tokens for dweight and dbias in shared memory, every thread those of its
+// own columns. They are added over the blocks, in fixed order, by sum_partials (aggregate_norm.cu).
+// A stage of the ring holds X_j and G_j, or dY_c and Y_c. Two more warps keep waiting out of the
+// consumers' way: the producer of the ring, and a helper that brings the weights of the next token
+// and adds up the dot products of the last.
+#pragma once
+
+#include "aggregate_norm_launch.h"
+#include "aggregate_norm_partial.cuh"
+
+namespace muddformer::kernels {
+
+// What the warps tell each other about the two tokens under way.
+struct TokenBarriers {
+  uint64_t weights[2];  // the weights and statistics have come
+  uint64_t sums[2];     // the dot products are there, and the weights are not read any more
+};
+
+template <typename T, int C>
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    backward_norm_ring(const __grid_constant__ BackwardNormArgs<T, C> args) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int V = kVector<T>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ RingBarriers ring;
+  __shared__ TokenBarriers tokens;
+  __shared__ float scratch[2][kMaxConsumers / 32 * C];
+  __shared__ float statistics[2][2 * C];
+  const int consumers = blockDim.x - 64;
+  const int row_bytes = consumers * 16;
+  const int stage_bytes = 2 * row_bytes;
+  const int chunk = consumers * V;
+  const bool one_chunk = args.dim <= chunk;
+  const int sources = args.sources;
+  const int norm_floats = args.slots * args.dim;
+  const int weights_size = sources * kWaysPadded<C>;
+  const int sums_size = consumers / 32 * C * sources;
+  float* partial = reinterpret_cast<float*>(shared + args.stages * stage_bytes);
+  float* norms = partial + norm_floats;
+  float* weights = norms + (args.shared_norms ? norm_floats : 0);  // of two tokens
+  float* sums = weights + 2 * weights_size;                        // of two tokens
+  // For every vector of a row, the ways that ways_to_remake() finds there.
+  auto* to_remake = reinterpret_cast<unsigned char*>(sums + 2 * sums_size);
+
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (static_cast<int>(threadIdx.x) == consumers) {
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&tokens.weights[i], 32);
+      barrier_init(&tokens.sums[i], consumers);
+    }
+    ring_init(ring, args.stages, consumers);
+  }
+  for (int i = threadIdx.x; i < args.dim / V; i += blockDim.x) {
+    to_remake[i] = ways_to_remake<T, C>(args, i * V);
+  }
+  for (int c = 0; c < C; ++c) {
+    for (int i = threadIdx.x; i < args.dim; i += blockDim.x) {
+      const int place = partial_place<T>(i, args.dim);
+      if (args.norm_weight[c] != nullptr) {
+        const int at = args.weight_slot[c] * args.dim + place;
+        partial[at] = 0.0f;
+        if (args.shared_norms) norms[at] = norm_entry<T>(args.norm_weight[c], args.wide, i);
+      }
+      if (args.norm_bias[c] != nullptr) {
+        const int at = args.bias_slot[c] * args.dim + place;
+        partial[at] = 0.0f;
+        if (args.shared_norms) norms[at] = norm_entry<T>(args.norm_bias[c], args.wide, i);
+      }
+    }
+  }
+  __syncthreads();
+
+  if (warp == consumers / 32) {
+    if (lane != 0) return;
+    RingPlace stage;
+    // Two rows, either of which may be missing, into the next stage.
+    const auto request = [&](const T* first, const T* second, uint32_t bytes) {
+      barrier_wait(&ring.empty[stage.index], stage.phase ^ 1);  // at once in the first round
+      uint64_t* full = &ring.full[stage.index];
+      unsigned char* to = shared + stage.index * stage_bytes;
+      barrier_expect(full, (first != nullptr ? bytes : 0) + (second != nullptr ? bytes : 0));
+      if (first != nullptr) bulk_copy(to, first, bytes, full);
+      if (second != nullptr) bulk_copy(to + row_bytes, second, bytes, full);
+      stage.advance(args.stages);
+    };
+    for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+      const int64_t row = token * args.dim;
+      const auto request_ways = [&](int column) {
+        const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          request(args.dy[c] != nullptr ? args.dy[c] + row + column : nullptr,
+                  args.saved[c] != nullptr ? args.saved[c] + row + column : nullptr, bytes);
+        }
+      };
+      for (int column = 0; column < args.dim; column += chunk) request_ways(column);
+      for (int column = 0; column < args.dim; column += chunk) {
+        const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
+        if (!one_chunk) request_ways(column);
+        for (int j = 0; j < sources; ++j) {
+          request(args.x[j] + token * args.x_stride[j] + column,
+                  args.grad_in[j] != nullptr ? args.grad_in[j] + row + column : nullptr, bytes);
+        }
+      }
+    }
+    return;
+  }
+
+  if (warp > consumers / 32) {
+    const auto bring = [&](int64_t token, int buffer) {
+      const T* w = args.w + token * args.w_stride;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        for (int j = lane; j < sources; j += 32) {
+          weights[buffer * weights_size + j * kWaysPadded<C> + c] =
+              widen(w[c * args.way_stride + j]);
+        }
+      }
+      if (lane < 2 * C) statistics[buffer][lane] = args.statistics[lane * args.tokens + token];
+      barrier_arrive(&tokens.weights[buffer]);
+    };
+    RingPlace buffer;
+    bring(blockIdx.x, 0);
+    for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+      const int64_t next = token + gridDim.x;
+      if (next < args.tokens) bring(next, buffer.index ^ 1);
+      barrier_wait(&tokens.sums[buffer.index], buffer.phase);
+      store_dw<T, C>(args, token, sums + buffer.index * sums_size, consumers / 32, lane, 32);
+      buffer.advance(2);
+    }
+    return;
+  }
+
+  // A vector of a norm's weight or bias.
+  const auto norm_values = [&](int slot, const void* from, int column, float (&to)[V]) {
+    if (!args.shared_norms) {
+      load_norm<T>(from, args.wide, column, to);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(norms + slot * args.dim +
+                                                           partial_place<T>(column + i, args.dim));
+      to[i] = four.x;
+      to[i + 1] = four.y;
+      to[i + 2] = four.z;
+      to[i + 3] = four.w;
+    }
+  };
+  const float scale = 1.0f / static_cast<float>(args.dim);
+  RingPlace stage;
+  RingPlace buffer;
+  for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+    const int64_t row = token * args.dim;
+    const float* own_weights = weights + buffer.index * weights_size;
+    float* own_sums = sums + buffer.index * sums_size + warp * C * sources;
+    const float* mean = statistics[buffer.index];
+    const float* r = statistics[buffer.index] + C;
+    const auto receive = [&](bool has_first, bool has_second, uint4& first, uint4& second) {
+      const unsigned char* from = shared + stage.index * stage_bytes + threadIdx.x * 16;
+      barrier_wait(&ring.full[stage.index], stage.phase);
+      first = has_first ? *reinterpret_cast<const uint4*>(from) : uint4{};
+      second = has_second ? *reinterpret_cast<const uint4*>(from + row_bytes) : uint4{};
+      release(&ring.empty[stage.index]);
+      stage.advance(args.stages);
+    };
+    uint4 dv[C];  // dY_c, then dV_c
+    uint4 saved[C];
+    const auto receive_ways = [&](bool active) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        receive(active && args.dy[c] != nullptr, active && args.saved[c] != nullptr, dv[c],
+                saved[c]);
+      }
+    };
+
+    barrier_wait(&tokens.weights[buffer.index], buffer.phase);
+
+    // <g, n> and sum(g) of the whole row.
+    float along[C] = {};
+    float total[C] = {};
+    for (int first_column = 0; first_column < args.dim; first_column += chunk) {
+      const int column = first_column + threadIdx.x * V;
+      const bool active = column < args.dim;
+      receive_ways(active);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        if (!active || args.saved[c] == nullptr) continue;
+        const bool post = args.post && c == C - 1;
+        float dy[V];
+        float y[V];
+        float value[V];
+        unpack<T>(dv[c], dy);
+        unpack<T>(saved[c], y);
+        if (post || args.layer) {
+          norm_values(args.weight_slot[c], args.norm_weight[c], column, value);
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            total[c] = fmaf(dy[i], value[i], total[c]);
+            if (post) dy[i] *= value[i] * r[c];
+          }
+        }
+        if (args.norm_bias[c] != nullptr) {
+          norm_values(args.bias_slot[c], args.norm_bias[c], column, value);
+#pragma unroll
+          for (int i = 0; i < V; ++i) y[i] -= value[i];
+        }
+#pragma unroll
+        for (int i = 0; i < V; ++i) along[c] = fmaf(dy[i], y[i], along[c]);
+      }
+    }
+    consumer_sums<C>(along, scratch[0], consumers);
+    if (args.layer) consumer_sums<C>(total, scratch[1], consumers);
+
+    for (int first_column = 0; first_column < args.dim; first_column += chunk) {
+      const int column = first_column + threadIdx.x * V;
+      const bool active = column < args.dim;
+      if (!one_chunk) receive_ways(active);
+      const unsigned remade = active ? to_remake[column / V] : 0;
+      float base[V] = {};  // its gradient
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        if (!active) continue;
+        const bool post = args.post && c == C - 1;
+        float dy[V];
+        unpack<T>(dv[c], dy);
+        if (args.base != nullptr && post) {
+#pragma unroll
+          for (int i = 0; i < V; ++i) base[i] += dy[i];
+        }
+        if (args.saved[c] != nullptr) {
+          float n[V];
+          float weight[V];
+          norm_values(args.weight_slot[c], args.norm_weight[c], column, weight);
+          if (args.norm_bias[c] != nullptr) {
+            add_partial<T>(partial + args.bias_slot[c] * args.dim, column, args.dim, dy);
+          }
+          if ((remade >> c & 1) != 0) {
+            unpack<T>(remake_normed<T, C>(args, own_weights, c, token, column, mean[c], r[c]), n);
+          } else {
+            unpack<T>(saved[c], n);
+            if (args.norm_bias[c] != nullptr) {
+              float bias[V];
+              norm_values(args.bias_slot[c], args.norm_bias[c], column, bias);
+#pragma unroll
+              for (int i = 0; i < V; ++i) n[i] -= bias[i];
+            }
+#pragma unroll
+            for (int i = 0; i < V; ++i) n[i] *= post ? r[c] : reciprocal(weight[i]);
+          }
+          const float shift = args.layer && !post ? total[c] * scale : 0.0f;
+          const float slope = along[c] * scale;
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const float g = fmaf(dy[i], weight[i], -shift);
+            weight[i] = dy[i] * n[i];
+            dy[i] = r[c] * fmaf(-slope, n[i], g);
+          }
+          add_partial<T>(partial + args.weight_slot[c] * args.dim, column, args.dim, weight);
+          dv[c] = pack<T>(dy);
+        }
+        if (args.base != nullptr && !post) {
+#pragma unroll
+          for (int i = 0; i < V; ++i) base[i] += dy[i];
+        }
+      }
+      if (active && args.base_grad != nullptr) {
+        store_once(args.base_grad + row + column, pack<T>(base));
+      }
+      for (int j = 0; j < sources; ++j) {
+        uint4 x;
+        uint4 grad;
+        float dots[C];
+        receive(active, active && args.grad_in[j] != nullptr, x, grad);
+        grad = chain<T, C>(x, grad, dv, own_weights + j * kWaysPadded<C>, dots);
+        if (active && args.grad_out[j] != nullptr) {
+          store_once(args.grad_out[j] + row + column, grad);
+        }
+        keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
+      }
+    }
+    barrier_arrive(&tokens.sums[buffer.index]);
+    buffer.advance(2);
+  }
+  sync_consumers(consumers);
+  float* to = args.partial + static_cast<int64_t>(blockIdx.x) * norm_floats;
+  for (int slot = 0; slot < args.slots; ++slot) {
+    for (int i = threadIdx.x; i < args.dim; i += consumers) {
+      to[slot * args.dim + i] = partial[slot * args.dim + partial_place<T>(i, args.dim)];
+    }
+  }
+#endif
+}
+
+template <typename T, int C>
+cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaStream_t stream) {
+  const NormSlots slots(p);
+  const NormLayout layout(p);
+  BackwardNormArgs<T, C> args;
+  set_backward_args<T, C>(args, p, 0, p.sources);
+  args.post = p.post_weight != nullptr;
+  for (int c = 0; c < C; ++c) {
+    const bool post = args.post && c == C - 1;
+    args.norm_weight[c] = post ? p.post_weight : p.norm_weight[c];
+    args.norm_bias[c] = p.norm_bias[c];
+    args.saved[c] = static_cast<const T*>(post                          ? p.mix
+                                          : p.norm_weight[c] != nullptr ? p.y[c]
+                                                                        : nullptr);
+    args.weight_slot[c] = slots.weight[c];
+    args.bias_slot[c] = slots.bias[c];
+  }
+  args.slots = slots.count;
+  args.shared_norms = layout.shared_norms;
+  args.statistics = p.statistics;
+  args.partial = p.workspace;
+  args.base = static_cast<const T*>(p.base);
+  args.base_stride = p.base_stride;
+  args.base_grad = static_cast<T*>(p.base_grad);
+  args.tokens = p.tokens;
+  args.layer = p.norm == Norm::Layer;
+  args.wide = p.wide;
+  args.stages = layout.stages;
+  return launch_ring(backward_norm_ring<T, C>, args, blocks, layout.columns.threads + 32,
+                     layout.stage_bytes, layout.other_bytes, stream);
+}
+
+template <typename T>
+cudaError_t backward_norm(const AggregateNormBackward& p, int blocks, cudaStream_t stream) {
+  switch (p.ways) {
+    case 1:
+      return backward_norm_ways<T, 1>(p, blocks, stream);
+    case 2:
+      return backward_norm_ways<T, 2>(p, blocks, stream);
+    case 3:
+      return backward_norm_ways<T, 3>(p, blocks, stream);
+    default:
+      return backward_norm_ways<T, 4>(p, blocks, stream);
+  }
+}
+
+}  // namespace muddformer::kernels

@@ -1,0 +1,68 @@
+// The barrier of a cluster of blocks, and loads from the shared memory of its other blocks; of
+// compute capability 9.0.
+#pragma once
+
+#include "ring.cuh"
+
+namespace muddformer::kernels {
+
+// The barrier of a cluster of CL blocks; with one block it is nothing.
+template <int CL>
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (CL > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+template <int CL>
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (CL > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Also a barrier of the block where a cluster has but one.
+template <int CL>
+__device__ __forceinline__ void cluster_sync() {
+  if constexpr (CL > 1) {
+    cluster_arrive<CL>();
+    cluster_wait<CL>();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Loads from the shared memory of the block of this rank in the cluster.
+__device__ __forceinline__ float load_of_rank(uint32_t address, int rank) {
+  float v = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [there];\n"
+      "}"
+      : "=f"(v)
+      : "r"(address), "r"(rank)
+      : "memory");
+#endif
+  return v;
+}
+
+__device__ __forceinline__ float4 load_four_of_rank(uint32_t address, int rank) {
+  float4 v{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
+      "}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+#endif
+  return v;
+}
+
+}  // namespace muddformer::kernels

@@ -1,0 +1,208 @@
+// Checks and launch of depth_aggregation_step.h.
+#include <algorithm>
+#include <atomic>
+
+#include "depth_aggregation_step.cuh"
+#include "depth_aggregation_step.h"
+#include "device.h"
+
+namespace muddformer::kernels {
+namespace {
+
+constexpr int kMaxStepDim = 1 << 16;
+constexpr int kMaxStepHidden = 1 << 14;
+constexpr int kMaxDevices = 64;
+
+bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+bool valid(const AggregationStep& p) {
+  return p.tokens >= 0 && p.dim >= 1 && p.sources >= 1 && p.ways >= 1 && p.hidden >= 0;
+}
+
+// Whether the kernel can take it, but for the device and its shared memory.
+bool possible(const AggregationStep& p, int vector) {
+  if (p.tokens > kMaxStepTokens || p.dim > kMaxStepDim || p.dim % vector != 0 ||
+      p.sources > kMaxStepSources || p.ways > kMaxStepWays || p.hidden > kMaxStepHidden ||
+      p.hidden % 4 != 0 || !aligned(p.w1) || !aligned(p.w2) || !aligned(p.scale)) {
+    return false;
+  }
+  for (int j = 0; j < p.sources; ++j) {
+    if (!aligned(p.x[j]) || p.x_stride[j] % vector != 0) return false;
+  }
+  for (int c = 0; c < p.ways; ++c) {
+    if (!aligned(p.y[c]) || !aligned(p.norm_weight[c]) || !aligned(p.norm_bias[c])) return false;
+  }
+  return true;
+}
+
+template <typename T>
+StepArgs<T> step_args(const AggregationStep& p) {
+  StepArgs<T> args;
+  args.normed = false;
+  for (int j = 0; j < p.sources; ++j) {
+    args.x[j] = static_cast<const T*>(p.x[j]);
+    args.x_stride[j] = p.x_stride[j];
+  }
+  for (int c = 0; c < p.ways; ++c) {
+    args.y[c] = static_cast<T*>(p.y[c]);
+    args.norm_weight[c] = p.norm_weight[c];
+    args.norm_bias[c] = p.norm_bias[c];
+    args.normed = args.normed || p.norm_weight[c] != nullptr;
+  }
+  args.w1 = static_cast<const T*>(p.w1);
+  args.w2 = static_cast<const T*>(p.w2);
+  args.prior = p.prior;
+  args.scale = p.scale;
+  args.eps = p.eps;
+  args.norm_eps = p.norm_eps;
+  args.cap = p.cap;
+  args.inverse_dim = 1.0f / static_cast<float>(p.dim);
+  args.wide = p.wide;
+  args.gelu_tanh = p.gelu_tanh;
+  args.layer_norm = p.layer_norm;
+  args.tokens = static_cast<int>(p.tokens);
+  args.dim = static_cast<int>(p.dim);
+  args.sources = p.sources;
+  args.padded = (p.sources + 3) / 4 * 4;
+  args.ways = p.ways;
+  args.chunks = (p.ways + 3) / 4;
+  args.hidden = p.hidden;
+  return args;
+}
+
+struct Launch {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config;
+};
+
+void configure(Launch& launch, int clusters, int blocks, int threads, int shared,
+               cudaStream_t stream) {
+  launch.attributes[0].id = cudaLaunchAttributeClusterDimension;
+  launch.attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  launch.attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  launch.attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  launch.config = cudaLaunchConfig_t{};
+  launch.config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+  launch.config.blockDim = dim3(static_cast<unsigned>(threads));
+  launch.config.dynamicSmemBytes = shared;
+  launch.config.stream = stream;
+  launch.config.attrs = launch.attributes;
+  launch.config.numAttrs = 2;
+}
+
+// What a kernel may use on the current device; found out once.
+struct Limits {
+  int large = 0;   // clusters of 16 blocks that run side by side
+  int small = 0;   // clusters of 8
+  int shared = 0;  // bytes of a block
+};
+
+template <typename Kernel>
+cudaError_t find_limits(Kernel kernel, int device, Limits& limits) {
+  cudaError_t error =
+      cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes code{};
+  error = cudaFuncGetAttributes(&code, kernel);
+  if (error != cudaSuccess) return error;
+  limits.shared -= static_cast<int>(code.sharedSizeBytes);  // what the barriers take
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
+  if (error != cudaSuccess) return error;
+  Launch launch;
+  configure(launch, 1, 8, kStepThreads, limits.shared, nullptr);
+  error = cudaOccupancyMaxActiveClusters(&limits.small, kernel, &launch.config);
+  if (error != cudaSuccess) return error;
+  // More than 8 blocks need permission, and a device with groups of so many multiprocessors.
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+      cudaSuccess) {
+    configure(launch, 1, 16, kStepThreads, limits.shared, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&limits.large, kernel, &launch.config) != cudaSuccess) {
+      limits.large = 0;
+    }
+  }
+  (void)cudaGetLastError();  // a cluster that is too large is no error of ours
+  return cudaSuccess;
+}
+
+template <typename T, int kTokens>
+cudaError_t step_limits(Limits& limits) {
+  // One word per device, zero until known: threads that come at the same time store the same word.
+  static std::atomic<uint64_t> known[kMaxDevices];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t word = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (word != 0) {
+    limits = {static_cast<int>(word & 0xffff), static_cast<int>(word >> 16 & 0xffff),
+              static_cast<int>(word >> 32)};
+    return cudaSuccess;
+  }
+  error = find_limits(aggregation_step<T, kTokens>, device, limits);
+  if (error != cudaSuccess || device >= kMaxDevices) return error;
+  known[device].store(static_cast<uint64_t>(limits.shared) << 32 |
+                          static_cast<uint64_t>(limits.small) << 16 |
+                          static_cast<uint64_t>(limits.large),
+                      std::memory_order_relaxed);
+  return cudaSuccess;
+}
+
+template <typename T, int kTokens>
+cudaError_t launch(const AggregationStep& p, const Limits& limits, cudaStream_t stream) {
+  const int clusters = (static_cast<int>(p.tokens) + kTokens - 1) / kTokens;
+  // Fewer blocks let more clusters run side by side.
+  const int blocks = clusters <= limits.large ? 16 : 8;
+  StepArgs<T> args = step_args<T>(p);
+  const int row_vectors = args.dim / kVector<T>;
+  const int rounds = (row_vectors + kStepThreads - 1) / kStepThreads;
+  const int threads = std::max(((row_vectors + rounds - 1) / rounds + 31) / 32 * 32, 128);
+  args.rows = (args.hidden + 4 * blocks - 1) / (4 * blocks) * 4;
+  args.vectors = (row_vectors + blocks - 1) / blocks;
+  args.passes = (args.vectors * 16 + threads - 1) / threads;
+  const int shared = step_shared(args, kTokens, blocks, threads).bytes;
+  if (shared > limits.shared) return cudaErrorNotSupported;
+  Launch launch;
+  configure(launch, clusters, blocks, threads, shared, stream);
+  return cudaLaunchKernelEx(&launch.config, aggregation_step<T, kTokens>, args);
+}
+
+// Several tokens to a cluster read W1 once for all of them, but take longer: only where clusters of
+// fewer tokens could not run side by side.
+template <typename T>
+cudaError_t launch_tokens(const AggregationStep& p, cudaStream_t stream) {
+  if (!possible(p, kVector<T>)) return cudaErrorNotSupported;
+  Limits limits;
+  cudaError_t error = step_limits<T, 1>(limits);
+  if (error != cudaSuccess) return error;
+  if (p.tokens <= limits.small) return launch<T, 1>(p, limits, stream);
+  error = step_limits<T, 2>(limits);
+  if (error != cudaSuccess) return error;
+  if (p.tokens <= 2 * limits.small) return launch<T, 2>(p, limits, stream);
+  error = step_limits<T, 4>(limits);
+  return error != cudaSuccess ? error : launch<T, 4>(p, limits, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_aggregation_step(const AggregationStep& p, cudaStream_t stream) {
+  if (!valid(p)) return cudaErrorInvalidValue;
+  if (p.tokens == 0) return cudaSuccess;
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  if (!device.bulk_copy) return cudaErrorNotSupported;
+  switch (p.dtype) {
+    case DType::Float32:
+      return launch_tokens<float>(p, stream);
+    case DType::BFloat16:
+      return launch_tokens<__nv_bfloat16>(p, stream);
+    case DType::Float16:
+      return launch_tokens<__half>(p, stream);
+    case DType::Float64:
+      return cudaErrorNotSupported;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace muddformer::kernels

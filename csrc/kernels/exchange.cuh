@@ -1,0 +1,81 @@
+// What blocks of a cluster send each other by st.async, which counts at a barrier of the receiver,
+// and copies into shared memory by cp.async; of compute capability 9.0.
+#pragma once
+
+#include "ring.cuh"
+
+namespace muddformer::kernels {
+
+#if __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// The place in another block's shared memory where this block has `own`.
+__device__ __forceinline__ uint32_t in_block(const void* own, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+  return address;
+}
+
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float value) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
+      "f"(value), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float4 value) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
+      : "memory");
+}
+
+// Waits for what other blocks send, at a barrier that is used once.
+__device__ __forceinline__ void wait_for_sent(uint64_t* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], 0;\n"
+      "@!over bra again;\n"
+      "}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
+// Plain loads, not of the read-only path: the kernel may have started before they were written.
+__device__ __forceinline__ uint4 load_vector(const void* address) {
+  uint4 bits;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(address)
+               : "memory");
+  return bits;
+}
+
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+                 "n"(kBytes)
+                 : "memory");
+  }
+}
+
+#endif  // __CUDA_ARCH__ >= 900
+
+}  // namespace muddformer::kernels

@@ -1,0 +1,64 @@
+// What the kernels that norm their streams share: weights of a norm, and sums over the consumers of
+// a block.
+#pragma once
+
+#include <cstdint>
+
+#include "ring.cuh"
+#include "vector.cuh"
+#include "warp_sums.cuh"
+
+namespace muddformer::kernels {
+
+// A vector of a norm's weight or bias, which is float32 (wide) or of type T.
+template <typename T>
+__device__ __forceinline__ void load_norm(const void* from, bool wide, int column,
+                                          float (&to)[kVector<T>]) {
+  if (std::is_same_v<T, float> || wide) {
+    const float* floats = static_cast<const float*>(from) + column;
+#pragma unroll
+    for (int i = 0; i < kVector<T>; i += 4) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(floats + i));
+      to[i] = four.x;
+      to[i + 1] = four.y;
+      to[i + 2] = four.z;
+      to[i + 3] = four.w;
+    }
+  } else {
+    unpack<T>(__ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(from) + column)), to);
+  }
+}
+
+// One entry of it.
+template <typename T>
+__device__ __forceinline__ float norm_entry(const void* from, bool wide, int column) {
+  return wide ? static_cast<const float*>(from)[column]
+              : static_cast<float>(widen(static_cast<const T*>(from)[column]));
+}
+
+#if __CUDA_ARCH__ >= 900
+
+// Adds up N values over the consumers; every thread gets the sums. scratch: [warps][N], free again
+// after the next barrier of the consumers. The order of the additions is fixed.
+template <int N>
+__device__ __forceinline__ void consumer_sums(float (&values)[N], float* scratch, int consumers) {
+  const int lane = threadIdx.x % 32;
+  const int first = warp_sums<N>(values, lane);
+  if (lane % kSharers<N> == 0) {
+#pragma unroll
+    for (int i = 0; i < N >> kHalvings<N>; ++i) {
+      scratch[threadIdx.x / 32 * N + first + i] = values[i];
+    }
+  }
+  sync_consumers(consumers);
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = 0.0f;
+  for (int warp = 0; warp < consumers / 32; ++warp) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] += scratch[warp * N + i];
+  }
+}
+
+#endif  // __CUDA_ARCH__ >= 900
+
+}  // namespace muddformer::kernels

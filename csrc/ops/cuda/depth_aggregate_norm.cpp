@@ -1,0 +1,182 @@
+// The aggregation with normed streams on CUDA: host side of csrc/kernels/aggregate_norm.h, and the
+// composition for what these kernels cannot do.
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../../kernels/aggregate_norm.h"
+#include "../depth_aggregate_norm_composition.h"
+#include "launch_arguments.h"
+
+namespace muddformer {
+namespace {
+
+// The norms' parameters as the launches take them, and what keeps them alive.
+class Norms {
+ public:
+  Norms(const OptionalTensors& weights, const OptionalTensors& biases,
+        const std::optional<at::Tensor>& post_weight) {
+    for (size_t c = 0; c < weights.size(); ++c) {
+      weight_pointers_.push_back(keep(weights.get(c)));
+      bias_pointers_.push_back(keep(biases.get(c)));
+    }
+    post_pointer_ = keep(post_weight);
+  }
+  // base: rows of the shape of the hidden states, or none.
+  template <typename Args>
+  void set(Args& args, std::string_view norm, const Rows& base, const at::Tensor& mix,
+           const at::Tensor& statistics) const {
+    args.norm = norm == "layer" ? kernels::Norm::Layer : kernels::Norm::RMS;
+    args.wide = !kept_.empty() && kept_[0].scalar_type() == at::kFloat;
+    args.norm_weight = weight_pointers_.data();
+    args.norm_bias = bias_pointers_.data();
+    args.post_weight = post_pointer_;
+    args.base = base.pointers()[0];
+    args.base_stride = base.strides()[0];
+    args.mix = mix.numel() != 0 ? mix.data_ptr() : nullptr;
+    args.statistics = statistics.data_ptr<float>();
+  }
+
+ private:
+  const void* keep(const std::optional<at::Tensor>& tensor) {
+    if (!tensor.has_value() || !tensor->defined()) return nullptr;
+    kept_.push_back(tensor->contiguous());
+    return kept_.back().const_data_ptr();
+  }
+
+  std::vector<at::Tensor> kept_;
+  std::vector<const void*> weight_pointers_, bias_pointers_;
+  const void* post_pointer_ = nullptr;
+};
+
+Rows optional_rows(const std::optional<at::Tensor>& tensor) {
+  Rows rows;
+  if (tensor.has_value()) {
+    rows.push_back(*tensor);
+  } else {
+    rows.push_back_none();
+  }
+  return rows;
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm_forward_cuda(
+    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps,
+    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
+  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
+                             post_weight);
+  const at::Tensor& like = hiddens[0];
+  const c10::cuda::CUDAGuard device_guard(like.device());
+  if (like.scalar_type() != at::kDouble && like.numel() != 0) {
+    const int64_t ways = weights.size(-2), tokens = like.numel() / like.size(-1);
+    std::vector<at::Tensor> outputs = empty_outputs(ways, like);
+    at::Tensor mix = post_weight.has_value() ? at::empty(like.sizes(), like.options())
+                                             : at::empty({0}, like.options());
+    at::Tensor statistics = at::empty({2, ways, tokens}, like.options().dtype(at::kFloat));
+    const Rows x = rows_of(hiddens), y = rows_of(outputs), base_rows = optional_rows(base);
+    const at::Tensor w = token_blocks(weights, tokens);
+    const Norms norms(norm_weights, norm_biases, post_weight);
+    kernels::AggregateNormForward args{};
+    set_inputs(args, x, like, w);
+    norms.set(args, norm, base_rows, mix, statistics);
+    args.eps = static_cast<float>(eps);
+    args.y = y.pointers();
+    const cudaError_t error =
+        kernels::launch_aggregate_norm_forward(args, c10::cuda::getCurrentCUDAStream());
+    if (error != cudaErrorNotSupported) {
+      C10_CUDA_CHECK(error);
+      return {std::move(outputs), std::move(mix), std::move(statistics)};
+    }
+  }
+  return depth_aggregate_norm_forward_composition(hiddens, weights, norm_weights, norm_biases, norm,
+                                                  eps, base, post_weight);
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
+           at::Tensor, at::Tensor>
+depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
+                                   const OptionalTensors& grad_hiddens, at::TensorList hiddens,
+                                   const at::Tensor& weights, const OptionalTensors& norm_weights,
+                                   const OptionalTensors& norm_biases, std::string_view norm,
+                                   double eps, const std::optional<at::Tensor>& base,
+                                   const std::optional<at::Tensor>& post_weight,
+                                   at::TensorList outputs, const at::Tensor& mix,
+                                   const at::Tensor& statistics) {
+  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
+                             post_weight);
+  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+  const at::Tensor& like = hiddens[0];
+  const c10::cuda::CUDAGuard device_guard(like.device());
+  if (like.scalar_type() != at::kDouble && like.numel() != 0) {
+    const int64_t sources = weights.size(-1), ways = weights.size(-2);
+    const int64_t tokens = like.numel() / like.size(-1);
+    const auto empty_like = [](const at::Tensor& tensor) {
+      return at::empty(tensor.sizes(), tensor.options());
+    };
+    const auto none = [&] { return at::empty({0}, like.options()); };  // outputs share no memory
+    const auto empty_like_each = [&](const OptionalTensors& tensors, std::vector<void*>& pointers) {
+      std::vector<at::Tensor> result;
+      for (size_t i = 0; i < tensors.size(); ++i) {
+        const at::Tensor tensor = value_or_undefined(tensors, static_cast<int64_t>(i));
+        result.push_back(tensor.defined() ? empty_like(tensor) : none());
+        pointers.push_back(tensor.defined() ? result.back().data_ptr() : nullptr);
+      }
+      return result;
+    };
+    std::vector<at::Tensor> grads = empty_outputs(sources, like);
+    at::Tensor grad_weights = empty_like(weights);
+    std::vector<void*> weight_grads, bias_grads;
+    std::vector<at::Tensor> grad_norm_weights = empty_like_each(norm_weights, weight_grads);
+    std::vector<at::Tensor> grad_norm_biases = empty_like_each(norm_biases, bias_grads);
+    at::Tensor grad_base = base.has_value() ? empty_like(like) : none();
+    at::Tensor grad_post_weight = post_weight.has_value() ? empty_like(*post_weight) : none();
+
+    const Rows x = rows_of(hiddens), dx = rows_of(grads), base_rows = optional_rows(base);
+    const Rows y = rows_of(outputs), dy = contiguous_rows_of(grad_outputs, ways);
+    const Rows incoming = contiguous_rows_of(grad_hiddens, sources);
+    const at::Tensor w = token_blocks(weights, tokens);
+    const Norms norms(norm_weights, norm_biases, post_weight);
+    kernels::AggregateNormBackward args{};
+    set_inputs(args, x, like, w);
+    norms.set(args, norm, base_rows, mix, statistics);
+    args.dy = dy.pointers();
+    args.y = const_cast<const void* const*>(y.pointers());
+    args.grad_in = incoming.pointers();
+    args.grad_out = dx.pointers();
+    args.dw = grad_weights.data_ptr();
+    args.base_grad = base.has_value() ? grad_base.data_ptr() : nullptr;
+    args.norm_weight_grad = weight_grads.data();
+    args.norm_bias_grad = bias_grads.data();
+    args.post_weight_grad = post_weight.has_value() ? grad_post_weight.data_ptr() : nullptr;
+    int64_t floats = 0;
+    cudaError_t error = kernels::aggregate_norm_workspace(args, &floats);
+    if (error == cudaSuccess) {
+      const at::Tensor workspace = at::empty({floats}, like.options().dtype(at::kFloat));
+      args.workspace = workspace.data_ptr<float>();
+      error = kernels::launch_aggregate_norm_backward(args, c10::cuda::getCurrentCUDAStream());
+    }
+    if (error != cudaErrorNotSupported) {
+      C10_CUDA_CHECK(error);
+      return {std::move(grads),
+              std::move(grad_weights),
+              std::move(grad_norm_weights),
+              std::move(grad_norm_biases),
+              std::move(grad_base),
+              std::move(grad_post_weight)};
+    }
+  }
+  return depth_aggregate_norm_backward_composition(grad_outputs, grad_hiddens, hiddens, weights,
+                                                   norm_weights, norm_biases, norm, base,
+                                                   post_weight, statistics);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(muddformer, CUDA, m) {
+  m.impl("depth_aggregate_norm_forward", depth_aggregate_norm_forward_cuda);
+  m.impl("depth_aggregate_norm_backward", depth_aggregate_norm_backward_cuda);
+}
+
+}  // namespace muddformer

@@ -1,0 +1,129 @@
+#include "depth_aggregate_norm.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "checks.h"
+
+namespace muddformer {
+
+#define NORM_ARGUMENTS                                                                          \
+  "Tensor[] hiddens, Tensor weights, Tensor?[] norm_weights, Tensor?[] norm_biases, str norm, " \
+  "float eps, Tensor? base, Tensor? post_weight"
+
+TORCH_LIBRARY_FRAGMENT(muddformer, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("depth_aggregate_norm_chained(" NORM_ARGUMENTS ") -> (Tensor[], Tensor[])", tags);
+  m.def("depth_aggregate_norm_forward(" NORM_ARGUMENTS ") -> (Tensor[], Tensor, Tensor)", tags);
+  m.def(
+      "depth_aggregate_norm_backward(Tensor?[] grad_outputs, Tensor?[] "
+      "grad_hiddens, " NORM_ARGUMENTS
+      ", Tensor[] outputs, Tensor mix, Tensor statistics) -> (Tensor[], Tensor, Tensor[], "
+      "Tensor[], Tensor, Tensor)",
+      tags);
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_chained(
+    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps,
+    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("muddformer::depth_aggregate_norm_chained", "")
+                             .typed<decltype(depth_aggregate_norm_chained)>();
+  return op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight);
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm_forward(
+    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps,
+    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("muddformer::depth_aggregate_norm_forward", "")
+                             .typed<decltype(depth_aggregate_norm_forward)>();
+  return op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight);
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
+           at::Tensor, at::Tensor>
+depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
+                              const OptionalTensors& grad_hiddens, at::TensorList hiddens,
+                              const at::Tensor& weights, const OptionalTensors& norm_weights,
+                              const OptionalTensors& norm_biases, std::string_view norm, double eps,
+                              const std::optional<at::Tensor>& base,
+                              const std::optional<at::Tensor>& post_weight, at::TensorList outputs,
+                              const at::Tensor& mix, const at::Tensor& statistics) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("muddformer::depth_aggregate_norm_backward", "")
+                             .typed<decltype(depth_aggregate_norm_backward)>();
+  return op.call(grad_outputs, grad_hiddens, hiddens, weights, norm_weights, norm_biases, norm, eps,
+                 base, post_weight, outputs, mix, statistics);
+}
+
+namespace {
+
+std::optional<at::Tensor> entry(const OptionalTensors& tensors, size_t i) {
+  const std::optional<at::Tensor> tensor = tensors.get(i);
+  return tensor.has_value() && tensor->defined() ? tensor : std::nullopt;
+}
+
+// A norm's weight or bias: [D], of the dtype of the hidden states or float32, all alike.
+void check_norm_parameter(const at::Tensor& tensor, ArgumentName argument, const at::Tensor& like,
+                          std::optional<at::ScalarType>& dtype) {
+  check_floating(tensor, argument);
+  const at::ScalarType wanted = dtype.value_or(like.scalar_type());
+  const at::ScalarType came = tensor.scalar_type();
+  TORCH_CHECK_TYPE(
+      came == wanted || (!dtype.has_value() && came == at::kFloat), argument, ": expected dtype ",
+      wanted, dtype.has_value() ? " of the other norm parameters" : " of hiddens[0] or float32",
+      ", got ", came);
+  dtype = came;
+  check_same_device(tensor, argument, like, "hiddens[0]");
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_size(0) == like.sym_size(-1), argument,
+                    ": expected shape [", like.sym_size(-1), "], got ", tensor.sym_sizes());
+}
+
+}  // namespace
+
+void check_depth_aggregate_norm(at::TensorList hiddens, const at::Tensor& weights,
+                                const OptionalTensors& norm_weights,
+                                const OptionalTensors& norm_biases, std::string_view norm,
+                                double eps, const std::optional<at::Tensor>& base,
+                                const std::optional<at::Tensor>& post_weight) {
+  check_depth_aggregate(hiddens, weights);
+  const at::Tensor& like = hiddens[0];
+  const auto ways = static_cast<size_t>(weights.sym_size(-2).guard_int(__FILE__, __LINE__));
+  TORCH_CHECK_VALUE(ways <= 62, "weights: expected at most 62 ways, got ", ways);
+  TORCH_CHECK_VALUE(norm_weights.size() == ways, "norm_weights: expected C = ", ways,
+                    " entries, got ", norm_weights.size());
+  TORCH_CHECK_VALUE(norm_biases.size() == ways, "norm_biases: expected C = ", ways,
+                    " entries, got ", norm_biases.size());
+  TORCH_CHECK_VALUE(norm == "rms" || norm == "layer", "norm: expected 'rms' or 'layer', got '",
+                    norm, "'");
+  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps: expected a number of at least 0, got ",
+                    eps);
+  std::optional<at::ScalarType> dtype;
+  for (size_t c = 0; c < ways; ++c) {
+    const auto weight = entry(norm_weights, c), bias = entry(norm_biases, c);
+    const auto index = static_cast<int64_t>(c);
+    if (weight.has_value()) check_norm_parameter(*weight, {"norm_weights", index}, like, dtype);
+    if (!bias.has_value()) continue;
+    TORCH_CHECK_VALUE(weight.has_value(), ArgumentName{"norm_biases", index},
+                      ": expected None for a way without a norm weight, got a tensor");
+    check_norm_parameter(*bias, {"norm_biases", index}, like, dtype);
+  }
+  if (base.has_value()) {
+    check_same_dtype_device(*base, {"base"}, like, "hiddens[0]");
+    TORCH_CHECK_VALUE(base->sym_sizes() == like.sym_sizes(), "base: expected shape ",
+                      like.sym_sizes(), " of hiddens[0], got ", base->sym_sizes());
+  }
+  if (post_weight.has_value()) {
+    TORCH_CHECK_VALUE(base.has_value(), "post_weight: expected None without base, got a tensor");
+    TORCH_CHECK_VALUE(!entry(norm_weights, ways - 1).has_value(), "norm_weights[", ways - 1,
+                      "]: expected None with post_weight, got a tensor");
+    check_norm_parameter(*post_weight, {"post_weight"}, like, dtype);
+  }
+}
+
+}  // namespace muddformer

@@ -1,0 +1,132 @@
+// depth_aggregate_norm_forward and its backward out of the aggregation and PyTorch's elementwise
+// steps: what the CPU runs, and CUDA where the fused kernels cannot. The backward makes the sums
+// again.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include "checks.h"
+#include "depth_aggregate.h"
+#include "depth_aggregate_norm.h"
+
+namespace muddformer {
+
+// What a way does after the sum over the sources.
+struct NormOfWay {
+  at::Tensor weight;  // undefined: no norm
+  at::Tensor bias;    // undefined: none
+  bool layer = false;
+  bool post = false;  // the norm comes before base is added
+};
+
+inline at::Tensor value_or_undefined(const OptionalTensors& tensors, int64_t i) {
+  return tensors.get(i).value_or(at::Tensor());
+}
+
+inline NormOfWay norm_of_way(int64_t c, const OptionalTensors& norm_weights,
+                             const OptionalTensors& norm_biases, std::string_view norm,
+                             const std::optional<at::Tensor>& post_weight) {
+  if (post_weight.has_value() && c + 1 == static_cast<int64_t>(norm_weights.size())) {
+    return {*post_weight, {}, false, true};
+  }
+  return {value_or_undefined(norm_weights, c), value_or_undefined(norm_biases, c), norm == "layer",
+          false};
+}
+
+inline std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor>
+depth_aggregate_norm_forward_composition(at::TensorList hiddens, const at::Tensor& weights,
+                                         const OptionalTensors& norm_weights,
+                                         const OptionalTensors& norm_biases, std::string_view norm,
+                                         double eps, const std::optional<at::Tensor>& base,
+                                         const std::optional<at::Tensor>& post_weight) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::Tensor& like = hiddens[0];
+  const at::ScalarType wide = accumulation_dtype(like.scalar_type());
+  std::vector<at::Tensor> outputs = depth_aggregate(hiddens, weights);
+  const int64_t ways = static_cast<int64_t>(outputs.size());
+  at::Tensor mix = at::empty({0}, like.options());
+  std::vector<at::Tensor> means, factors;
+  at::DimVector leading(like.sizes().begin(), like.sizes().end() - 1);
+  leading.push_back(1);
+  for (int64_t c = 0; c < ways; ++c) {
+    const NormOfWay way = norm_of_way(c, norm_weights, norm_biases, norm, post_weight);
+    means.push_back(at::zeros(leading, like.options().dtype(wide)));
+    factors.push_back(at::ones(leading, like.options().dtype(wide)));
+    if (way.post) mix = outputs[c];
+    at::Tensor v = outputs[c].to(wide);
+    if (base.has_value() && !way.post) v = v + *base;
+    if (way.weight.defined()) {
+      if (way.layer) means[c] = v.mean(-1, /*keepdim=*/true);
+      const at::Tensor centred = v - means[c];
+      factors[c] = centred.square().mean(-1, /*keepdim=*/true).add_(eps).rsqrt_();
+      v = centred * factors[c] * way.weight.to(wide);
+      if (way.bias.defined()) v = v + way.bias.to(wide);
+    }
+    if (way.post) v = v + *base;
+    outputs[c] = v.to(like.scalar_type());
+  }
+  means.insert(means.end(), factors.begin(), factors.end());
+  const int64_t tokens = means[0].numel();
+  return {std::move(outputs), std::move(mix), at::stack(means).view({2, ways, tokens})};
+}
+
+inline std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>,
+                  std::vector<at::Tensor>, at::Tensor, at::Tensor>
+depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
+                                          const OptionalTensors& grad_hiddens,
+                                          at::TensorList hiddens, const at::Tensor& weights,
+                                          const OptionalTensors& norm_weights,
+                                          const OptionalTensors& norm_biases, std::string_view norm,
+                                          const std::optional<at::Tensor>& base,
+                                          const std::optional<at::Tensor>& post_weight,
+                                          const at::Tensor& statistics) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::Tensor& like = hiddens[0];
+  const at::ScalarType dtype = like.scalar_type(), wide = accumulation_dtype(dtype);
+  const int64_t ways = static_cast<int64_t>(norm_weights.size()), width = like.size(-1);
+  const std::vector<at::Tensor> sums = depth_aggregate(hiddens, weights);
+  at::DimVector column(like.sizes().begin(), like.sizes().end() - 1);
+  column.push_back(1);
+  const auto rows_sum = [&](const at::Tensor& tensor, const at::Tensor& parameter) {
+    return tensor.reshape({-1, width}).sum(0).to(parameter.scalar_type());
+  };
+  const auto none = [&] { return at::empty({0}, like.options()); };  // outputs share no memory
+  std::vector<at::Tensor> grad_norm_weights, grad_norm_biases;
+  at::Tensor grad_post_weight = none(), grad_base = none();
+  if (base.has_value()) grad_base = at::zeros(like.sizes(), like.options().dtype(wide));
+  OptionalTensors grad_sums;
+  for (int64_t c = 0; c < ways; ++c) {
+    const NormOfWay way = norm_of_way(c, norm_weights, norm_biases, norm, post_weight);
+    const at::Tensor given = value_or_undefined(grad_outputs, c);
+    const at::Tensor dy =
+        given.defined() ? given.to(wide) : at::zeros(like.sizes(), like.options().dtype(wide));
+    at::Tensor dv = dy;
+    if (way.weight.defined()) {
+      const at::Tensor mean = statistics[0][c].view(column), factor = statistics[1][c].view(column);
+      at::Tensor v = sums[c].to(wide);
+      if (base.has_value() && !way.post) v = v + *base;
+      const at::Tensor n = (v - mean) * factor;
+      const at::Tensor g = dy * way.weight.to(wide);
+      dv = g - n * (g * n).mean(-1, /*keepdim=*/true);
+      if (way.layer) dv = dv - g.mean(-1, /*keepdim=*/true);
+      dv = dv * factor;
+      if (way.post) grad_post_weight = rows_sum(dy * n, way.weight);
+      grad_norm_weights.push_back(way.post ? none() : rows_sum(dy * n, way.weight));
+    } else {
+      grad_norm_weights.push_back(none());
+    }
+    grad_norm_biases.push_back(way.bias.defined() ? rows_sum(dy, way.bias) : none());
+    if (base.has_value()) grad_base.add_(way.post ? dy : dv);
+    grad_sums.push_back(dv.to(dtype));
+  }
+  auto [grads, grad_weights] = depth_aggregate_backward(grad_sums, grad_hiddens, hiddens, weights);
+  return {std::move(grads),
+          std::move(grad_weights),
+          std::move(grad_norm_weights),
+          std::move(grad_norm_biases),
+          grad_base.to(dtype),
+          std::move(grad_post_weight)};
+}
+
+}  // namespace muddformer
