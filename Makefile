@@ -39,7 +39,7 @@ $(ready):
 	$(PYTHON) -m venv $(VENV)
 	touch $(VENV)/.ready-not-yet
 	$(bin)/python -m pip install --quiet --upgrade pip
-	$(bin)/python -m pip install --quiet "torch$(if $(TORCH_VERSION),==$(TORCH_VERSION))" "setuptools>=77" wheel cmake ninja
+	$(bin)/python -m pip install --quiet "torch$(if $(TORCH_VERSION),==$(TORCH_VERSION))" "setuptools>=77" wheel cmake ninja nlohmann-json
 	touch $@
 
 $(installed): $(ready) $(sources)
@@ -66,6 +66,7 @@ smoke: $(installed)
 asan: $(ready) gtest
 	$(bin)/cmake -S . -B $(call cmake_build,asan) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
 		-DMUDDFORMER_TORCH_DIR="$$($(bin)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
+		-DPython_EXECUTABLE="$(abspath $(bin))/python" \
 		-DMUDDFORMER_CUDA=OFF -DMUDDFORMER_TESTS=ON -DMUDDFORMER_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(bin)/cmake --build $(call cmake_build,asan) --parallel $(cmake_jobs)
 	$(bin)/ctest --test-dir $(call cmake_build,asan) --output-on-failure --parallel $(cmake_jobs)

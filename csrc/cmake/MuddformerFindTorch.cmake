@@ -73,6 +73,8 @@ macro(muddformer_find_torch)
                  INTERFACE_SYSTEM_INCLUDE_DIRECTORIES
                  "${MUDDFORMER_TORCH_DIR}/include;${MUDDFORMER_TORCH_DIR}/include/torch/csrc/api/include"
                  INTERFACE_COMPILE_FEATURES cxx_std_20)
+    # libtorch.so exports its own copy of std::filesystem, which crashes where it is found before the C++ library's.
+    set_property(TARGET muddformer::torch PROPERTY INTERFACE_LINK_LIBRARIES stdc++)
     # torch_cuda registers the CUDA backend when it is loaded; nothing refers to it, so the linker would drop it.
     foreach(_muddformer_library IN ITEMS torch torch_cpu torch_cuda c10 c10_cuda)
       set(_muddformer_path "${MUDDFORMER_TORCH_DIR}/lib/lib${_muddformer_library}.so")

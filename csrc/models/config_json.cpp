@@ -1,0 +1,245 @@
+// MUDDFormerConfig to and from JSON; the only file here that sees the JSON library's headers.
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+
+#include "checks.h"
+#include "config.h"
+
+namespace muddformer {
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+// Calls f(name, field) for all fields, in the order that files have.
+template <class Config, class F>
+void for_each_field(Config& c, F&& f) {
+  f("model_type", c.model_type);
+  f("vocab_size", c.vocab_size);
+  f("block_size", c.block_size);
+  f("n_layer", c.n_layer);
+  f("n_head", c.n_head);
+  f("n_kv_heads", c.n_kv_heads);
+  f("dim", c.dim);
+  f("intermediate_size", c.intermediate_size);
+  f("ffn_reallocation", c.ffn_reallocation);
+  f("norm_eps", c.norm_eps);
+  f("rope_base", c.rope_base);
+  f("rotary_pct", c.rotary_pct);
+  f("use_qk_norm", c.use_qk_norm);
+  f("use_parallel_residual", c.use_parallel_residual);
+  f("use_linear_bias", c.use_linear_bias);
+  f("tie_word_embeddings", c.tie_word_embeddings);
+  f("initializer_range", c.initializer_range);
+  f("dense", c.dense);
+  f("dynamic", c.dynamic);
+  f("multiway", c.multiway);
+  f("ways", c.ways);
+  f("separate_norms", c.separate_norms);
+  f("source_stride", c.source_stride);
+  f("block_stride", c.block_stride);
+  f("window", c.window);
+  f("pre_norm", c.pre_norm);
+  f("post_norm", c.post_norm);
+  f("expand_last", c.expand_last);
+  f("round64", c.round64);
+  f("cap", c.cap);
+  f("gelu_approximate", c.gelu_approximate);
+}
+
+// A value as an error shows it; it may come from a file that holds anything.
+std::string shown(const Json& value) {
+  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
+  if (value.is_string()) text.front() = text.back() = '\'';
+  return text.size() <= 100 ? text : text.substr(0, 100).append("...");
+}
+
+void read(const char* name, const Json& value, std::string& field) {
+  TORCH_CHECK_TYPE(value.is_string(), name, " must be a string, got ", shown(value));
+  field = value.get<std::string>();
+}
+
+void read(const char* name, const Json& value, bool& field) {
+  TORCH_CHECK_TYPE(value.is_boolean(), name, " must be true or false, got ", shown(value));
+  field = value.get<bool>();
+}
+
+void read(const char* name, const Json& value, int64_t& field) {
+  TORCH_CHECK_TYPE(value.is_number_integer(), name, " must be an integer, got ", shown(value));
+  // Whatever does not fit is above every limit.
+  constexpr auto largest = std::numeric_limits<int64_t>::max();
+  const bool fits = !value.is_number_unsigned() || value.get<uint64_t>() <= uint64_t{largest};
+  field = fits ? value.get<int64_t>() : largest;
+}
+
+void read(const char* name, const Json& value, double& field) {
+  TORCH_CHECK_TYPE(value.is_number(), name, " must be a number, got ", shown(value));
+  field = value.get<double>();
+}
+
+template <class T>
+void read(const char* name, const Json& value, std::optional<T>& field) {
+  if (value.is_null()) {
+    field.reset();
+  } else {
+    T read_value{};
+    read(name, value, read_value);
+    field = read_value;
+  }
+}
+
+Json parse(std::string_view text) {
+  Json values;
+  try {
+    values = Json::parse(text, [](int depth, Json::parse_event_t, const Json&) {
+      TORCH_CHECK_VALUE(depth <= 32, "the configuration is nested deeper than 32 levels");
+      return true;
+    });
+  } catch (const Json::exception& error) {
+    TORCH_CHECK_VALUE(false, "the configuration is not valid JSON: ", error.what());
+  }
+  TORCH_CHECK_TYPE(values.is_object(),
+                   "the configuration must be a JSON object of names to values, got ",
+                   values.type_name());
+  return values;
+}
+
+void check_keys(const Json& values, const std::set<std::string>& known, const char* owner) {
+  std::string unknown;
+  int count = 0;
+  for (const auto& [key, value] : values.items()) {
+    if (known.count(key) != 0 || ++count > 5) continue;
+    unknown.append(unknown.empty() ? "" : ", ").append(shown(key));
+  }
+  TORCH_CHECK_VALUE(count == 0, "unknown key ", unknown, ": not a field of ", owner);
+}
+
+// The fields that are there, and the defaults of `config` for the others.
+MUDDFormerConfig read_fields(const Json& values, MUDDFormerConfig config) {
+  for_each_field(config, [&](const char* name, auto& field) {
+    const auto found = values.find(name);
+    if (found != values.end()) read(name, *found, field);
+  });
+  return config.checked();
+}
+
+bool has_value(const Json& values, const char* name) {
+  const auto found = values.find(name);
+  return found != values.end() && !found->is_null();
+}
+
+// Keys of the public release that have another name here.
+const std::set<std::string> kRenamed = {"n_local_heads", "dynamic_dense", "dense_type", "sepln"};
+// Those whose meaning is the same here.
+const std::set<std::string> kSame = {"block_size",
+                                     "vocab_size",
+                                     "n_layer",
+                                     "n_head",
+                                     "dim",
+                                     "intermediate_size",
+                                     "rope_base",
+                                     "norm_eps",
+                                     "use_qk_norm",
+                                     "rotary_pct",
+                                     "use_parallel_residual",
+                                     "use_linear_bias",
+                                     "tie_word_embeddings",
+                                     "dense",
+                                     "expand_last",
+                                     "round64"};
+// Those that say how the release runs, not what it computes, or that are read one by one below. Its
+// head_dim is always overwritten by dim / n_head.
+const std::set<std::string> kOther = {"model_type",
+                                      "model",
+                                      "window_size",
+                                      "window_type",
+                                      "head_dim",
+                                      "is_training",
+                                      "use_layer_cache",
+                                      "stack_hidden",
+                                      "use_gradient_checkpointing",
+                                      "pad_token_id",
+                                      "bos_token_id",
+                                      "eos_token_id",
+                                      "architectures",
+                                      "auto_map",
+                                      "dtype",
+                                      "torch_dtype",
+                                      "transformers_version",
+                                      "_name_or_path",
+                                      "use_cache"};
+
+}  // namespace
+
+MUDDFormerConfig MUDDFormerConfig::from_json(std::string_view text) {
+  const Json values = parse(text);
+  std::set<std::string> known;
+  const MUDDFormerConfig defaults;
+  for_each_field(defaults, [&](const char* name, const auto&) { known.insert(name); });
+  check_keys(values, known, "MUDDFormerConfig");
+  return read_fields(values, defaults);
+}
+
+MUDDFormerConfig MUDDFormerConfig::from_official_json(std::string_view text) {
+  const Json values = parse(text);
+  std::set<std::string> known = kRenamed;
+  known.insert(kSame.begin(), kSame.end());
+  known.insert(kOther.begin(), kOther.end());
+  check_keys(values, known, "the public release");
+  for (const char* name : {"window_size", "window_type"}) {
+    TORCH_CHECK_VALUE(!has_value(values, name), name,
+                      " must be null (no sliding-window attention here), got ",
+                      shown(values.value(name, Json())));
+  }
+  // The same JSON with this library's names and the release's defaults.
+  Json ours = {{"use_qk_norm", false}, {"expand_last", false}, {"round64", false}};
+  for (const std::string& name : kSame) {
+    if (values.contains(name)) ours[name] = values[name];
+  }
+  const bool pythia = has_value(values, "rotary_pct") ||
+                      has_value(values, "use_parallel_residual") ||
+                      has_value(values, "use_linear_bias");
+  ours["model_type"] = pythia ? "muddpythia" : "muddformer";
+  for (const char* name : {"model", "model_type"}) {
+    if (has_value(values, name)) ours["model_type"] = values[name];
+  }
+  const Json kv_heads = values.value("n_local_heads", Json());
+  if (!kv_heads.is_number_integer() || kv_heads != -1) ours["n_kv_heads"] = kv_heads;
+  if (values.contains("dynamic_dense")) ours["dynamic"] = values["dynamic_dense"];
+  if (values.contains("sepln")) ours["separate_norms"] = values["sepln"];
+  const Json dense_type = values.value("dense_type", Json("qkvr"));
+  TORCH_CHECK_VALUE(dense_type == "qkvr" || dense_type == "qkvm" || dense_type == "l",
+                    "dense_type must be 'qkvr', 'qkvm' or 'l', got ", shown(dense_type));
+  ours["multiway"] = dense_type != "l";
+  return read_fields(ours, {});
+}
+
+bool MUDDFormerConfig::is_official_json(std::string_view text) {
+  const Json values = parse(text);
+  for (const std::string& name : kRenamed) {
+    if (values.contains(name)) return true;
+  }
+  return false;
+}
+
+std::string MUDDFormerConfig::to_json() const {
+  Json values = Json::object();
+  const MUDDFormerConfig config = checked();
+  for_each_field(config, [&](const char* name, const auto& field) {
+    if constexpr (requires { field.has_value(); }) {
+      values[name] = field ? Json(*field) : Json();
+    } else {
+      values[name] = field;
+    }
+  });
+  return values.dump(2);
+}
+
+}  // namespace muddformer

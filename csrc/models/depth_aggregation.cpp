@@ -1,0 +1,162 @@
+#include "depth_aggregation.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <utility>
+
+#include "../ops/connection_weights.h"
+#include "../ops/depth_aggregate.h"
+#include "checks.h"
+
+namespace muddformer {
+
+DepthAggregationImpl::DepthAggregationImpl(DepthAggregationOptions given,
+                                           at::TensorOptions tensor_options, bool initialize)
+    : Cloneable("muddformer::DepthAggregation"),
+      options(std::move(given)),
+      tensor_options_(tensor_options) {
+  check_integer("dim", options.dim);
+  check_integer("sources", options.sources);
+  if (auto* ways = std::get_if<std::string>(&options.ways)) {
+    *ways = check_ways(*ways);
+  } else {
+    check_integer("ways", std::get<int64_t>(options.ways));
+  }
+  check_integer("expand", options.expand);
+  check_post_norm(options.post_norm);
+  check_real("eps", options.eps, 0.0, 1.0);
+  check_gelu_approximate(options.gelu_approximate);
+  if (options.cap) check_real("cap", *options.cap);
+  reset();
+  if (initialize) reset_parameters();
+}
+
+int64_t DepthAggregationImpl::num_ways() const {
+  const auto* ways = std::get_if<std::string>(&options.ways);
+  return ways != nullptr ? static_cast<int64_t>(ways->size()) : std::get<int64_t>(options.ways);
+}
+
+void DepthAggregationImpl::reset() {
+  const int64_t dim = options.dim, ways = num_ways(), weights = ways * options.sources;
+  const auto norm = [&](const char* name) {
+    return register_module(name,
+                           Norm(dim, options.eps, NormKind::kRMSNorm, 1.0, tensor_options_, false));
+  };
+  if (options.prior) {
+    prior = register_parameter("prior", at::empty({ways, options.sources}, tensor_options_));
+  }
+  if (options.dynamic) {
+    int64_t width = weights * options.expand;
+    if (options.round64) width = (width / 64 + 1) * 64;
+    const double std = std::pow(static_cast<double>(dim), -0.5);
+    w1 = register_module("w1", Linear(dim, width, false, std, tensor_options_, false));
+    w2 = register_module("w2", Linear(width, weights, false, 0.0, tensor_options_, false));
+    if (options.pre_norm) generator_norm = norm("norm");
+  }
+  if (options.pre_norm) pre_norm = norm("pre_norm");
+  if (options.post_norm != "none") {
+    const auto* letters = std::get_if<std::string>(&options.ways);
+    std::vector<int64_t> normed;
+    for (int64_t way = 0; way < ways; ++way) {
+      const bool residual =
+          letters != nullptr ? (*letters)[static_cast<size_t>(way)] == 'r' : way == ways - 1;
+      if (residual || options.post_norm == "all") normed.push_back(way);
+    }
+    post_norms = register_module("post_norms", Norms(normed, dim, options.eps, NormKind::kRMSNorm,
+                                                     1e-3, tensor_options_, false));
+  }
+}
+
+void DepthAggregationImpl::reset_parameters() {
+  const at::NoGradGuard no_grad;
+  if (options.dynamic) {
+    w1->reset_parameters();
+    w2->weight.zero_();
+  }
+  for (const Norm& norm : {generator_norm, pre_norm}) {
+    if (norm) norm.ptr()->reset_parameters();
+  }
+  if (post_norms) post_norms->reset_parameters();
+  if (options.prior) reset_prior(prior);
+}
+
+void DepthAggregationImpl::reset_prior(at::Tensor tensor) const {
+  const at::NoGradGuard no_grad;
+  tensor.zero_();
+  if (options.post_norm != "none") return;
+  // The bounded weight, not the prior, has to be one; a cap of at most 1 cannot reach it.
+  const double cap = options.cap.value_or(0);
+  tensor.select(1, options.sources - 1).fill_(cap > 1 ? cap * std::atanh(1 / cap) : 1.0);
+}
+
+std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> DepthAggregationImpl::forward(
+    at::TensorList hiddens, const at::Tensor& given_prior) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(hiddens.size()) == options.sources, "hiddens must be ",
+                    options.sources, " tensors, got ", hiddens.size());
+  const at::Tensor& a = given_prior.defined() ? given_prior : prior;
+  TORCH_CHECK_VALUE(a.defined(),
+                    "prior must be given to a DepthAggregation that was made with prior = false");
+  auto [weights, newest] = connection_weights_of(hiddens.back(), a);
+  std::vector<at::Tensor> sources = hiddens.vec();
+  sources.back() = pre_norm ? pre_norm->forward(newest) : newest;
+  auto [mixed, handed_on] = depth_aggregate_chained(sources, weights);
+  if (!pre_norm) newest = handed_on.back();
+  if (options.post_norm != "none") {
+    for (size_t way = 0; way < mixed.size(); ++way) {
+      Norm norm = post_norms->at(static_cast<int64_t>(way));
+      mixed[way] = newest + (norm ? norm->forward(mixed[way]) : mixed[way]);
+    }
+  }
+  const auto* letters = std::get_if<std::string>(&options.ways);
+  if (letters == nullptr) return {std::move(mixed), std::move(handed_on)};
+  std::vector<at::Tensor> streams;
+  for (const char way : kWays) {
+    const size_t place = letters->find(way);
+    streams.push_back(place == std::string::npos ? newest : mixed[place]);
+  }
+  return {std::move(streams), std::move(handed_on)};
+}
+
+std::tuple<at::Tensor, at::Tensor> DepthAggregationImpl::connection_weights_of(
+    const at::Tensor& x, const at::Tensor& a) {
+  if (options.dynamic) {
+    const auto scale = generator_norm ? std::optional(generator_norm->weight) : std::nullopt;
+    return connection_weights_chained(x, w1->weight, w2->weight, a, scale, options.eps,
+                                      options.gelu_approximate, options.cap);
+  }
+  const at::Tensor bounded = options.cap ? at::tanh(a / *options.cap) * *options.cap : a;
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end() - 1);
+  shape.insert(shape.end(), a.sizes().begin(), a.sizes().end());
+  return {bounded.to(x.scalar_type()).expand(shape), x};
+}
+
+void DepthAggregationImpl::pretty_print(std::ostream& stream) const {
+  stream << "muddformer::DepthAggregation(" << options.dim << ", sources=" << options.sources
+         << ", ways=";
+  std::visit([&](const auto& ways) { stream << ways; }, options.ways);
+  stream << ", dynamic=" << (options.dynamic ? "true" : "false") << ", eps=" << options.eps;
+  if (options.dynamic) stream << ", gelu_approximate=" << options.gelu_approximate;
+  if (options.cap) stream << ", cap=" << *options.cap;
+  stream << ')';
+}
+
+std::map<int64_t, std::vector<int64_t>> aggregation_plan(int64_t layers, int64_t source_stride,
+                                                         int64_t block_stride,
+                                                         std::optional<int64_t> window, bool last) {
+  check_integer("source_stride", source_stride);
+  check_integer("block_stride", block_stride);
+  if (window) check_integer("window", *window);
+  std::map<int64_t, std::vector<int64_t>> plan;
+  for (int64_t i = 1; i <= layers; ++i) {
+    if (!(i == layers ? last : i % block_stride == 0)) continue;
+    const int64_t oldest = window ? i - *window + 1 : 0;
+    std::vector<int64_t>& sources = plan[i];
+    for (int64_t j = 0; j <= i; ++j) {
+      if (j == 0 || j == i || (j % source_stride == 0 && j >= oldest)) sources.push_back(j);
+    }
+  }
+  return plan;
+}
+
+}  // namespace muddformer

@@ -1,0 +1,116 @@
+// One layer of Multiway Dynamic Dense (MUDD) connections (arXiv 2502.12170).
+//
+// B, T: batch and sequence length (any leading shape); D: model width; S: number of sources; C:
+// number of ways.
+#pragma once
+
+#include <torch/nn/cloneable.h>
+#include <torch/nn/pimpl.h>
+
+#include <map>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "layers.h"
+
+namespace muddformer {
+
+struct DepthAggregationOptions {
+  /// Model width D.
+  int64_t dim = 0;
+  /// Number of hidden states S that are mixed, the newest last.
+  int64_t sources = 0;
+  /// A part of "qkvr": four streams are returned, one left out being the newest hidden state. Or a
+  /// number C: C streams are returned, the last one counting as the residual way.
+  std::variant<std::string, int64_t> ways = "qkvr";
+  /// false: the prior alone, the same for every token.
+  bool dynamic = true;
+  /// Factor of the generator's hidden width K = C * S * expand.
+  int64_t expand = 1;
+  /// K goes up to the next multiple of 64 (an exact multiple too).
+  bool round64 = false;
+  /// PreDANorm: the newest hidden state passes an RMSNorm before it is mixed (and the generator's
+  /// norm has a weight). The others are expected as an earlier layer returned them.
+  bool pre_norm = false;
+  /// PostDANorm: `Y_c = X_i + sum_j ...` with an RMSNorm of the sum of the residual way
+  /// ("residual") or of every way ("all"). "none": no norm and no addition.
+  std::string post_norm = "none";
+  /// Added to the mean square in the norms.
+  double eps = 1e-6;
+  /// "none" (erf form) or "tanh".
+  std::string gelu_approximate = "none";
+  /// Soft bound of the weights, cap * tanh(A / cap). Left out: no bound.
+  std::optional<double> cap = std::nullopt;
+  /// false: the module has no prior of its own; every call gets one.
+  bool prior = true;
+};
+
+/// Depth-wise aggregation DA_i: mixes the hidden states of all layers so far, with weights made
+/// from the newest.
+///
+/// `A = GELU(RMSNorm(X_i) W1^T) W2^T + prior` and `Y_c = sum_j A[..., c, j] X_j` (Eq. 5 to 8). A
+/// fresh layer passes X_i on: every Y_c is X_i.
+class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAggregationImpl> {
+ public:
+  /// @throws c10::ValueError naming the option, what was expected and what came.
+  explicit DepthAggregationImpl(DepthAggregationOptions options,
+                                at::TensorOptions tensor_options = {}, bool initialize = true);
+  void reset() override;
+  /// Passes X_i on: W1 ~ Normal(variance 1/D), W2 = 0, prior one-hot on X_i (0 with post_norm).
+  void reset_parameters();
+  /// Fills a prior [C, S] for this layer with its initial values, in place.
+  void reset_prior(at::Tensor prior) const;
+
+  /// Mixes hidden states.
+  ///
+  /// @param hiddens the S sources, each [..., D], of one shape, dtype and device, X_i last.
+  /// @param prior [C, S], in place of the module's own.
+  /// @return (streams, hiddens): the streams, each [..., D], and the sources that later layers get
+  ///   in place of those that came (their gradients are chained, and with pre_norm the newest is
+  ///   now the normed one).
+  /// @throws c10::ValueError for a wrong number of sources or a missing prior.
+  std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(at::TensorList hiddens,
+                                                                      const at::Tensor& prior = {});
+
+  /// Number of ways C.
+  int64_t num_ways() const;
+  void pretty_print(std::ostream& stream) const override;
+
+  DepthAggregationOptions options;
+  /// The generator; empty for static connections.
+  Linear w1{nullptr}, w2{nullptr};
+  /// With pre_norm: the generator's norm (submodule `norm`), and the norm of the newest hidden
+  /// state.
+  Norm generator_norm{nullptr}, pre_norm{nullptr};
+  /// The norms of the sums by number of the way; empty without post_norm.
+  Norms post_norms{nullptr};
+  /// [C, S], or undefined.
+  at::Tensor prior;
+
+ private:
+  // Connection weights [..., C, S], and x to be used from here on.
+  std::tuple<at::Tensor, at::Tensor> connection_weights_of(const at::Tensor& x,
+                                                           const at::Tensor& a);
+
+  at::TensorOptions tensor_options_;
+};
+TORCH_MODULE(DepthAggregation);
+
+/// Which hidden states X_j each aggregation DA_i mixes: {i: {j, ...}}, i = 1 .. layers, j ascending
+/// up to i.
+///
+/// @param layers number of blocks L.
+/// @param source_stride k of "k x p": every k-th hidden state is a source, and always X_0 and X_i.
+/// @param block_stride p of "k x p": an aggregation after every p-th block and after the last.
+/// @param window of those, X_0 and the ones among the newest `window` hidden states; nullopt: all.
+/// @param last false: none after the last block.
+/// @throws c10::ValueError naming the argument, what was expected and what came.
+MUDDFORMER_API std::map<int64_t, std::vector<int64_t>> aggregation_plan(
+    int64_t layers, int64_t source_stride = 1, int64_t block_stride = 1,
+    std::optional<int64_t> window = std::nullopt, bool last = true);
+
+}  // namespace muddformer

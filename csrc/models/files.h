@@ -1,0 +1,39 @@
+// Files that are read or written whole: shared by the safetensors, checkpoint and tokenizer code.
+//
+// By the functions of POSIX, not of std::filesystem: LibTorch's wheels export their own copy of the
+// latter, which crashes in a program that finds it before the C++ library's.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace muddformer {
+
+// Parses JSON that is not trusted: no duplicate keys, no more than `depth` levels of objects and
+// arrays. Throws c10::ValueError beginning with `path`.
+nlohmann::json parse_json(std::string_view text, const std::filesystem::path& path, int depth);
+
+// The number of bytes of a file. Throws c10::ValueError beginning with `path` if there is none.
+uint64_t size_of_file(const std::filesystem::path& path);
+
+// Whether there is a file of this name.
+bool is_file(const std::filesystem::path& path);
+
+// Makes a directory and those above it that are not there. Throws c10::Error.
+void make_directories(const std::filesystem::path& path);
+
+// The contents of a file of at most `limit` bytes. Throws c10::ValueError beginning with `path`.
+std::string read_file(const std::filesystem::path& path, uint64_t limit);
+
+// The JSON object in a file of at most `limit` bytes; throws as parse_json().
+nlohmann::json read_json(const std::filesystem::path& path, uint64_t limit);
+
+// Writes the parts, one after the other, into a file beside `path`, which gets that name only when
+// all of it is on the disk: an interrupted write leaves the old file. Throws c10::Error.
+void write_file(const std::filesystem::path& path, std::span<const std::string_view> parts);
+
+}  // namespace muddformer

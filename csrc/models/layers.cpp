@@ -1,0 +1,328 @@
+#include "layers.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <utility>
+
+namespace muddformer {
+
+// ---- Linear, Embedding ----
+
+LinearImpl::LinearImpl(int64_t in_features, int64_t out_features, bool with_bias, double std,
+                       at::TensorOptions options, bool initialize)
+    : in_features_(in_features),
+      out_features_(out_features),
+      with_bias_(with_bias),
+      std_(std),
+      options_(options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void LinearImpl::reset() {
+  weight = register_parameter("weight", at::empty({out_features_, in_features_}, options_));
+  if (with_bias_) bias = register_parameter("bias", at::empty({out_features_}, options_));
+}
+
+void LinearImpl::reset_parameters() {
+  const at::NoGradGuard no_grad;
+  weight.normal_(0, std_);
+  if (with_bias_) bias.zero_();
+}
+
+at::Tensor LinearImpl::forward(const at::Tensor& x) {
+  return with_bias_ ? at::linear(x, weight, bias) : at::linear(x, weight);
+}
+
+void LinearImpl::pretty_print(std::ostream& stream) const {
+  stream << "muddformer::Linear(in_features=" << in_features_ << ", out_features=" << out_features_
+         << ", bias=" << (with_bias_ ? "true" : "false") << ')';
+}
+
+EmbeddingImpl::EmbeddingImpl(int64_t rows, int64_t dim, double std, at::TensorOptions options,
+                             bool initialize)
+    : rows_(rows), dim_(dim), std_(std), options_(options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void EmbeddingImpl::reset() {
+  weight = register_parameter("weight", at::empty({rows_, dim_}, options_));
+}
+
+void EmbeddingImpl::reset_parameters() {
+  const at::NoGradGuard no_grad;
+  weight.normal_(0, std_);
+}
+
+at::Tensor EmbeddingImpl::forward(const at::Tensor& ids) {
+  return at::embedding(weight, ids);
+}
+
+void EmbeddingImpl::pretty_print(std::ostream& stream) const {
+  stream << "muddformer::Embedding(" << rows_ << ", " << dim_ << ')';
+}
+
+// ---- norms ----
+
+NormImpl::NormImpl(int64_t dim, double eps, NormKind kind, double init, at::TensorOptions options,
+                   bool initialize)
+    : dim_(dim), eps_(eps), kind_(kind), init_(init), options_(options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void NormImpl::reset() {
+  weight = register_parameter("weight", at::empty({dim_}, options_));
+  if (kind_ == NormKind::kLayerNorm) bias = register_parameter("bias", at::empty({dim_}, options_));
+}
+
+void NormImpl::reset_parameters() {
+  const at::NoGradGuard no_grad;
+  weight.fill_(init_);
+  if (bias.defined()) bias.zero_();
+}
+
+at::Tensor NormImpl::forward(const at::Tensor& x) {
+  if (kind_ == NormKind::kLayerNorm) return at::layer_norm(x, {dim_}, weight, bias, eps_);
+  return at::rms_norm(x, {dim_}, weight.to(x.scalar_type()), eps_);
+}
+
+void NormImpl::pretty_print(std::ostream& stream) const {
+  stream << (kind_ == NormKind::kLayerNorm ? "muddformer::LayerNorm(" : "muddformer::RMSNorm(")
+         << dim_ << ", eps=" << eps_ << ')';
+}
+
+NormsImpl::NormsImpl(std::vector<int64_t> numbers, int64_t dim, double eps, NormKind kind,
+                     double init, at::TensorOptions options, bool initialize)
+    : Cloneable("muddformer::Norms"),
+      dim_(dim),
+      eps_(eps),
+      kind_(kind),
+      init_(init),
+      options_(options) {
+  for (const int64_t number : numbers) norms_.emplace(number, nullptr);
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void NormsImpl::reset() {
+  for (auto& [number, norm] : norms_) {
+    norm = register_module(std::to_string(number),
+                           Norm(dim_, eps_, kind_, init_, options_, /*initialize=*/false));
+  }
+}
+
+void NormsImpl::reset_parameters() {
+  for (auto& [number, norm] : norms_) norm->reset_parameters();
+}
+
+Norm NormsImpl::at(int64_t number) const {
+  const auto found = norms_.find(number);
+  return found == norms_.end() ? Norm(nullptr) : found->second;
+}
+
+NormKind norm_kind(const MUDDFormerConfig& config) {
+  return config.model_type == "muddpythia" ? NormKind::kLayerNorm : NormKind::kRMSNorm;
+}
+
+// ---- rotary positions ----
+
+RotaryEmbeddingImpl::RotaryEmbeddingImpl(const MUDDFormerConfig& config)
+    : positions_(config.block_size), half_(config.rotary_dim() / 2), base_(config.rope_base) {}
+
+Rotary RotaryEmbeddingImpl::tables(at::Device device) {
+  const std::lock_guard<std::mutex> guard(*lock_);
+  if (!tables_.cos.defined() || tables_.cos.device() != device) {
+    // The first call may be one of inference mode, and a later one of training.
+    const c10::InferenceMode normal(false);
+    const at::TensorOptions options = at::TensorOptions(at::kFloat).device(device);
+    const at::Tensor exponents = at::arange(half_, options) / half_;
+    const at::Tensor frequencies = at::pow(base_, exponents).reciprocal();
+    const at::Tensor angles = at::arange(positions_, options).unsqueeze(1) * frequencies;
+    tables_ = {angles.cos(), angles.sin()};
+  }
+  return tables_;
+}
+
+Rotary RotaryEmbeddingImpl::forward(int64_t length, at::Device device) {
+  const Rotary all = tables(device);
+  return {all.cos.narrow(0, 0, length), all.sin.narrow(0, 0, length)};
+}
+
+Rotary RotaryEmbeddingImpl::forward_at(const at::Tensor& positions) {
+  const Rotary all = tables(positions.device());
+  return {all.cos.index_select(0, positions), all.sin.index_select(0, positions)};
+}
+
+void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
+  stream << "muddformer::RotaryEmbedding(positions=" << positions_ << ", rotary_dim=" << 2 * half_
+         << ", base=" << base_ << ')';
+}
+
+at::Tensor apply_rotary(const at::Tensor& x, const Rotary& rotary) {
+  const int64_t half = rotary.cos.size(-1), width = x.size(-1);
+  const at::Tensor cos = rotary.cos.unsqueeze(1), sin = rotary.sin.unsqueeze(1);
+  const at::Tensor a = x.narrow(-1, 0, half), b = x.narrow(-1, half, half);
+  const at::Tensor first = (a * cos - b * sin).to(x.scalar_type());
+  const at::Tensor second = (a * sin + b * cos).to(x.scalar_type());
+  if (2 * half == width) return at::cat({first, second}, -1);
+  return at::cat({first, second, x.narrow(-1, 2 * half, width - 2 * half)}, -1);
+}
+
+// ---- attention, feed-forward network, block ----
+
+AttentionImpl::AttentionImpl(const MUDDFormerConfig& config, int64_t index,
+                             at::TensorOptions options, bool initialize)
+    : Cloneable("muddformer::Attention"),
+      config_(config.checked()),
+      index_(index),
+      options_(options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void AttentionImpl::reset() {
+  const MUDDFormerConfig& c = config_;
+  const auto linear = [&](const char* name, int64_t out) {
+    return register_module(
+        name, Linear(c.dim, out, *c.use_linear_bias, c.initializer_range, options_, false));
+  };
+  const auto norm = [&](const char* name) {
+    return register_module(
+        name, Norm(c.head_dim(), *c.norm_eps, NormKind::kRMSNorm, 1.0, options_, false));
+  };
+  wq = linear("wq", c.dim);
+  wk = linear("wk", *c.n_kv_heads * c.head_dim());
+  wv = linear("wv", *c.n_kv_heads * c.head_dim());
+  wo = linear("wo", c.dim);
+  if (c.use_qk_norm) {
+    q_norm = norm("q_norm");
+    k_norm = norm("k_norm");
+  }
+}
+
+void AttentionImpl::reset_parameters() {
+  for (const Linear& linear : {wq, wk, wv, wo}) linear.ptr()->reset_parameters();
+  for (const Norm& norm : {q_norm, k_norm}) {
+    if (norm) norm.ptr()->reset_parameters();
+  }
+}
+
+at::Tensor AttentionImpl::forward(const at::Tensor& xq, const at::Tensor& xk, const at::Tensor& xv,
+                                  const Rotary& rotary, const at::Tensor& mask, KVCache* cache) {
+  const std::array<int64_t, 2> heads = {-1, config_.head_dim()};
+  at::Tensor q = wq->forward(xq).unflatten(-1, heads);
+  at::Tensor k = wk->forward(xk).unflatten(-1, heads);
+  at::Tensor v = wv->forward(xv).unflatten(-1, heads);
+  if (q_norm) {
+    q = q_norm->forward(q);
+    k = k_norm->forward(k);
+  }
+  q = apply_rotary(q, rotary).transpose(1, 2);
+  k = apply_rotary(k, rotary).transpose(1, 2);
+  v = v.transpose(1, 2);
+  if (cache != nullptr) std::tie(k, v) = cache->update(index_, k, v);
+  const bool causal = !mask.defined();
+  const at::Tensor y = at::scaled_dot_product_attention(
+      q, k, v, causal ? std::nullopt : std::optional(mask), /*dropout_p=*/0.0, causal,
+      /*scale=*/std::nullopt, /*enable_gqa=*/*config_.n_kv_heads != config_.n_head);
+  return wo->forward(y.transpose(1, 2).flatten(-2));
+}
+
+FeedForwardImpl::FeedForwardImpl(const MUDDFormerConfig& config, int64_t width,
+                                 at::TensorOptions options, bool initialize)
+    : Cloneable("muddformer::FeedForward"),
+      config_(config.checked()),
+      width_(width),
+      options_(options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void FeedForwardImpl::reset() {
+  const auto linear = [&](const char* name, int64_t in, int64_t out) {
+    return register_module(name, Linear(in, out, *config_.use_linear_bias,
+                                        config_.initializer_range, options_, false));
+  };
+  w1 = linear("w1", config_.dim, width_);
+  w2 = linear("w2", width_, config_.dim);
+  if (config_.model_type == "muddformer") w3 = linear("w3", config_.dim, width_);
+}
+
+void FeedForwardImpl::reset_parameters() {
+  w1->reset_parameters();
+  w2->reset_parameters();
+  if (w3) w3->reset_parameters();
+}
+
+at::Tensor FeedForwardImpl::forward(const at::Tensor& x) {
+  if (!w3) return w2->forward(at::gelu(w1->forward(x), config_.gelu_approximate));
+  const at::Tensor gate = at::silu(w1->forward(x));
+  return w2->forward(gate * w3->forward(x));
+}
+
+BlockImpl::BlockImpl(const MUDDFormerConfig& config, int64_t index, bool separate_norms,
+                     at::TensorOptions options, bool initialize)
+    : Cloneable("muddformer::Block"),
+      config_(config.checked()),
+      index_(index),
+      separate_norms_(separate_norms),
+      options_(options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void BlockImpl::reset() {
+  const MUDDFormerConfig& c = config_;
+  const NormKind kind = norm_kind(c);
+  const int64_t width = c.ffn_widths()[static_cast<size_t>(index_)];
+  attention = register_module("attention", Attention(c, index_, options_, false));
+  feed_forward = register_module("feed_forward", FeedForward(c, width, options_, false));
+  if (separate_norms_) {
+    attention_norms = register_module(
+        "attention_norms",
+        Norms(std::vector<int64_t>{0, 1, 2}, c.dim, *c.norm_eps, kind, 1.0, options_, false));
+  } else {
+    attention_norm =
+        register_module("attention_norm", Norm(c.dim, *c.norm_eps, kind, 1.0, options_, false));
+  }
+  ffn_norm = register_module("ffn_norm", Norm(c.dim, *c.norm_eps, kind, 1.0, options_, false));
+}
+
+void BlockImpl::reset_parameters() {
+  attention->reset_parameters();
+  feed_forward->reset_parameters();
+  if (separate_norms_) {
+    attention_norms->reset_parameters();
+  } else {
+    attention_norm->reset_parameters();
+  }
+  ffn_norm->reset_parameters();
+}
+
+at::Tensor BlockImpl::forward(at::TensorList streams, const Rotary& rotary, const at::Tensor& mask,
+                              KVCache* cache) {
+  TORCH_CHECK_VALUE(streams.size() == 1 || streams.size() == 4,
+                    "streams must be one tensor or four (xq, xk, xv, xr), got ", streams.size());
+  const at::Tensor& residual = streams.back();
+  std::array<at::Tensor, 3> normed;
+  if (!separate_norms_ && streams.size() == 1) {
+    normed.fill(attention_norm->forward(residual));
+  } else {
+    for (size_t way = 0; way < 3; ++way) {
+      Norm norm = separate_norms_ ? attention_norms->at(static_cast<int64_t>(way)) : attention_norm;
+      normed[way] = norm->forward(streams.size() == 1 ? residual : streams[way]);
+    }
+  }
+  const at::Tensor x =
+      residual + attention->forward(normed[0], normed[1], normed[2], rotary, mask, cache);
+  const at::Tensor& read = *config_.use_parallel_residual ? residual : x;
+  return x + feed_forward->forward(ffn_norm->forward(read));
+}
+
+}  // namespace muddformer

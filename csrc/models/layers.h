@@ -1,0 +1,251 @@
+// The blocks of both families: attention with rotary positions, feed-forward networks, norms.
+//
+// B, T: batch and sequence length; D: model width; H: heads; E: width of a head. Every module takes
+// the dtype and device of its parameters, and `initialize`: false leaves the parameters without
+// values, for a loader that fills them all. reset() makes them anew without values (as clone()
+// needs it), reset_parameters() gives them their initial ones.
+#pragma once
+
+#include <torch/nn/cloneable.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "config.h"
+#include "kv_cache.h"
+
+namespace muddformer {
+
+/// `x weight^T + bias`, [..., in] -> [..., out].
+class MUDDFORMER_API LinearImpl : public torch::nn::Cloneable<LinearImpl> {
+ public:
+  /// @param std standard deviation of a fresh weight; a fresh bias is 0.
+  LinearImpl(int64_t in_features, int64_t out_features, bool with_bias, double std,
+             at::TensorOptions options = {}, bool initialize = true);
+  void reset() override;
+  void reset_parameters();
+  at::Tensor forward(const at::Tensor& x);
+  void pretty_print(std::ostream& stream) const override;
+
+  /// [out, in], and [out] or undefined.
+  at::Tensor weight, bias;
+
+ private:
+  int64_t in_features_, out_features_;
+  bool with_bias_;
+  double std_;
+  at::TensorOptions options_;
+};
+TORCH_MODULE(Linear);
+
+/// Rows of a table, int64 or int32 [...] -> [..., D].
+class MUDDFORMER_API EmbeddingImpl : public torch::nn::Cloneable<EmbeddingImpl> {
+ public:
+  /// @param std standard deviation of a fresh weight.
+  EmbeddingImpl(int64_t rows, int64_t dim, double std, at::TensorOptions options = {},
+                bool initialize = true);
+  void reset() override;
+  void reset_parameters();
+  at::Tensor forward(const at::Tensor& ids);
+  void pretty_print(std::ostream& stream) const override;
+
+  /// [rows, D].
+  at::Tensor weight;
+
+ private:
+  int64_t rows_, dim_;
+  double std_;
+  at::TensorOptions options_;
+};
+TORCH_MODULE(Embedding);
+
+enum class NormKind { kRMSNorm, kLayerNorm };
+
+/// RMSNorm, `x / sqrt(mean(x^2) + eps) * weight`, or LayerNorm with weight and bias, over the last
+/// dimension [D].
+///
+/// The weight of an RMSNorm is used in the dtype of x, so that a float32 weight meets a bfloat16
+/// input (as under autocast) in the fused kernel.
+class MUDDFORMER_API NormImpl : public torch::nn::Cloneable<NormImpl> {
+ public:
+  /// @param eps added to the mean square or variance.
+  /// @param init value of a fresh weight; a fresh bias is 0.
+  NormImpl(int64_t dim, double eps, NormKind kind = NormKind::kRMSNorm, double init = 1.0,
+           at::TensorOptions options = {}, bool initialize = true);
+  void reset() override;
+  void reset_parameters();
+  /// [..., D] -> [..., D].
+  at::Tensor forward(const at::Tensor& x);
+  void pretty_print(std::ostream& stream) const override;
+
+  /// [D], and [D] or undefined.
+  at::Tensor weight, bias;
+
+ private:
+  int64_t dim_;
+  double eps_;
+  NormKind kind_;
+  double init_;
+  at::TensorOptions options_;
+};
+TORCH_MODULE(Norm);
+
+/// RMSNorms or LayerNorms of one width by number, as submodules "0", "1", ... of which some may be
+/// missing.
+class MUDDFORMER_API NormsImpl : public torch::nn::Cloneable<NormsImpl> {
+ public:
+  /// @param numbers those that are there; the other arguments are those of NormImpl.
+  NormsImpl(std::vector<int64_t> numbers, int64_t dim, double eps,
+            NormKind kind = NormKind::kRMSNorm, double init = 1.0, at::TensorOptions options = {},
+            bool initialize = true);
+  void reset() override;
+  void reset_parameters();
+  /// The norm of a number, or an empty holder.
+  Norm at(int64_t number) const;
+
+ private:
+  std::map<int64_t, Norm> norms_;
+  int64_t dim_;
+  double eps_;
+  NormKind kind_;
+  double init_;
+  at::TensorOptions options_;
+};
+TORCH_MODULE(Norms);
+
+/// The kind of a family's norms over the model width: RMSNorm (muddformer), LayerNorm
+/// (muddpythia).
+MUDDFORMER_API NormKind norm_kind(const MUDDFormerConfig& config);
+
+/// Cosines and sines of T positions, float32 [T, rotary_dim / 2] each.
+struct Rotary {
+  at::Tensor cos, sin;
+};
+
+/// Tables of the cosines and sines of rotary positions, float32 [block_size, rotary_dim / 2] each.
+///
+/// They are neither parameters nor buffers: made at the first forward on a device, they follow the
+/// weights wherever these go, stay float32 in a bfloat16 model, and are in no checkpoint.
+class MUDDFORMER_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
+ public:
+  explicit RotaryEmbeddingImpl(const MUDDFormerConfig& config);
+  void reset() override {}
+  /// Of the positions from 0 to length - 1, on `device`.
+  Rotary forward(int64_t length, at::Device device);
+  /// Of `positions`, int64 [T], on their device.
+  Rotary forward_at(const at::Tensor& positions);
+  void pretty_print(std::ostream& stream) const override;
+
+ private:
+  Rotary tables(at::Device device);
+
+  int64_t positions_, half_;
+  double base_;
+  Rotary tables_;
+  // In a pointer, because a module is copied when it is cloned.
+  std::shared_ptr<std::mutex> lock_ = std::make_shared<std::mutex>();
+};
+TORCH_MODULE(RotaryEmbedding);
+
+/// Rotates the first entries of every head by its position, in the half-split form: entry i pairs
+/// with i + half.
+///
+/// @param x [B, T, H, E].
+/// @param rotary float32 [T, half], half <= E / 2. The other E - 2 half entries pass through.
+/// @return [B, T, H, E] in the dtype of x; computed in float32 (float64 for float64).
+MUDDFORMER_API at::Tensor apply_rotary(const at::Tensor& x, const Rotary& rotary);
+
+/// Causal self-attention whose queries, keys and values may come from different streams.
+class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
+ public:
+  /// @param index number of the block from 0, the place of its keys and values in a cache.
+  AttentionImpl(const MUDDFormerConfig& config, int64_t index, at::TensorOptions options = {},
+                bool initialize = true);
+  void reset() override;
+  void reset_parameters();
+
+  /// Attends to this and earlier positions.
+  ///
+  /// @param xq, xk, xv normed streams [B, T, D]; they may be one tensor.
+  /// @param rotary of the T positions.
+  /// @param mask bool [T, length of the cache], true where a query sees a key. Undefined: causal
+  ///   among the T.
+  /// @param cache keys and values of earlier positions, or null.
+  /// @return [B, T, D].
+  at::Tensor forward(const at::Tensor& xq, const at::Tensor& xk, const at::Tensor& xv,
+                     const Rotary& rotary, const at::Tensor& mask = {}, KVCache* cache = nullptr);
+
+  Linear wq{nullptr}, wk{nullptr}, wv{nullptr}, wo{nullptr};
+  /// Empty without use_qk_norm.
+  Norm q_norm{nullptr}, k_norm{nullptr};
+
+ private:
+  MUDDFormerConfig config_;
+  int64_t index_;
+  at::TensorOptions options_;
+};
+TORCH_MODULE(Attention);
+
+/// SwiGLU, `w2(silu(w1 x) * w3 x)` (muddformer), or `w2(gelu(w1 x))` (muddpythia).
+class MUDDFORMER_API FeedForwardImpl : public torch::nn::Cloneable<FeedForwardImpl> {
+ public:
+  /// @param width hidden width.
+  FeedForwardImpl(const MUDDFormerConfig& config, int64_t width, at::TensorOptions options = {},
+                  bool initialize = true);
+  void reset() override;
+  void reset_parameters();
+  /// [..., D] -> [..., D].
+  at::Tensor forward(const at::Tensor& x);
+
+  Linear w1{nullptr}, w2{nullptr};
+  /// Empty for muddpythia.
+  Linear w3{nullptr};
+
+ private:
+  MUDDFormerConfig config_;
+  int64_t width_;
+  at::TensorOptions options_;
+};
+TORCH_MODULE(FeedForward);
+
+/// A Transformer block: attention and feed-forward network, each after a norm and added to the
+/// residual stream.
+class MUDDFORMER_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
+ public:
+  /// @param index number of the block from 0.
+  /// @param separate_norms the q, k and v streams have a norm each (`attention_norms`); false: one
+  ///   `attention_norm` for all.
+  BlockImpl(const MUDDFormerConfig& config, int64_t index, bool separate_norms,
+            at::TensorOptions options = {}, bool initialize = true);
+  void reset() override;
+  void reset_parameters();
+
+  /// The next hidden state.
+  ///
+  /// @param streams (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
+  /// @param rotary, mask, cache see AttentionImpl::forward().
+  /// @return `A + FFN(Norm(A))` with `A = xr + Attention(...)`, or `A + FFN(Norm(xr))` with
+  ///   use_parallel_residual; [B, T, D].
+  at::Tensor forward(at::TensorList streams, const Rotary& rotary, const at::Tensor& mask = {},
+                     KVCache* cache = nullptr);
+
+  Attention attention{nullptr};
+  FeedForward feed_forward{nullptr};
+  /// One of the two is empty.
+  Norm attention_norm{nullptr};
+  Norms attention_norms{nullptr};
+  Norm ffn_norm{nullptr};
+
+ private:
+  MUDDFormerConfig config_;
+  int64_t index_;
+  bool separate_norms_;
+  at::TensorOptions options_;
+};
+TORCH_MODULE(Block);
+
+}  // namespace muddformer

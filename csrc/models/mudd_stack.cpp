@@ -1,0 +1,178 @@
+#include "mudd_stack.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "checks.h"
+
+namespace muddformer {
+
+PriorsImpl::PriorsImpl(std::vector<std::vector<int64_t>> shapes, at::TensorOptions options)
+    : shapes_(std::move(shapes)), options_(options) {
+  reset();
+}
+
+void PriorsImpl::reset() {
+  for (size_t n = 0; n < shapes_.size(); ++n) {
+    register_parameter(std::to_string(n), at::empty(shapes_[n], options_));
+  }
+}
+
+void PriorsImpl::pretty_print(std::ostream& stream) const {
+  stream << "muddformer::Priors(";
+  for (size_t n = 0; n < shapes_.size(); ++n) {
+    stream << (n == 0 ? "" : ", ") << at::IntArrayRef(shapes_[n]);
+  }
+  stream << ')';
+}
+
+Connections::Connections(MUDDStackOptions given, int64_t layers, at::TensorOptions tensor_options)
+    : options(std::move(given)), layers_(layers), tensor_options_(tensor_options) {
+  options.ways = check_ways(options.ways);
+  TORCH_CHECK_VALUE(!options.dense || options.multiway || options.ways == kWays,
+                    "ways must be 'qkvr' with multiway = false, got '", options.ways, "'");
+  if (!options.dense) return;
+  const bool last = options.ways.find('r') != std::string::npos;
+  plan =
+      aggregation_plan(layers, options.source_stride, options.block_stride, options.window, last);
+}
+
+void Connections::reset(torch::nn::Module& owner) {
+  torch::nn::ModuleList aggregations;
+  std::vector<std::vector<int64_t>> shapes;
+  std::set<int64_t> joining;
+  for (const auto& [i, sources] : plan) {
+    DepthAggregationOptions o;
+    o.dim = options.dim;
+    o.sources = static_cast<int64_t>(sources.size());
+    o.dynamic = options.dynamic;
+    o.round64 = options.round64;
+    o.pre_norm = options.pre_norm;
+    o.post_norm = options.post_norm;
+    o.eps = options.eps;
+    o.gelu_approximate = options.gelu_approximate;
+    o.cap = options.cap;
+    o.prior = false;
+    if (i == layers_ && options.expand_last) o.expand = 4;
+    if (i == layers_ || !options.multiway) {
+      o.ways = int64_t{1};
+    } else {
+      o.ways = options.ways;
+    }
+    const DepthAggregation da(o, tensor_options_, /*initialize=*/false);
+    aggregations->push_back(da);
+    shapes.push_back({da->num_ways(), o.sources});
+    joining.insert(sources.begin(), sources.end());
+  }
+  // Hidden states that are mixed later but are not the newest of any aggregation, which would norm
+  // them itself.
+  for (const auto& [i, sources] : plan) joining.erase(i);
+  joins_.assign(static_cast<size_t>(layers_) + 1, false);
+  for (const int64_t j : joining) joins_[static_cast<size_t>(j)] = true;
+
+  dense_bs = owner.register_module("dense_bs", Priors(shapes, tensor_options_));
+  dynamic_dense = owner.register_module("dynamic_dense", aggregations);
+  std::vector<int64_t> normed;
+  if (options.pre_norm) normed.assign(joining.begin(), joining.end());
+  source_norms = owner.register_module(
+      "source_norms", Norms(normed, options.dim, options.eps, NormKind::kRMSNorm, 1.0,
+                            tensor_options_, /*initialize=*/false));
+}
+
+void Connections::reset_parameters() {
+  for (size_t n = 0; n < dynamic_dense->size(); ++n) {
+    const auto da = dynamic_dense->ptr<DepthAggregationImpl>(n);
+    da->reset_parameters();
+    da->reset_prior((*dense_bs)[n]);
+  }
+  source_norms->reset_parameters();
+}
+
+std::vector<at::Tensor> Connections::parameters() const {
+  std::vector<at::Tensor> all;
+  for (const torch::nn::Module* module :
+       {static_cast<const torch::nn::Module*>(dense_bs.get()),
+        static_cast<const torch::nn::Module*>(dynamic_dense.get()),
+        static_cast<const torch::nn::Module*>(source_norms.get())}) {
+    const std::vector<at::Tensor> some = module->parameters();
+    all.insert(all.end(), some.begin(), some.end());
+  }
+  return all;
+}
+
+namespace {
+
+// How often each tensor was changed in place; not known of tensors of inference mode.
+std::vector<int64_t> versions(at::TensorList tensors) {
+  std::vector<int64_t> all;
+  for (const at::Tensor& x : tensors) {
+    all.push_back(x.is_inference() ? -1 : static_cast<int64_t>(x._version()));
+  }
+  return all;
+}
+
+}  // namespace
+
+at::Tensor Connections::run(const at::Tensor& x0,
+                            c10::function_ref<at::Tensor(int64_t, at::TensorList)> block) const {
+  std::vector<at::Tensor> history(joins_.size()), streams = {x0};
+  // Adds X_i to the history if any aggregation reads it.
+  const auto join = [&](size_t i, const at::Tensor& x) {
+    if (!joins_[i]) return;
+    Norm norm = source_norms->at(static_cast<int64_t>(i));
+    history[i] = norm ? norm->forward(x) : x;
+  };
+  join(0, x0);
+  auto aggregation = plan.begin();
+  for (int64_t i = 1; i <= layers_; ++i) {
+    if (options.multiway && streams.size() == 1) streams.resize(kWays.size(), streams[0]);
+    const std::vector<int64_t> before = versions(streams);
+    at::Tensor x = block(i - 1, streams);
+    TORCH_CHECK_TYPE(x.defined(), "block ", i - 1, " must return a tensor, got an undefined one");
+    TORCH_CHECK(versions(streams) == before, "block ", i - 1,
+                " changes its input in place, but later blocks read this hidden state too: "
+                "write x = x + f(x) instead of x += f(x)");
+    if (aggregation == plan.end() || aggregation->first != i) {
+      join(static_cast<size_t>(i), x);
+      streams = {std::move(x)};
+      continue;
+    }
+    const auto n = static_cast<size_t>(std::distance(plan.begin(), aggregation));
+    const std::vector<int64_t>& numbers = (aggregation++)->second;
+    std::vector<at::Tensor> sources;
+    for (const int64_t j : numbers) sources.push_back(history[static_cast<size_t>(j)]);
+    sources.back() = std::move(x);
+    auto [mixed, handed_on] =
+        dynamic_dense->ptr<DepthAggregationImpl>(n)->forward(sources, (*dense_bs)[n]);
+    streams = std::move(mixed);
+    std::fill(history.begin(), history.end(), at::Tensor());
+    for (size_t s = 0; s < numbers.size(); ++s) {
+      history[static_cast<size_t>(numbers[s])] = std::move(handed_on[s]);
+    }
+  }
+  return streams.back();
+}
+
+MUDDStackImpl::MUDDStackImpl(torch::nn::Sequential blocks, MUDDStackOptions options,
+                             at::TensorOptions tensor_options, bool initialize)
+    : Cloneable("muddformer::MUDDStack"),
+      layers(std::move(blocks)),
+      connections(std::move(options), static_cast<int64_t>(layers->size()), tensor_options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void MUDDStackImpl::reset() {
+  // A container of its own: clone() replaces what is in it.
+  torch::nn::Sequential blocks;
+  const auto named = layers->named_children();
+  auto name = named.begin();
+  for (const torch::nn::AnyModule& block : *layers) blocks->push_back((name++)->key(), block);
+  layers = register_module("layers", blocks);
+  connections.reset(*this);
+}
+
+}  // namespace muddformer

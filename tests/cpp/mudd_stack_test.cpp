@@ -1,0 +1,246 @@
+#include <gtest/gtest.h>
+#include <muddformer/models/mudd_stack.h>
+#include <torch/torch.h>
+
+#include <string>
+
+#include "reference.h"
+
+namespace muddformer {
+namespace {
+
+using at::Tensor;
+
+// A block with one stream.
+struct MLPImpl : torch::nn::Cloneable<MLPImpl> {
+  explicit MLPImpl(int64_t dim) : dim(dim) { reset(); }
+  void reset() override { linear = register_module("linear", torch::nn::Linear(dim, dim)); }
+  Tensor forward(const Tensor& x, double scale, double shift) {
+    return x + scale * at::tanh(linear->forward(x)) + shift;
+  }
+  int64_t dim;
+  torch::nn::Linear linear{nullptr};
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(1.0)}, {2, torch::nn::AnyValue(0.0)})
+};
+TORCH_MODULE(MLP);
+
+// A block with four streams.
+struct MixerImpl : torch::nn::Cloneable<MixerImpl> {
+  explicit MixerImpl(int64_t dim) : dim(dim) { reset(); }
+  void reset() override { linear = register_module("linear", torch::nn::Linear(dim, dim)); }
+  Tensor forward(const Tensor& xq, const Tensor& xk, const Tensor& xv, const Tensor& xr) {
+    return xr + linear->forward(xv) * at::sigmoid(xq - xk);
+  }
+  int64_t dim;
+  torch::nn::Linear linear{nullptr};
+};
+TORCH_MODULE(Mixer);
+
+template <class Block>
+MUDDStack stack_of(MUDDStackOptions options = {}) {
+  options.dim = 8;
+  options.multiway = std::is_same_v<Block, Mixer>;
+  torch::nn::Sequential blocks;
+  for (int i = 0; i < 4; ++i) blocks->push_back(Block(8));
+  return MUDDStack(blocks, options);
+}
+
+void scramble(torch::nn::Module& module) {
+  const torch::NoGradGuard no_grad;
+  for (Tensor& parameter : module.parameters()) parameter.add_(torch::randn_like(parameter), 0.3);
+}
+
+template <class Block>
+class MUDDStackOf : public testing::Test {};
+using Blocks = testing::Types<MLP, Mixer>;
+TYPED_TEST_SUITE(MUDDStackOf, Blocks);
+
+TYPED_TEST(MUDDStackOf, FreshEqualsItsBlocks) {
+  torch::manual_seed(0);
+  for (const bool normed : {false, true}) {
+    MUDDStackOptions options;
+    if (normed) {
+      options.pre_norm = true;
+      options.post_norm = "all";
+    }
+    MUDDStack stack = stack_of<TypeParam>(options);
+    const Tensor x = torch::randn({2, 3, 8});
+    Tensor expected = x;
+    for (const auto& block : stack->layers->children()) {
+      if constexpr (std::is_same_v<TypeParam, Mixer>) {
+        expected = block->template as<Mixer>()->forward(expected, expected, expected, expected);
+      } else {
+        expected = block->template as<MLP>()->forward(expected, 1.0, 0.0);
+      }
+    }
+    EXPECT_TRUE(at::allclose(stack->forward(x), expected, 1e-5, 1e-5));
+  }
+}
+
+TYPED_TEST(MUDDStackOf, EqualsTheNaiveLoop) {
+  torch::manual_seed(0);
+  MUDDStack stack = stack_of<TypeParam>();
+  scramble(*stack);
+  stack->to(at::kDouble);
+  const Tensor x = torch::randn({2, 3, 8}, at::kDouble);
+  const auto p = stack->named_parameters();
+  std::vector<Tensor> hiddens = {x}, streams(4, x);
+  for (size_t i = 0; i < 4; ++i) {
+    const auto block = stack->layers->children()[i];
+    if constexpr (std::is_same_v<TypeParam, Mixer>) {
+      hiddens.push_back(
+          block->template as<Mixer>()->forward(streams[0], streams[1], streams[2], streams[3]));
+    } else {
+      hiddens.push_back(block->template as<MLP>()->forward(streams[0], 1.0, 0.0));
+    }
+    const std::string n = std::to_string(i);
+    streams = reference::depth_aggregate(
+        hiddens,
+        reference::connection_weights(hiddens.back(), p["dynamic_dense." + n + ".w1.weight"],
+                                      p["dynamic_dense." + n + ".w2.weight"], p["dense_bs." + n]));
+  }
+  const Tensor y = stack->forward(x);
+  EXPECT_TRUE(at::allclose(y, streams.back(), 1e-10, 1e-10));
+  const auto grads = torch::autograd::grad({y.square().sum()}, stack->parameters());
+  const auto expected = torch::autograd::grad({streams.back().square().sum()}, stack->parameters());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    EXPECT_TRUE(at::allclose(grads[i], expected[i], 1e-9, 1e-9)) << i;
+  }
+}
+
+TYPED_TEST(MUDDStackOf, ClonesAndKeepsTheOriginal) {
+  torch::manual_seed(0);
+  MUDDStackOptions options;
+  options.pre_norm = true;
+  options.post_norm = "residual";
+  options.block_stride = 2;
+  MUDDStack stack = stack_of<TypeParam>(options);
+  scramble(*stack);
+  const Tensor x = torch::randn({2, 3, 8}), expected = stack->forward(x);
+  const MUDDStack clone(std::dynamic_pointer_cast<MUDDStackImpl>(stack->clone()));
+  EXPECT_TRUE(at::equal(clone.ptr()->forward(x), expected));
+  scramble(*clone.ptr());
+  EXPECT_TRUE(at::equal(stack->forward(x), expected));
+  EXPECT_FALSE(at::allclose(clone.ptr()->forward(x), expected));
+}
+
+TEST(MUDDStack, HoldsTheVeryBlocksUnderTheReleasesNames) {
+  const MLP block(8);
+  torch::nn::Sequential blocks(block);
+  const MUDDStack stack(blocks, MUDDStackOptions{.dim = 8, .pre_norm = true});
+  EXPECT_EQ(stack->layers->children()[0].get(), block.ptr().get());
+  const auto p = stack->named_parameters();
+  for (const char* name : {"layers.0.linear.weight", "dense_bs.0", "dynamic_dense.0.w1.weight",
+                           "dynamic_dense.0.norm.weight", "dynamic_dense.0.pre_norm.weight",
+                           "source_norms.0.weight"}) {
+    EXPECT_TRUE(p.contains(name)) << name;
+  }
+  EXPECT_EQ(stack->connection_parameters().size(), p.size() - 2);
+}
+
+TEST(MUDDStack, PassesArgumentsOnAndTakesAnyLeadingShape) {
+  MUDDStack stack = stack_of<MLP>();
+  const Tensor x = torch::randn({2, 3, 8});
+  EXPECT_TRUE(at::allclose(stack->forward(x, 0.0, 0.5), x + 4 * 0.5, 1e-5, 1e-5));
+  const std::vector<std::vector<int64_t>> shapes = {{8}, {3, 8}, {2, 3, 4, 8}, {0, 8}};
+  for (const auto& shape : shapes) {
+    EXPECT_EQ(stack->forward(torch::randn(shape)).sizes(), at::IntArrayRef(shape));
+  }
+  MUDDStack empty(torch::nn::Sequential(), MUDDStackOptions{.dim = 8});
+  EXPECT_TRUE(at::equal(empty->forward(x), x));
+  MUDDStack plain = stack_of<MLP>({.dense = false});
+  EXPECT_TRUE(plain->connection_parameters().empty());
+}
+
+TEST(DepthAggregation, EqualsTheNaiveOne) {
+  torch::manual_seed(0);
+  using Ways = std::variant<std::string, int64_t>;
+  for (const Ways& ways : {Ways("qkvr"), Ways("qr"), Ways("v"), Ways(int64_t{3})}) {
+    DepthAggregation da(DepthAggregationOptions{.dim = 6, .sources = 3, .ways = ways, .cap = 2.0});
+    scramble(*da);
+    std::vector<Tensor> hiddens;
+    for (int j = 0; j < 3; ++j) hiddens.push_back(torch::randn({2, 5, 6}));
+    const auto [streams, handed_on] = da->forward(hiddens);
+    const std::vector<Tensor> mixed = reference::depth_aggregate(
+        hiddens, reference::connection_weights(hiddens[2], da->w1->weight, da->w2->weight,
+                                               da->prior, std::nullopt, 1e-6, "none", 2.0));
+    const auto* letters = std::get_if<std::string>(&ways);
+    ASSERT_EQ(streams.size(), letters != nullptr ? 4 : mixed.size());
+    for (size_t c = 0; c < streams.size(); ++c) {
+      const size_t place = letters != nullptr ? letters->find("qkvr"[c]) : c;
+      const Tensor& expected = place == std::string::npos ? hiddens[2] : mixed[place];
+      EXPECT_TRUE(at::allclose(streams[c], expected, 1e-5, 1e-5)) << c;
+    }
+    for (size_t j = 0; j < 3; ++j) EXPECT_TRUE(at::equal(handed_on[j], hiddens[j]));
+  }
+}
+
+TEST(DepthAggregation, FreshPassesTheNewestOn) {
+  torch::manual_seed(0);
+  for (const std::optional<double> cap : {std::optional<double>(), std::optional(1.5)}) {
+    for (const char* post_norm : {"none", "all"}) {
+      DepthAggregation da(
+          DepthAggregationOptions{.dim = 6, .sources = 2, .post_norm = post_norm, .cap = cap});
+      const std::vector<Tensor> hiddens = {torch::randn({5, 6}), torch::randn({5, 6})};
+      for (const Tensor& stream : da->forward(hiddens).first) {
+        EXPECT_TRUE(at::allclose(stream, hiddens[1], 1e-6, 1e-6));
+      }
+    }
+  }
+}
+
+TEST(AggregationPlan, IsThatOfThePaper) {
+  using Plan = std::map<int64_t, std::vector<int64_t>>;
+  EXPECT_EQ(aggregation_plan(3), (Plan{{1, {0, 1}}, {2, {0, 1, 2}}, {3, {0, 1, 2, 3}}}));
+  EXPECT_EQ(aggregation_plan(5, 2, 2), (Plan{{2, {0, 2}}, {4, {0, 2, 4}}, {5, {0, 2, 4, 5}}}));
+  EXPECT_EQ(aggregation_plan(4, 1, 1, 2),
+            (Plan{{1, {0, 1}}, {2, {0, 1, 2}}, {3, {0, 2, 3}}, {4, {0, 3, 4}}}));
+  EXPECT_EQ(aggregation_plan(4, 1, 1, 1, false), (Plan{{1, {0, 1}}, {2, {0, 2}}, {3, {0, 3}}}));
+}
+
+struct InPlaceImpl : torch::nn::Module {
+  Tensor forward(Tensor x) { return x += 1; }
+};
+TORCH_MODULE(InPlace);
+
+TEST(MUDDStackErrors, NameWhatIsWrong) {
+  const auto expect_error = [](const auto& call, const std::string& text) {
+    try {
+      call();
+      ADD_FAILURE() << "no error: " << text;
+    } catch (const c10::Error& error) {
+      EXPECT_NE(std::string(error.what_without_backtrace()).find(text), std::string::npos)
+          << error.what_without_backtrace();
+    }
+  };
+  using DA = DepthAggregationOptions;
+  expect_error([] { stack_of<MLP>({.ways = "qk"}); }, "ways must be 'qkvr' with multiway = false");
+  expect_error([] { stack_of<MLP>({.window = 0}); }, "window must be from 1");
+  expect_error([] { stack_of<MLP>({.source_stride = 0}); }, "source_stride must be from 1");
+  expect_error([] { stack_of<Mixer>({.ways = "qq"}); }, "ways must be a part of 'qkvr'");
+  expect_error([] { stack_of<MLP>({.eps = -1}); }, "eps must be more than 0 and at most 1, got -1");
+  expect_error([] { DepthAggregation(DA{.sources = 2}); }, "dim must be from 1");
+  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .ways = int64_t{0}}); },
+               "ways must be from 1");
+  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .cap = 0}); },
+               "cap must be more than 0 and finite, got 0");
+  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2})->forward({torch::ones(4)}); },
+               "hiddens must be 2 tensors, got 1");
+  expect_error(
+      [] {
+        DepthAggregation(DA{.dim = 4, .sources = 1, .prior = false})->forward({torch::ones(4)});
+      },
+      "prior must be given");
+  expect_error(
+      [] {
+        const torch::NoGradGuard no_grad;
+        MUDDStack stack(torch::nn::Sequential(InPlace(), InPlace()), MUDDStackOptions{.dim = 8});
+        stack->forward(torch::randn({2, 8}));
+      },
+      "block 0 changes its input in place");
+}
+
+}  // namespace
+}  // namespace muddformer
