@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from .config import MUDDFormerConfig
 from .models import MUDDFormer, build_model
@@ -34,7 +35,8 @@ def save_pretrained(model: MUDDFormer, directory: str | os.PathLike[str]) -> Non
     """Writes a model's weights (``model.safetensors``) and configuration (``config.json``) into a directory.
 
     The directory is made if it is not there. Each file appears under its name only when all of it is on the disk, so an
-    interrupted save leaves the old file.
+    interrupted save leaves the old file. A model that is sharded over processes (FSDP2) is gathered: all of them call
+    this, the first one writes.
 
     Raises:
         TypeError: if ``model`` is no MUDDFormer.
@@ -43,10 +45,20 @@ def save_pretrained(model: MUDDFormer, directory: str | os.PathLike[str]) -> Non
     """
     if not isinstance(model, MUDDFormer):
         raise TypeError(f"model must be a MUDDFormer, got {type(model).__name__}")
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items() if not value.is_meta}
-    if len(state) != len(model.state_dict()):
+    state = model.state_dict()
+    if any(value.is_meta for value in state.values()):
         raise ValueError("model must have values to save, but its parameters are on the meta device")
-    directory = Path(directory)
+    sharded = any(isinstance(value, DTensor) for value in state.values())
+    for name, value in state.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        state[name] = whole.detach().cpu().contiguous()
+    if not sharded or torch.distributed.get_rank() == 0:
+        _write_checkpoint(model, state, Path(directory))
+    if sharded:
+        torch.distributed.barrier()  # whoever reads it next finds it there
+
+
+def _write_checkpoint(model: MUDDFormer, state: dict[str, torch.Tensor], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
     _write(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))

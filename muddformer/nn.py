@@ -53,24 +53,31 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps:g}"
 
 
-def norm_kind(norms: Iterable[nn.Module | None], dim: int) -> tuple[str, float] | None:
+def norm_kind(norms: Iterable[nn.Module | None], x: Tensor) -> tuple[str, float] | None:
     """What the aggregation needs to know to norm its streams itself.
 
+    Args:
+        norms: None stands for a way without a norm.
+        x: a hidden state [..., D].
+
     Returns:
-        ``("rms" or "layer", eps)`` if the norms (None: a way without one) are all RMSNorm or all LayerNorm, with
-        weights [dim] that are there (not sharded over devices) and one eps. None for any others.
+        ``("rms" or "layer", eps)`` if the norms are all RMSNorm or all LayerNorm, without hooks, with weights [D] that
+        are there (not sharded over devices) in the dtype of ``x`` or float32, and one eps. None for any others.
     """
     kinds = set()
+    autocast = torch.is_autocast_enabled(x.device.type)
     for norm in norms:
         if norm is None:
             continue
         weight = getattr(norm, "weight", None)
         if type(norm) not in (RMSNorm, nn.LayerNorm) or type(weight) not in (Tensor, nn.Parameter):
             return None
-        if weight.shape != (dim,):
+        if norm._forward_hooks or norm._forward_pre_hooks or weight.shape != x.shape[-1:]:
             return None
-        kinds.add(("rms" if type(norm) is RMSNorm else "layer", norm.eps))
-    return kinds.pop() if len(kinds) == 1 else None
+        if not autocast and weight.dtype not in (x.dtype, torch.float32):
+            return None
+        kinds.add(("rms" if type(norm) is RMSNorm else "layer", norm.eps, weight.dtype))
+    return kinds.pop()[:2] if len(kinds) == 1 else None
 
 
 class DepthAggregation(nn.Module):
@@ -219,7 +226,7 @@ class DepthAggregation(nn.Module):
         weights, newest = self._weights(hiddens[-1], prior)
         normed = newest if self.pre_norm is None else self.pre_norm(newest)
         hiddens = [*hiddens[:-1], normed]
-        fused = self._fused_norms(norms) if newest.is_cuda else None
+        fused = self._fused_norms(norms, newest) if newest.is_cuda else None
         if fused is not None:
             base = None if self.post_norms is None else newest
             mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, base=base, **fused)
@@ -236,11 +243,11 @@ class DepthAggregation(nn.Module):
         if torch.is_grad_enabled() or not newest.is_cuda or self.pre_norm is not None or self.post_norms is not None:
             return False
         return newest.numel() <= 64 * self.dim and (
-            norm_kind(norms, self.dim) is not None or all(norm is None for norm in norms)
+            norm_kind(norms, newest) is not None or all(norm is None for norm in norms)
         )
 
     def _step(self, hiddens: Sequence[Tensor], prior: Tensor, norms: Sequence[nn.Module | None]) -> list[Tensor]:
-        norm, norm_eps = norm_kind(norms, self.dim) or ("none", 0.0)
+        norm, norm_eps = norm_kind(norms, hiddens[-1]) or ("none", 0.0)
         return ops.depth_aggregation_step(
             hiddens,
             self.w1.weight if self.dynamic else None,
@@ -255,7 +262,7 @@ class DepthAggregation(nn.Module):
             norm_eps=norm_eps,
         )
 
-    def _fused_norms(self, norms: Sequence[nn.Module | None]) -> dict[str, Any] | None:
+    def _fused_norms(self, norms: Sequence[nn.Module | None], x: Tensor) -> dict[str, Any] | None:
         """Arguments of the aggregation that norms its streams itself; None where it cannot, or has no norm to make."""
         post = None
         if self.post_norms is not None:
@@ -263,10 +270,10 @@ class DepthAggregation(nn.Module):
             if any(i != self.num_ways - 1 or norms[i] is not None for i in kept):
                 return None
             post = self.post_norms[-1] if kept else None
-        kind = norm_kind(norms, self.dim)
+        kind = norm_kind(norms, x)
         if kind is None and any(norm is not None for norm in norms):
             return None
-        if post is not None and (norm_kind([post], self.dim) is None or (kind is not None and kind[1] != post.eps)):
+        if post is not None and (norm_kind([post], x) is None or (kind is not None and kind[1] != post.eps)):
             return None
         if kind is None and self.post_norms is None:
             return None
@@ -391,7 +398,6 @@ class MUDDStack(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.dim = dim
         self.multiway = multiway
         self.gradient_checkpointing = False
         ways = check_ways("ways", ways)
@@ -484,16 +490,16 @@ class MUDDStack(nn.Module):
                 streams, call = [x], {}
                 continue
             sources, da, prior = next(aggregations)
-            norms = self._stream_norms(i)
+            norms = self._stream_norms(i, x)
             streams, hiddens = da([*(history[j] for j in sources[:-1]), x], prior, norms)
             call = {} if norms is None else {"normed": True}
             history = dict(zip(sources, hiddens, strict=True))
         return streams[-1]
 
-    def _stream_norms(self, i: int) -> list[nn.Module | None] | None:
+    def _stream_norms(self, i: int, x: Tensor) -> list[nn.Module | None] | None:
         """The norms of the streams of block i, from 0, if the aggregation before it can take them over."""
         norms = getattr(self.layers[i], "stream_norms", None) if self.multiway and i < len(self.layers) else None
-        return norms if norms is not None and norm_kind(norms, self.dim) is not None else None
+        return norms if norms is not None and norm_kind(norms, x) is not None else None
 
     def _join(self, history: dict[int, Tensor], i: int, x: Tensor) -> None:
         """Adds X_i to the history if any aggregation reads it."""

@@ -2,11 +2,14 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
 #include "../ops/connection_weights.h"
 #include "../ops/depth_aggregate.h"
+#include "../ops/depth_aggregate_norm.h"
+#include "../ops/depth_aggregation_step.h"
 #include "checks.h"
 
 namespace muddformer {
@@ -90,32 +93,130 @@ void DepthAggregationImpl::reset_prior(at::Tensor tensor) const {
   tensor.select(1, options.sources - 1).fill_(cap > 1 ? cap * std::atanh(1 / cap) : 1.0);
 }
 
+namespace {
+
+// Norms as the operators take them.
+struct NormArguments {
+  std::string_view kind = "none";
+  double eps = 0.0;
+  OptionalTensors weights, biases;
+};
+
+// Nothing if the norms are of different kinds.
+std::optional<NormArguments> norm_arguments(const std::vector<Norm>& norms) {
+  const auto optional = [](const at::Tensor& tensor) {
+    return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+  };
+  NormArguments arguments;
+  for (const Norm& norm : norms) {
+    arguments.weights.push_back(norm ? optional(norm->weight) : std::nullopt);
+    arguments.biases.push_back(norm ? optional(norm->bias) : std::nullopt);
+    if (!norm) continue;
+    const std::string_view kind = norm->kind() == NormKind::kRMSNorm ? "rms" : "layer";
+    if (arguments.kind != "none" && (arguments.kind != kind || arguments.eps != norm->eps())) {
+      return std::nullopt;
+    }
+    arguments.kind = kind;
+    arguments.eps = norm->eps();
+  }
+  return arguments;
+}
+
+// The most tokens that count as decoding.
+constexpr int64_t kStepTokens = 64;
+
+}  // namespace
+
 std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> DepthAggregationImpl::forward(
-    at::TensorList hiddens, const at::Tensor& given_prior) {
+    at::TensorList hiddens, const at::Tensor& given_prior, const std::vector<Norm>& stream_norms) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(hiddens.size()) == options.sources, "hiddens must be ",
                     options.sources, " tensors, got ", hiddens.size());
   const at::Tensor& a = given_prior.defined() ? given_prior : prior;
   TORCH_CHECK_VALUE(a.defined(),
                     "prior must be given to a DepthAggregation that was made with prior = false");
+  const auto* letters = std::get_if<std::string>(&options.ways);
+  const size_t count = letters != nullptr ? kWays.size() : static_cast<size_t>(num_ways());
+  TORCH_CHECK_VALUE(stream_norms.empty() || stream_norms.size() == count, "stream_norms must have ",
+                    count, " entries or none, got ", stream_norms.size());
+  std::vector<Norm> norms(count, Norm(nullptr));
+  std::copy(stream_norms.begin(), stream_norms.end(), norms.begin());
+  std::vector<Norm> way_norms = norms;
+  if (letters != nullptr) {
+    way_norms.clear();
+    for (const char way : *letters) way_norms.push_back(norms[kWays.find(way)]);
+  }
+  std::optional<Mixed> fused;
+  if (hiddens.back().is_cuda()) fused = mix_fused(hiddens, a, way_norms);
+  Mixed mixed = fused ? *std::move(fused) : mix(hiddens, a, way_norms);
+  if (letters == nullptr) return {std::move(mixed.streams), std::move(mixed.hiddens)};
+  std::vector<at::Tensor> streams;
+  for (size_t i = 0; i < count; ++i) {
+    const size_t place = letters->find(kWays[i]);
+    if (place != std::string::npos) {
+      streams.push_back(mixed.streams[place]);
+    } else {
+      streams.push_back(norms[i] ? norms[i]->forward(mixed.newest) : mixed.newest);
+    }
+  }
+  return {std::move(streams), std::move(mixed.hiddens)};
+}
+
+DepthAggregationImpl::Mixed DepthAggregationImpl::mix(at::TensorList hiddens, const at::Tensor& a,
+                                                      const std::vector<Norm>& norms) {
   auto [weights, newest] = connection_weights_of(hiddens.back(), a);
   std::vector<at::Tensor> sources = hiddens.vec();
   sources.back() = pre_norm ? pre_norm->forward(newest) : newest;
   auto [mixed, handed_on] = depth_aggregate_chained(sources, weights);
   if (!pre_norm) newest = handed_on.back();
-  if (options.post_norm != "none") {
-    for (size_t way = 0; way < mixed.size(); ++way) {
+  for (size_t way = 0; way < mixed.size(); ++way) {
+    if (options.post_norm != "none") {
       Norm norm = post_norms->at(static_cast<int64_t>(way));
       mixed[way] = newest + (norm ? norm->forward(mixed[way]) : mixed[way]);
     }
+    Norm norm = norms[way];
+    if (norm) mixed[way] = norm->forward(mixed[way]);
   }
-  const auto* letters = std::get_if<std::string>(&options.ways);
-  if (letters == nullptr) return {std::move(mixed), std::move(handed_on)};
-  std::vector<at::Tensor> streams;
-  for (const char way : kWays) {
-    const size_t place = letters->find(way);
-    streams.push_back(place == std::string::npos ? newest : mixed[place]);
+  return {std::move(mixed), std::move(handed_on), std::move(newest)};
+}
+
+std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
+    at::TensorList hiddens, const at::Tensor& a, const std::vector<Norm>& norms) {
+  const std::optional<NormArguments> arguments = norm_arguments(norms);
+  if (!arguments) return std::nullopt;
+  const bool post = options.post_norm != "none";
+  if (!at::GradMode::is_enabled() && !pre_norm && !post &&
+      hiddens.back().numel() <= kStepTokens * options.dim) {
+    const auto matrix = [&](const Linear& linear) {
+      return options.dynamic ? std::optional<at::Tensor>(linear->weight) : std::nullopt;
+    };
+    std::vector<at::Tensor> streams = depth_aggregation_step(
+        hiddens, matrix(w1), matrix(w2), a, std::nullopt, options.eps, options.gelu_approximate,
+        options.cap, arguments->weights, arguments->biases, arguments->kind, arguments->eps);
+    return Mixed{std::move(streams), hiddens.vec(), hiddens.back()};
   }
-  return {std::move(streams), std::move(handed_on)};
+  // A norm after the sum must be the last way's, which then has no other norm.
+  Norm post_norm{nullptr};
+  for (size_t way = 0; post && way < norms.size(); ++way) {
+    const Norm norm = post_norms->at(static_cast<int64_t>(way));
+    if (!norm) continue;
+    if (way + 1 != norms.size() || norms[way]) return std::nullopt;
+    post_norm = norm;
+  }
+  if (arguments->kind == "none" && !post) return std::nullopt;
+  if (post_norm && arguments->kind != "none" && arguments->eps != post_norm->eps()) {
+    return std::nullopt;
+  }
+  auto [weights, newest] = connection_weights_of(hiddens.back(), a);
+  std::vector<at::Tensor> sources = hiddens.vec();
+  sources.back() = pre_norm ? pre_norm->forward(newest) : newest;
+  auto [streams, handed_on] = depth_aggregate_norm_chained(
+      sources, weights, arguments->weights, arguments->biases,
+      arguments->kind == "none" ? "rms" : arguments->kind,
+      arguments->kind == "none" ? options.eps : arguments->eps,
+      post ? std::optional<at::Tensor>(newest) : std::nullopt,
+      post_norm ? std::optional<at::Tensor>(post_norm->weight) : std::nullopt);
+  if (!pre_norm) newest = handed_on.back();
+  return Mixed{std::move(streams), std::move(handed_on), std::move(newest)};
 }
 
 std::tuple<at::Tensor, at::Tensor> DepthAggregationImpl::connection_weights_of(

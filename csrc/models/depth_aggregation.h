@@ -69,12 +69,16 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
   ///
   /// @param hiddens the S sources, each [..., D], of one shape, dtype and device, X_i last.
   /// @param prior [C, S], in place of the module's own.
+  /// @param stream_norms norms of the streams that are returned, an empty holder for a stream that
+  ///   stays as it is; or none at all. On CUDA they cost no pass of their own
+  ///   (depth_aggregate_norm_chained()).
   /// @return (streams, hiddens): the streams, each [..., D], and the sources that later layers get
   ///   in place of those that came (their gradients are chained, and with pre_norm the newest is
   ///   now the normed one).
-  /// @throws c10::ValueError for a wrong number of sources or a missing prior.
-  std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(at::TensorList hiddens,
-                                                                      const at::Tensor& prior = {});
+  /// @throws c10::ValueError for a wrong number of sources or norms, or a missing prior.
+  std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
+      at::TensorList hiddens, const at::Tensor& prior = {},
+      const std::vector<Norm>& stream_norms = {});
 
   /// Number of ways C.
   int64_t num_ways() const;
@@ -92,6 +96,16 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
   at::Tensor prior;
 
  private:
+  // What the ways make, the hidden states to be used from here on, and X_i likewise. A norm a way.
+  struct Mixed {
+    std::vector<at::Tensor> streams, hiddens;
+    at::Tensor newest;
+  };
+  Mixed mix(at::TensorList hiddens, const at::Tensor& prior, const std::vector<Norm>& norms);
+  // The same on CUDA where the aggregation itself can make the norms, or the whole layer be one
+  // launch; nothing where it cannot.
+  std::optional<Mixed> mix_fused(at::TensorList hiddens, const at::Tensor& prior,
+                                 const std::vector<Norm>& norms);
   // Connection weights [..., C, S], and x to be used from here on.
   std::tuple<at::Tensor, at::Tensor> connection_weights_of(const at::Tensor& x,
                                                            const at::Tensor& a);

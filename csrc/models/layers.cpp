@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -305,22 +306,29 @@ void BlockImpl::reset_parameters() {
   ffn_norm->reset_parameters();
 }
 
+std::vector<Norm> BlockImpl::stream_norms() const {
+  if (!separate_norms_) return {attention_norm, attention_norm, attention_norm, Norm(nullptr)};
+  return {attention_norms->at(0), attention_norms->at(1), attention_norms->at(2), Norm(nullptr)};
+}
+
 at::Tensor BlockImpl::forward(at::TensorList streams, const Rotary& rotary, const at::Tensor& mask,
-                              KVCache* cache) {
+                              KVCache* cache, bool normed) {
   TORCH_CHECK_VALUE(streams.size() == 1 || streams.size() == 4,
                     "streams must be one tensor or four (xq, xk, xv, xr), got ", streams.size());
   const at::Tensor& residual = streams.back();
-  std::array<at::Tensor, 3> normed;
-  if (!separate_norms_ && streams.size() == 1) {
-    normed.fill(attention_norm->forward(residual));
+  std::array<at::Tensor, 3> inputs;
+  if (normed) {
+    std::copy_n(streams.begin(), 3, inputs.begin());
+  } else if (!separate_norms_ && streams.size() == 1) {
+    inputs.fill(attention_norm->forward(residual));
   } else {
+    std::vector<Norm> norms = stream_norms();
     for (size_t way = 0; way < 3; ++way) {
-      Norm norm = separate_norms_ ? attention_norms->at(static_cast<int64_t>(way)) : attention_norm;
-      normed[way] = norm->forward(streams.size() == 1 ? residual : streams[way]);
+      inputs[way] = norms[way]->forward(streams.size() == 1 ? residual : streams[way]);
     }
   }
   const at::Tensor x =
-      residual + attention->forward(normed[0], normed[1], normed[2], rotary, mask, cache);
+      residual + attention->forward(inputs[0], inputs[1], inputs[2], rotary, mask, cache);
   const at::Tensor& read = *config_.use_parallel_residual ? residual : x;
   return x + feed_forward->forward(ffn_norm->forward(read));
 }

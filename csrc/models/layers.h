@@ -82,6 +82,9 @@ class MUDDFORMER_API NormImpl : public torch::nn::Cloneable<NormImpl> {
   at::Tensor forward(const at::Tensor& x);
   void pretty_print(std::ostream& stream) const override;
 
+  double eps() const { return eps_; }
+  NormKind kind() const { return kind_; }
+
   /// [D], and [D] or undefined.
   at::Tensor weight, bias;
 
@@ -228,10 +231,13 @@ class MUDDFORMER_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   ///
   /// @param streams (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
   /// @param rotary, mask, cache see AttentionImpl::forward().
+  /// @param normed four streams have passed stream_norms() already.
   /// @return `A + FFN(Norm(A))` with `A = xr + Attention(...)`, or `A + FFN(Norm(xr))` with
   ///   use_parallel_residual; [B, T, D].
   at::Tensor forward(at::TensorList streams, const Rotary& rotary, const at::Tensor& mask = {},
-                     KVCache* cache = nullptr);
+                     KVCache* cache = nullptr, bool normed = false);
+  /// The norms of the four streams (xq, xk, xv, xr); the residual stream has none.
+  std::vector<Norm> stream_norms() const;
 
   Attention attention{nullptr};
   FeedForward feed_forward{nullptr};

@@ -117,8 +117,10 @@ std::vector<int64_t> versions(at::TensorList tensors) {
 }  // namespace
 
 at::Tensor Connections::run(const at::Tensor& x0,
-                            c10::function_ref<at::Tensor(int64_t, at::TensorList)> block) const {
+                            c10::function_ref<at::Tensor(int64_t, at::TensorList, bool)> block,
+                            c10::function_ref<std::vector<Norm>(int64_t)> stream_norms) const {
   std::vector<at::Tensor> history(joins_.size()), streams = {x0};
+  bool normed = false;
   // Adds X_i to the history if any aggregation reads it.
   const auto join = [&](size_t i, const at::Tensor& x) {
     if (!joins_[i]) return;
@@ -130,7 +132,7 @@ at::Tensor Connections::run(const at::Tensor& x0,
   for (int64_t i = 1; i <= layers_; ++i) {
     if (options.multiway && streams.size() == 1) streams.resize(kWays.size(), streams[0]);
     const std::vector<int64_t> before = versions(streams);
-    at::Tensor x = block(i - 1, streams);
+    at::Tensor x = block(i - 1, streams, normed);
     TORCH_CHECK_TYPE(x.defined(), "block ", i - 1, " must return a tensor, got an undefined one");
     TORCH_CHECK(versions(streams) == before, "block ", i - 1,
                 " changes its input in place, but later blocks read this hidden state too: "
@@ -138,6 +140,7 @@ at::Tensor Connections::run(const at::Tensor& x0,
     if (aggregation == plan.end() || aggregation->first != i) {
       join(static_cast<size_t>(i), x);
       streams = {std::move(x)};
+      normed = false;
       continue;
     }
     const auto n = static_cast<size_t>(std::distance(plan.begin(), aggregation));
@@ -145,8 +148,11 @@ at::Tensor Connections::run(const at::Tensor& x0,
     std::vector<at::Tensor> sources;
     for (const int64_t j : numbers) sources.push_back(history[static_cast<size_t>(j)]);
     sources.back() = std::move(x);
+    std::vector<Norm> norms;
+    if (options.multiway && i < layers_) norms = stream_norms(i);
+    normed = !norms.empty();
     auto [mixed, handed_on] =
-        dynamic_dense->ptr<DepthAggregationImpl>(n)->forward(sources, (*dense_bs)[n]);
+        dynamic_dense->ptr<DepthAggregationImpl>(n)->forward(sources, (*dense_bs)[n], norms);
     streams = std::move(mixed);
     std::fill(history.begin(), history.end(), at::Tensor());
     for (size_t s = 0; s < numbers.size(); ++s) {

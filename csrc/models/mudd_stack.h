@@ -79,11 +79,15 @@ class MUDDFORMER_API Connections {
   /// Runs the blocks.
   ///
   /// @param x X_0 [..., D], the embedding output.
-  /// @param block block(i, streams) calls block i from 0 with its one or four streams.
+  /// @param block block(i, streams, normed) calls block i from 0 with its one or four streams.
+  /// @param stream_norms stream_norms(i) are the norms with which block i reads four streams, an
+  ///   empty holder for one without. The aggregation makes them, and normed is true then. An empty
+  ///   list: the block does so itself.
   /// @return the residual way's aggregate after the last block [..., D].
   /// @throws c10::Error if a block changes its input in place, which the history still holds.
   at::Tensor run(const at::Tensor& x,
-                 c10::function_ref<at::Tensor(int64_t, at::TensorList)> block) const;
+                 c10::function_ref<at::Tensor(int64_t, at::TensorList, bool)> block,
+                 c10::function_ref<std::vector<Norm>(int64_t)> stream_norms) const;
 
   MUDDStackOptions options;
   /// Which hidden states each aggregation mixes, see aggregation_plan().
@@ -129,13 +133,16 @@ class MUDDFORMER_API MUDDStackImpl : public torch::nn::Cloneable<MUDDStackImpl> 
   template <class... Arguments>
   at::Tensor forward(const at::Tensor& x, const Arguments&... arguments) {
     auto block = layers->begin();
-    return connections.run(x, [&](int64_t, at::TensorList streams) {
-      torch::nn::AnyModule& layer = *block++;
-      return streams.size() == 1
-                 ? layer.template forward<at::Tensor>(streams[0], arguments...)
-                 : layer.template forward<at::Tensor>(streams[0], streams[1], streams[2],
-                                                      streams[3], arguments...);
-    });
+    return connections.run(
+        x,
+        [&](int64_t, at::TensorList streams, bool) {
+          torch::nn::AnyModule& layer = *block++;
+          return streams.size() == 1
+                     ? layer.template forward<at::Tensor>(streams[0], arguments...)
+                     : layer.template forward<at::Tensor>(streams[0], streams[1], streams[2],
+                                                          streams[3], arguments...);
+        },
+        [](int64_t) { return std::vector<Norm>(); });
   }
 
   /// The parameters of the connections, which usually have no weight decay.

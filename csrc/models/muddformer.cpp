@@ -111,9 +111,13 @@ at::Tensor MUDDFormerImpl::forward(const at::Tensor& input_ids, const at::Tensor
     std::tie(positions, mask) = cache->advance(length);
     tables = rotary->forward_at(positions);
   }
-  at::Tensor x = connections.run(x0, [&](int64_t i, at::TensorList streams) {
-    return layers->ptr<BlockImpl>(static_cast<size_t>(i))->forward(streams, tables, mask, cache);
-  });
+  const auto block = [&](int64_t i) { return layers->ptr<BlockImpl>(static_cast<size_t>(i)); };
+  at::Tensor x = connections.run(
+      x0,
+      [&](int64_t i, at::TensorList streams, bool normed) {
+        return block(i)->forward(streams, tables, mask, cache, normed);
+      },
+      [&](int64_t i) { return block(i)->stream_norms(); });
   x = norm->forward(x);
   at::Tensor logits = output ? output->forward(x) : at::linear(x, tok_embeddings->weight);
   if (!targets.defined()) return logits;

@@ -62,18 +62,20 @@ TEST_P(Models, EveryParameterHasAGradient) {
   }
 }
 
+// In float64: these random weights magnify the rounding of products of other sizes.
 TEST_P(Models, CachedDecodeEqualsFullForward) {
   MUDDFormer model = scrambled(GetParam().config);
+  model->to(at::kDouble);
   const torch::NoGradGuard no_grad;
   const Tensor ids = some_ids(), full = model->forward(ids);
-  KVCache cache(model->config, ids.size(0), 12);
+  KVCache cache(model->config, ids.size(0), 12, at::kDouble);
   std::vector<Tensor> parts = {model->forward(ids.slice(1, 0, 4), {}, &cache)};
   parts.push_back(model->forward(ids.slice(1, 4, 7), {}, &cache));  // several tokens at once
   parts.push_back(model->forward(ids.slice(1, 7, 8), {}, &cache));
   parts.push_back(model->forward(ids.slice(1, 8, 9).to(at::kInt), {}, &cache));
   EXPECT_EQ(cache.used(), 9);
   EXPECT_EQ(cache.length(), 12);
-  EXPECT_TRUE(at::allclose(at::cat(parts, 1), full, 1e-4, 1e-4));
+  EXPECT_TRUE(at::allclose(at::cat(parts, 1), full, 1e-8, 1e-8));
 }
 
 TEST_P(Models, CloneIsDeep) {

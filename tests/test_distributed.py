@@ -1,0 +1,61 @@
+"""Models spread over two processes on the CPU: DDP and FSDP2 train as one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_models import make, scramble, some_ids
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import muddformer
+
+PROCESSES = 2
+
+
+def train(model: nn.Module, ids: torch.Tensor, steps: int = 3) -> float:
+    """The loss after a few steps of plain gradient descent."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(steps):
+        loss = model(ids, ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def work(rank: int, folder: str, name: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    torch.manual_seed(0)
+    model = scramble(make(name))
+    ids = some_ids(length=8)
+    if kind == "ddp":
+        train(nn.parallel.DistributedDataParallel(model), ids)
+        model.save_pretrained(f"{folder}/rank{rank}")
+    else:
+        mesh = init_device_mesh("cpu", (PROCESSES,))
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        train(model, ids)
+        model.save_pretrained(f"{folder}/rank0")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["default", "pre-post"])
+def test_trains_as_one_process_does(tmp_path: Path, name: str, kind: str) -> None:
+    torch.multiprocessing.spawn(work, (str(tmp_path), name, kind), nprocs=PROCESSES)
+    torch.manual_seed(0)
+    alone = scramble(make(name))
+    train(alone, some_ids(length=8))
+    together = muddformer.from_pretrained(tmp_path / "rank0")
+    for key, value in alone.state_dict().items():
+        torch.testing.assert_close(together.state_dict()[key], value, rtol=1e-3, atol=1e-4)
