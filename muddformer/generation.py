@@ -198,7 +198,7 @@ def _decode(
     fresh = input_ids
     step: Callable[[Tensor], Tensor] = lambda ids: model(ids, cache=cache)  # noqa: E731
     for i in range(max_new_tokens):
-        if i == 1 and cuda_graph:
+        if i == 1 and cuda_graph and not torch.is_autocast_enabled("cuda"):
             step = _GraphedStep(step, cache, fresh)
         fresh = choose(step(fresh)[:, -1]).to(input_ids.dtype)
         if eos_token_id is not None:
@@ -229,7 +229,8 @@ class _GraphedStep:
             cache.used = used
             cache._next.copy_(position)
         torch.cuda.current_stream(ids.device).wait_stream(stream)
-        with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        graph = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(ids.device), graph:
             self.logits = step(self.ids)
         cache.used = used
 
@@ -250,7 +251,11 @@ def _graph_works(model: nn.Module) -> bool:
         and model.tok_embeddings.weight.device.type == "cuda"
         and not torch.is_autocast_enabled("cuda")
         and not any(
-            m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl is not None or hasattr(m, "_orig_mod")
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._compiled_call_impl is not None
+            or not type(m).__module__.startswith(("torch.nn.", "muddformer."))
+            or "forward" in vars(m)
             for m in model.modules()
         )
     )

@@ -65,7 +65,7 @@ def norm_kind(norms: Iterable[nn.Module | None], x: Tensor) -> tuple[str, float]
         are there (not sharded over devices) in the dtype of ``x`` or float32, and one eps. None for any others.
     """
     kinds = set()
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     for norm in norms:
         if norm is None:
             continue
@@ -78,6 +78,12 @@ def norm_kind(norms: Iterable[nn.Module | None], x: Tensor) -> tuple[str, float]
             return None
         kinds.add(("rms" if type(norm) is RMSNorm else "layer", norm.eps, weight.dtype))
     return kinds.pop()[:2] if len(kinds) == 1 else None
+
+
+@torch.compiler.assume_constant_result
+def _has_bulk_copies(index: int) -> bool:
+    """Whether a CUDA device has compute capability 9.0 or more."""
+    return torch.cuda.get_device_capability(index)[0] >= 9
 
 
 class DepthAggregation(nn.Module):
@@ -226,7 +232,7 @@ class DepthAggregation(nn.Module):
         weights, newest = self._weights(hiddens[-1], prior)
         normed = newest if self.pre_norm is None else self.pre_norm(newest)
         hiddens = [*hiddens[:-1], normed]
-        fused = self._fused_norms(norms, newest) if newest.is_cuda else None
+        fused = self._fused_norms(norms, newest) if self._has_fused_kernel(newest) else None
         if fused is not None:
             base = None if self.post_norms is None else newest
             mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, base=base, **fused)
@@ -238,9 +244,18 @@ class DepthAggregation(nn.Module):
             mixed = [newest + norm(y) for norm, y in zip(self.post_norms, mixed, strict=True)]
         return [y if norm is None else norm(y) for norm, y in zip(norms, mixed, strict=True)], hiddens, newest
 
+    def _has_fused_kernel(self, x: Tensor) -> bool:
+        """Whether the aggregation's kernels can norm streams like x, see csrc/kernels/aggregate_norm.h."""
+        fits = (
+            x.is_cuda and x.dtype != torch.float64 and self.num_ways <= 4 and self.sources <= 64 and self.dim % 8 == 0
+        )
+        return fits and _has_bulk_copies(x.device.index)
+
     def _takes_one_step(self, newest: Tensor, norms: Sequence[nn.Module | None]) -> bool:
         """Whether this is decoding: a few tokens on CUDA, no gradients, and what one kernel can do."""
         if torch.is_grad_enabled() or not newest.is_cuda or self.pre_norm is not None or self.post_norms is not None:
+            return False
+        if torch.compiler.is_exporting():  # the number of tokens is to stay open
             return False
         return newest.numel() <= 64 * self.dim and (
             norm_kind(norms, newest) is not None or all(norm is None for norm in norms)
@@ -278,8 +293,12 @@ class DepthAggregation(nn.Module):
         if kind is None and self.post_norms is None:
             return None
         norm, eps = kind or ("rms", self.eps)
+        # The operator takes parameters of one dtype; autocast sees to that itself.
         parameters = [None if x is None else x.weight for x in norms], [getattr(x, "bias", None) for x in norms]
         post_weight = None if post is None else post.weight
+        dtypes = {p.dtype for p in (*parameters[0], *parameters[1], post_weight) if p is not None}
+        if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
+            return None
         return {
             "norm_weights": parameters[0],
             "norm_biases": parameters[1],
@@ -498,7 +517,13 @@ class MUDDStack(nn.Module):
 
     def _stream_norms(self, i: int, x: Tensor) -> list[nn.Module | None] | None:
         """The norms of the streams of block i, from 0, if the aggregation before it can take them over."""
-        norms = getattr(self.layers[i], "stream_norms", None) if self.multiway and i < len(self.layers) else None
+        if not self.multiway or i == len(self.layers):
+            return None
+        layer = self.layers[i]
+        # FSDP, offloading and hooks make a block's parameters its own business.
+        if layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__:
+            return None
+        norms = getattr(layer, "stream_norms", None)
         return norms if norms is not None and norm_kind(norms, x) is not None else None
 
     def _join(self, history: dict[int, Tensor], i: int, x: Tensor) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "connection_weights_chained",
     "depth_aggregate",
     "depth_aggregate_chained",
+    "depth_aggregate_norm_chained",
     "depth_aggregation_step",
 ]
 

@@ -252,3 +252,20 @@ def test_bad_arguments(name: str) -> None:
     arguments = {"norm_weights": [None] * 3, "norm_biases": None, **changes}
     with pytest.raises(error, match=message):
         ops.depth_aggregate_norm_chained([torch.randn(2, 8) for _ in range(2)], torch.randn(2, 3, 2), **arguments)
+
+
+@pytest.mark.parametrize("name", ["outputs", "output", "mix", "statistics"])
+def test_backward_checks_what_the_forward_returned(name: str) -> None:
+    case = make_case("rms-base-post-3x16-S3-C4", torch.device("cpu"), torch.float32)
+    outputs, mix, statistics = torch.ops.muddformer.depth_aggregate_norm_forward(*case.private())
+    bad = {"outputs": outputs, "mix": mix, "statistics": statistics}
+    bad |= {
+        "outputs": {"outputs": outputs[1:]},
+        "output": {"outputs": [outputs[0][:1], *outputs[1:]]},
+        "mix": {"mix": mix[:1]},
+        "statistics": {"statistics": statistics[:, :2]},
+    }[name]
+    with pytest.raises(ValueError, match=f"^{name}"):
+        torch.ops.muddformer.depth_aggregate_norm_backward(
+            [torch.ones_like(y) for y in outputs], [], *case.private(), *bad.values()
+        )

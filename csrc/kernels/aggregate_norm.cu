@@ -41,6 +41,18 @@ cudaError_t check(const Args& p, Device& device) {
                                                                 : cudaErrorNotSupported;
 }
 
+// Whether a block can have this much shared memory on the current device.
+cudaError_t check_shared_memory(int64_t bytes) {
+  int index = 0;
+  int limit = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  }
+  if (error != cudaSuccess) return error;
+  return bytes + kStaticBytes <= limit ? cudaSuccess : cudaErrorNotSupported;
+}
+
 cudaError_t check_backward(const AggregateNormBackward& p, int64_t& slots, int& blocks) {
   Device device;
   const cudaError_t error = check(p, device);
@@ -50,7 +62,7 @@ cudaError_t check_backward(const AggregateNormBackward& p, int64_t& slots, int& 
   slots = NormSlots(p).count;
   const int64_t resident = static_cast<int64_t>(layout.blocks) * device.multiprocessors;
   blocks = static_cast<int>(std::min(resident, p.tokens));
-  return cudaSuccess;
+  return check_shared_memory(int64_t{layout.stages} * layout.stage_bytes + layout.other_bytes);
 }
 
 struct SumArgs {
@@ -109,9 +121,9 @@ cudaError_t launch_aggregate_norm_forward(const AggregateNormForward& p, cudaStr
   Device device;
   const cudaError_t error = check(p, device);
   if (error != cudaSuccess) return error;
-  if (!aligned(p.y, p.ways) || forward_norm_shared_bytes(p) > kSharedMemory - kStaticBytes - 1024) {
-    return cudaErrorNotSupported;
-  }
+  if (!aligned(p.y, p.ways)) return cudaErrorNotSupported;
+  const cudaError_t room = check_shared_memory(forward_norm_shared_bytes(p));
+  if (room != cudaSuccess) return room;
   if (p.tokens == 0) return cudaSuccess;
   switch (p.dtype) {
     case DType::Float32:

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ RingBarriers ring;
   __shared__ TokenBarriers tokens;
-  __shared__ float scratch[2][kMaxConsumers / 32 * C];
+  __shared__ float scratch[2][2][kMaxConsumers / 32 * C];  // of two tokens
   __shared__ float statistics[2][2 * C];
   const int consumers = blockDim.x - 64;
   const int row_bytes = consumers * 16;
@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         for (int i = 0; i < V; ++i) along[c] = fmaf(dy[i], y[i], along[c]);
       }
     }
-    consumer_sums<C>(along, scratch[0], consumers);
-    if (args.layer) consumer_sums<C>(total, scratch[1], consumers);
+    consumer_sums<C>(along, scratch[buffer.index][0], consumers);
+    if (args.layer) consumer_sums<C>(total, scratch[buffer.index][1], consumers);
 
     for (int first_column = 0; first_column < args.dim; first_column += chunk) {
       const int column = first_column + threadIdx.x * V;

@@ -175,6 +175,7 @@ cudaError_t launch_tokens(const AggregationStep& p, cudaStream_t stream) {
   Limits limits;
   cudaError_t error = step_limits<T, 1>(limits);
   if (error != cudaSuccess) return error;
+  if (limits.small == 0) return cudaErrorNotSupported;  // no cluster fits
   if (p.tokens <= limits.small) return launch<T, 1>(p, limits, stream);
   error = step_limits<T, 2>(limits);
   if (error != cudaSuccess) return error;

@@ -122,7 +122,8 @@ void check_tensors(const Weights& weights, const MUDDFormerConfig& config,
                       " must be float64, float32, float16 or bfloat16, got ", entry.dtype);
   }
   if (config.tie_word_embeddings && weights.tensors.contains(kHead)) {
-    TORCH_CHECK_VALUE(at::equal(weights.tensor(kHead), weights.tensor(kEmbedding)),
+    TORCH_CHECK_VALUE(weights.entry(kHead).dtype == weights.entry(kEmbedding).dtype &&
+                          at::equal(weights.tensor(kHead), weights.tensor(kEmbedding)),
                       weights.path.string(), ": ", kHead, " differs from ", kEmbedding,
                       ", but tie_word_embeddings is set");
   }

@@ -91,10 +91,12 @@ MUDDFormerConfig MUDDFormerConfig::checked() const {
 }
 
 int64_t MUDDFormerConfig::rotary_dim() const {
+  TORCH_CHECK_VALUE(rotary_pct.has_value(), "rotary_pct has no value: use checked()");
   return truncated(static_cast<double>(head_dim()) * rotary_pct.value());
 }
 
 std::vector<int64_t> MUDDFormerConfig::ffn_widths() const {
+  TORCH_CHECK_VALUE(intermediate_size.has_value(), "intermediate_size has no value: use checked()");
   std::vector<int64_t> widths(static_cast<size_t>(n_layer), intermediate_size.value());
   if (!ffn_reallocation || n_layer == 1) return widths;
   const auto last = static_cast<double>(n_layer - 1);

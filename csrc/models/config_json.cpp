@@ -1,4 +1,4 @@
-// MUDDFormerConfig to and from JSON; the only file here that sees the JSON library's headers.
+// MUDDFormerConfig to and from JSON.
 #include <c10/util/Exception.h>
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 #include "depth_aggregation.h"
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 
 #include <algorithm>
 #include <cmath>
@@ -20,13 +21,14 @@ DepthAggregationImpl::DepthAggregationImpl(DepthAggregationOptions given,
       options(std::move(given)),
       tensor_options_(tensor_options) {
   check_integer("dim", options.dim);
-  check_integer("sources", options.sources);
+  constexpr int64_t kLargestCount = int64_t{1} << 16;
+  check_integer("sources", options.sources, kLargestCount);
   if (auto* ways = std::get_if<std::string>(&options.ways)) {
     *ways = check_ways(*ways);
   } else {
-    check_integer("ways", std::get<int64_t>(options.ways));
+    check_integer("ways", std::get<int64_t>(options.ways), kLargestCount);
   }
-  check_integer("expand", options.expand);
+  check_integer("expand", options.expand, kLargestCount);
   check_post_norm(options.post_norm);
   check_real("eps", options.eps, 0.0, 1.0);
   check_gelu_approximate(options.gelu_approximate);
@@ -102,16 +104,28 @@ struct NormArguments {
   OptionalTensors weights, biases;
 };
 
-// Nothing if the norms are of different kinds.
-std::optional<NormArguments> norm_arguments(const std::vector<Norm>& norms) {
+// The operators take norms of one dtype, that of x or float32; autocast sees to that itself.
+bool takes_dtype(const at::Tensor& weight, const at::Tensor& x) {
+  return at::autocast::is_autocast_enabled(x.device().type()) ||
+         weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat;
+}
+
+// Nothing if the norms are of different kinds or of dtypes that the operators do not take.
+std::optional<NormArguments> norm_arguments(const std::vector<Norm>& norms, const at::Tensor& x) {
   const auto optional = [](const at::Tensor& tensor) {
     return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
   };
   NormArguments arguments;
+  std::optional<at::ScalarType> dtype;
   for (const Norm& norm : norms) {
     arguments.weights.push_back(norm ? optional(norm->weight) : std::nullopt);
     arguments.biases.push_back(norm ? optional(norm->bias) : std::nullopt);
     if (!norm) continue;
+    if (!takes_dtype(norm->weight, x)) return std::nullopt;
+    if (dtype.value_or(norm->weight.scalar_type()) != norm->weight.scalar_type()) {
+      return std::nullopt;
+    }
+    dtype = norm->weight.scalar_type();
     const std::string_view kind = norm->kind() == NormKind::kRMSNorm ? "rms" : "layer";
     if (arguments.kind != "none" && (arguments.kind != kind || arguments.eps != norm->eps())) {
       return std::nullopt;
@@ -181,7 +195,7 @@ DepthAggregationImpl::Mixed DepthAggregationImpl::mix(at::TensorList hiddens, co
 
 std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
     at::TensorList hiddens, const at::Tensor& a, const std::vector<Norm>& norms) {
-  const std::optional<NormArguments> arguments = norm_arguments(norms);
+  const std::optional<NormArguments> arguments = norm_arguments(norms, hiddens.back());
   if (!arguments) return std::nullopt;
   const bool post = options.post_norm != "none";
   if (!at::GradMode::is_enabled() && !pre_norm && !post &&
@@ -199,7 +213,9 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
   for (size_t way = 0; post && way < norms.size(); ++way) {
     const Norm norm = post_norms->at(static_cast<int64_t>(way));
     if (!norm) continue;
-    if (way + 1 != norms.size() || norms[way]) return std::nullopt;
+    if (way + 1 != norms.size() || norms[way] || !takes_dtype(norm->weight, hiddens.back())) {
+      return std::nullopt;
+    }
     post_norm = norm;
   }
   if (arguments->kind == "none" && !post) return std::nullopt;

@@ -98,6 +98,11 @@ at::Tensor generate(MUDDFormer model, const at::Tensor& input_ids, const Generat
 
 at::Tensor sample(const at::Tensor& logits, double temperature, std::optional<int64_t> top_k,
                   std::optional<double> top_p, std::optional<at::Generator> generator) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be [B, vocab_size], got shape ",
+                    logits.sizes());
+  check_real("temperature", temperature);
+  if (top_k) check_integer("top_k", *top_k);
+  if (top_p) check_real("top_p", *top_p, 0.0, 1.0);
   // The likeliest first: what top_k and top_p keep is then a prefix, never empty. float64 bears any
   // temperature.
   const auto [sorted, order] = at::sort(logits.to(at::kDouble), /*stable=*/true, /*dim=*/-1,

@@ -37,8 +37,7 @@ struct GenerateOptions {
 /// @param on_tokens called with the new tokens [B, 1] of every step as soon as they are known;
 ///   returns false to end the generation with them.
 /// @return prompt and new tokens [B, T + n], of the dtype of input_ids; n is max_new_tokens, or
-/// less
-///   after eos_token_id or where on_tokens ends it.
+///   less after eos_token_id or where on_tokens ends it.
 /// @throws c10::TypeError, c10::ValueError, c10::IndexError naming the argument, what was expected
 ///   and what came, before the first token.
 MUDDFORMER_API at::Tensor generate(MUDDFormer model, const at::Tensor& input_ids,
@@ -46,6 +45,8 @@ MUDDFORMER_API at::Tensor generate(MUDDFormer model, const at::Tensor& input_ids
                                    const std::function<bool(const at::Tensor&)>& on_tokens = {});
 
 /// Draws token ids [B, 1] from logits [B, vocab_size], as generate() does.
+///
+/// @throws c10::ValueError naming the argument, what was expected and what came.
 MUDDFORMER_API at::Tensor sample(const at::Tensor& logits, double temperature,
                                  std::optional<int64_t> top_k, std::optional<double> top_p,
                                  std::optional<at::Generator> generator);

@@ -27,6 +27,11 @@ class MUDDFORMER_API KVCache {
   /// @throws c10::ValueError naming the argument, what was expected and what came.
   KVCache(const MUDDFormerConfig& config, int64_t batch_size, int64_t length,
           at::TensorOptions options = {});
+  // A copy would share the tensors and not the count of what is in them.
+  KVCache(const KVCache&) = delete;
+  KVCache& operator=(const KVCache&) = delete;
+  KVCache(KVCache&&) = default;
+  KVCache& operator=(KVCache&&) = default;
 
   /// Number of tokens that are in the cache.
   int64_t used() const { return used_; }

@@ -2,12 +2,16 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
+
+#include "checks.h"
 
 namespace muddformer {
 
@@ -133,8 +137,12 @@ NormKind norm_kind(const MUDDFormerConfig& config) {
 
 // ---- rotary positions ----
 
-RotaryEmbeddingImpl::RotaryEmbeddingImpl(const MUDDFormerConfig& config)
-    : positions_(config.block_size), half_(config.rotary_dim() / 2), base_(config.rope_base) {}
+RotaryEmbeddingImpl::RotaryEmbeddingImpl(const MUDDFormerConfig& given) {
+  const MUDDFormerConfig config = given.checked();
+  positions_ = config.block_size;
+  half_ = config.rotary_dim() / 2;
+  base_ = config.rope_base;
+}
 
 Rotary RotaryEmbeddingImpl::tables(at::Device device) {
   const std::lock_guard<std::mutex> guard(*lock_);
@@ -145,7 +153,12 @@ Rotary RotaryEmbeddingImpl::tables(at::Device device) {
     const at::Tensor exponents = at::arange(half_, options) / half_;
     const at::Tensor frequencies = at::pow(base_, exponents).reciprocal();
     const at::Tensor angles = at::arange(positions_, options).unsqueeze(1) * frequencies;
-    tables_ = {angles.cos(), angles.sin()};
+    const Rotary made{angles.cos(), angles.sin()};
+    // Later calls may come from other streams.
+    if (device.is_cuda()) {
+      c10::impl::VirtualGuardImpl(device.type()).getStream(device).synchronize();
+    }
+    tables_ = made;
   }
   return tables_;
 }
@@ -183,6 +196,7 @@ AttentionImpl::AttentionImpl(const MUDDFormerConfig& config, int64_t index,
       config_(config.checked()),
       index_(index),
       options_(options) {
+  check_integer("index", index_, config_.n_layer - 1, 0);
   reset();
   if (initialize) reset_parameters();
 }
@@ -274,6 +288,7 @@ BlockImpl::BlockImpl(const MUDDFormerConfig& config, int64_t index, bool separat
       index_(index),
       separate_norms_(separate_norms),
       options_(options) {
+  check_integer("index", index_, config_.n_layer - 1, 0);
   reset();
   if (initialize) reset_parameters();
 }

@@ -31,6 +31,7 @@ void PriorsImpl::pretty_print(std::ostream& stream) const {
 
 Connections::Connections(MUDDStackOptions given, int64_t layers, at::TensorOptions tensor_options)
     : options(std::move(given)), layers_(layers), tensor_options_(tensor_options) {
+  joins_.assign(static_cast<size_t>(layers_) + 1, false);
   options.ways = check_ways(options.ways);
   TORCH_CHECK_VALUE(!options.dense || options.multiway || options.ways == kWays,
                     "ways must be 'qkvr' with multiway = false, got '", options.ways, "'");
@@ -70,7 +71,6 @@ void Connections::reset(torch::nn::Module& owner) {
   // Hidden states that are mixed later but are not the newest of any aggregation, which would norm
   // them itself.
   for (const auto& [i, sources] : plan) joining.erase(i);
-  joins_.assign(static_cast<size_t>(layers_) + 1, false);
   for (const int64_t j : joining) joins_[static_cast<size_t>(j)] = true;
 
   dense_bs = owner.register_module("dense_bs", Priors(shapes, tensor_options_));

@@ -65,7 +65,6 @@ TORCH_MODULE(Priors);
 /// aggregations; PreDANorm adds `source_norms.j.weight` for hidden states that join without one.
 class MUDDFORMER_API Connections {
  public:
-  Connections() = default;
   /// @throws c10::ValueError naming the option, what was expected and what came.
   Connections(MUDDStackOptions options, int64_t layers, at::TensorOptions tensor_options);
 
@@ -113,6 +112,9 @@ class MUDDFORMER_API Connections {
 ///     torch::nn::Sequential blocks(MyBlock(64), MyBlock(64), MyBlock(64));
 ///     muddformer::MUDDStack stack(blocks, muddformer::MUDDStackOptions{.dim = 64});
 ///     at::Tensor y = stack->forward(x);
+///
+/// forward() is a template, so a stack is called by name and not put into a Sequential. Python's
+/// gradient_checkpointing has no counterpart.
 class MUDDFORMER_API MUDDStackImpl : public torch::nn::Cloneable<MUDDStackImpl> {
  public:
   /// @param blocks each one's forward takes one stream x, or with multiway four (xq, xk, xv, xr),

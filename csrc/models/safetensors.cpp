@@ -103,7 +103,12 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
   const std::string where = path.string() + ": not a complete safetensors file: ";
   const uint64_t size = size_of_file(path);
   TORCH_CHECK_VALUE(size > kLengthBytes, where, "it has ", size, " bytes");
-  bytes_ = at::from_file(path.string(), /*shared=*/false, static_cast<int64_t>(size), at::kByte);
+  try {
+    bytes_ = at::from_file(path.string(), /*shared=*/false, static_cast<int64_t>(size), at::kByte);
+  } catch (const c10::Error& error) {
+    C10_THROW_ERROR(ValueError,
+                    path.string() + ": cannot be read: " + error.what_without_backtrace());
+  }
   const char* data = static_cast<const char*>(bytes_.const_data_ptr());
 
   uint64_t length = 0;

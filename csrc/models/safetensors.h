@@ -41,8 +41,8 @@ class MUDDFORMER_API SafetensorsFile {
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
   /// A tensor on the CPU. It is a view of the mapped file, which stays mapped as long as it is used
-  /// (a copy where the file does not align it); writing to it changes neither the file nor what
-  /// others read.
+  /// (a copy where the file does not align it). Tensors of one name share their values, of this
+  /// object or a copy of it: clone() before you write. The file never changes.
   ///
   /// @throws c10::ValueError if there is no such tensor, or a bool that is neither 0 nor 1.
   at::Tensor tensor(const std::string& name) const;

@@ -61,6 +61,13 @@ void check_depth_aggregate_norm(at::TensorList hiddens, const at::Tensor& weight
                                 std::string_view norm, double eps,
                                 const std::optional<at::Tensor>& base,
                                 const std::optional<at::Tensor>& post_weight);
+void check_depth_aggregate_norm_backward(const c10::List<std::optional<at::Tensor>>& grad_outputs,
+                                         const c10::List<std::optional<at::Tensor>>& grad_hiddens,
+                                         at::TensorList hiddens, const at::Tensor& weights,
+                                         const c10::List<std::optional<at::Tensor>>& norm_weights,
+                                         const std::optional<at::Tensor>& post_weight,
+                                         at::TensorList outputs, const at::Tensor& mix,
+                                         const at::Tensor& statistics);
 void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
                               const at::Tensor& prior, const std::optional<at::Tensor>& scale,
                               double eps, std::string_view gelu_approximate,

@@ -126,4 +126,39 @@ void check_depth_aggregate_norm(at::TensorList hiddens, const at::Tensor& weight
   }
 }
 
+void check_depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
+                                         const OptionalTensors& grad_hiddens,
+                                         at::TensorList hiddens, const at::Tensor& weights,
+                                         const OptionalTensors& norm_weights,
+                                         const std::optional<at::Tensor>& post_weight,
+                                         at::TensorList outputs, const at::Tensor& mix,
+                                         const at::Tensor& statistics) {
+  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+  const at::Tensor& like = hiddens[0];
+  const size_t ways = norm_weights.size();
+  TORCH_CHECK_VALUE(outputs.size() == ways, "outputs: expected C = ", ways, " streams, got ",
+                    outputs.size());
+  const auto check_like = [&](const at::Tensor& tensor, ArgumentName argument) {
+    check_same_dtype_device(tensor, argument, like, "hiddens[0]");
+    TORCH_CHECK_VALUE(tensor.sym_sizes() == like.sym_sizes(), argument, ": expected shape ",
+                      like.sym_sizes(), " of hiddens[0], got ", tensor.sym_sizes());
+  };
+  for (size_t c = 0; c < ways; ++c) {
+    if (entry(norm_weights, c).has_value()) {
+      check_like(outputs[c], {"outputs", static_cast<int64_t>(c)});
+    }
+  }
+  if (post_weight.has_value()) check_like(mix, {"mix"});
+  check_same_device(statistics, {"statistics"}, like, "hiddens[0]");
+  const at::ScalarType wide = accumulation_dtype(like.scalar_type());
+  TORCH_CHECK_TYPE(statistics.scalar_type() == wide, "statistics: expected dtype ", wide, ", got ",
+                   statistics.scalar_type());
+  c10::SymInt tokens = 1;
+  for (const c10::SymInt& size : like.sym_sizes().slice(0, like.dim() - 1)) tokens = tokens * size;
+  TORCH_CHECK_VALUE(
+      statistics.dim() == 3 && statistics.sym_size(0) == 2 &&
+          statistics.sym_size(1) == static_cast<int64_t>(ways) && statistics.sym_size(2) == tokens,
+      "statistics: expected shape [2, ", ways, ", ", tokens, "], got ", statistics.sym_sizes());
+}
+
 }  // namespace muddformer

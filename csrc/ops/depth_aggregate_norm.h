@@ -65,7 +65,8 @@ depth_aggregate_norm_forward(at::TensorList hiddens, const at::Tensor& weights,
 ///
 /// @param grad_outputs C gradients of the streams; none stands for zero.
 /// @param grad_hiddens S gradients of the handed-on sources; none stands for zero.
-/// @param outputs, mix, statistics what the forward returned.
+/// @param outputs, mix, statistics what the forward returned; [0] does for the output of a way
+///   without a norm weight.
 /// @return gradients of (hidden states, weights, norm weights, norm biases, base, post weight); [0]
 ///   for each that was not given.
 MUDDFORMER_API std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>,

@@ -63,7 +63,10 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
         hiddens, weights, norms.weights, norms.biases, norm, eps, norms.base, norms.post_weight);
     variable_list saved(hiddens.begin(), hiddens.end());
     saved.push_back(weights);
-    saved.insert(saved.end(), outputs.begin(), outputs.end());
+    for (int64_t c = 0; c < ways; ++c) {  // the backward knows the norms by their outputs
+      const bool normed = (weight_mask >> c & 1) != 0;
+      saved.push_back(normed ? outputs[c] : at::empty({0}, weights.options()));
+    }
     saved.push_back(std::move(mix));
     saved.push_back(std::move(statistics));
     saved.insert(saved.end(), norm_tensors.begin(), norm_tensors.end());
@@ -131,6 +134,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_nor
     check_defined(hiddens[j], {"hiddens", static_cast<int64_t>(j)});
   }
   check_defined(weights, {"weights"});
+  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
+                             post_weight);
   variable_list norm_tensors;
   const int64_t weight_mask = flatten(norm_weights, norm_tensors);
   const int64_t bias_mask = flatten(norm_biases, norm_tensors);
@@ -144,8 +149,6 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_nor
                                                      norm, eps, base, post_weight)),
             hiddens.vec()};
   }
-  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
-                             post_weight);
   variable_list streams =
       DepthAggregateNorm::apply(hiddens, weights, at::TensorList(norm_tensors), weight_mask,
                                 bias_mask, base.has_value(), norm, eps);

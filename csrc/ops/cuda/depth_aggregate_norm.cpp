@@ -106,7 +106,8 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
                                    const at::Tensor& statistics) {
   check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
                              post_weight);
-  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+  check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
+                                      post_weight, outputs, mix, statistics);
   const at::Tensor& like = hiddens[0];
   const c10::cuda::CUDAGuard device_guard(like.device());
   if (like.scalar_type() != at::kDouble && like.numel() != 0) {
@@ -134,15 +135,17 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
     at::Tensor grad_post_weight = post_weight.has_value() ? empty_like(*post_weight) : none();
 
     const Rows x = rows_of(hiddens), dx = rows_of(grads), base_rows = optional_rows(base);
-    const Rows y = rows_of(outputs), dy = contiguous_rows_of(grad_outputs, ways);
+    const Rows y = contiguous_rows_of(optional_tensors(outputs), ways);
+    const Rows dy = contiguous_rows_of(grad_outputs, ways);
+    const at::Tensor kept_mix = mix.contiguous(), kept_statistics = statistics.contiguous();
     const Rows incoming = contiguous_rows_of(grad_hiddens, sources);
     const at::Tensor w = token_blocks(weights, tokens);
     const Norms norms(norm_weights, norm_biases, post_weight);
     kernels::AggregateNormBackward args{};
     set_inputs(args, x, like, w);
-    norms.set(args, norm, base_rows, mix, statistics);
+    norms.set(args, norm, base_rows, kept_mix, kept_statistics);
     args.dy = dy.pointers();
-    args.y = const_cast<const void* const*>(y.pointers());
+    args.y = y.pointers();
     args.grad_in = incoming.pointers();
     args.grad_out = dx.pointers();
     args.dw = grad_weights.data_ptr();

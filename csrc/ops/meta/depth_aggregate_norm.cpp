@@ -50,11 +50,12 @@ depth_aggregate_norm_backward_meta(const OptionalTensors& grad_outputs,
                                    const OptionalTensors& norm_biases, std::string_view norm,
                                    double eps, const std::optional<at::Tensor>& base,
                                    const std::optional<at::Tensor>& post_weight,
-                                   at::TensorList /*outputs*/, const at::Tensor& /*mix*/,
-                                   const at::Tensor& /*statistics*/) {
+                                   at::TensorList outputs, const at::Tensor& mix,
+                                   const at::Tensor& statistics) {
   check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
                              post_weight);
-  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+  check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
+                                      post_weight, outputs, mix, statistics);
   const at::Tensor& like = hiddens[0];
   std::vector<at::Tensor> grads;
   for (size_t j = 0; j < hiddens.size(); ++j) grads.push_back(empty_of(like));

@@ -1,12 +1,12 @@
 // Continues a text with a checkpoint, as it is written.
 //
-//   generate run/first/step-00000200 --prompt "It was"         # a token per byte, of
-//   examples/cpp/train generate runs/first/checkpoints/step-00001000              # of `muddformer
-//   train` generate CHECKPOINT --ids 5,17,42
+//   generate runs/first/step-00000200 --prompt "It was"   # of examples/cpp/train: bytes
+//   generate runs/first/checkpoints/step-00001000         # of `muddformer train`
+//   generate CHECKPOINT --ids 5,17,42
 //
 // Tokens become text by the checkpoint's tokenizer.json, or as bytes if it has none and 256 tokens,
 // or else stay numbers. A tokenizer.json can only be decoded here, so its prompts are token ids;
-// with none a new document begins.
+// without any a new document begins.
 #include <fmt/ranges.h>
 #include <muddformer/models.h>
 #include <torch/types.h>
@@ -38,12 +38,20 @@ std::optional<T> number(const std::string& name) {
   return value;
 }
 
-std::vector<int64_t> prompt_ids(const std::optional<muddformer::TokenDecoder>& decoder) {
+std::vector<int64_t> prompt_ids(bool bytes) {
   std::vector<int64_t> ids;
   std::istringstream text(options["ids"]);
-  for (std::string id; std::getline(text, id, ',');) ids.push_back(std::stoll(id));
-  if (!options["prompt"].empty() && decoder) {
-    throw std::invalid_argument("this checkpoint's tokenizer takes --ids, not --prompt");
+  for (std::string id; std::getline(text, id, ',');) {
+    if (id.empty() || id.size() > 9 || id.find_first_not_of("0123456789") != std::string::npos) {
+      throw std::invalid_argument("--ids takes numbers with commas between, got " + id);
+    }
+    ids.push_back(std::stoll(id));
+  }
+  if (!options["prompt"].empty() && !bytes) {
+    throw std::invalid_argument("this checkpoint takes --ids, not --prompt");
+  }
+  if (!options["prompt"].empty() && !ids.empty()) {
+    throw std::invalid_argument("give --ids or --prompt, not both");
   }
   for (const unsigned char byte : options["prompt"]) ids.push_back(byte);
   return ids;
@@ -55,7 +63,7 @@ void generate(const std::filesystem::path& folder) {
   if (std::filesystem::exists(folder / "tokenizer.json"))
     decoder.emplace(folder / "tokenizer.json");
   const bool bytes = !decoder && model->config.vocab_size == 256;
-  std::vector<int64_t> ids = prompt_ids(decoder);
+  std::vector<int64_t> ids = prompt_ids(bytes);
 
   const auto show = [&](int64_t id) {
     if (decoder) {
@@ -67,13 +75,17 @@ void generate(const std::filesystem::path& folder) {
     }
   };
   for (const int64_t id : ids) show(id);
+  if (ids.empty() && !decoder && !bytes) {
+    throw std::invalid_argument("give --ids: this checkpoint has no tokenizer.json");
+  }
   if (ids.empty()) {  // the token between documents
     ids.push_back(decoder ? decoder->added_token("<|endoftext|>").value_or(0) : '\n');
   }
   const auto length = static_cast<int64_t>(ids.size());
   muddformer::GenerateOptions how;
-  how.max_new_tokens = std::min(*number<int64_t>("tokens"), model->config.block_size - length);
-  how.temperature = *number<double>("temperature");
+  const int64_t room = std::max<int64_t>(0, model->config.block_size - length);
+  how.max_new_tokens = std::min(number<int64_t>("tokens").value_or(200), room);
+  how.temperature = number<double>("temperature").value_or(0.8);
   how.top_k = number<int64_t>("top-k");
   how.top_p = number<double>("top-p");
   how.seed = number<int64_t>("seed");

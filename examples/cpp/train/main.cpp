@@ -1,7 +1,8 @@
 // Trains a MUDDFormer on text files, a token per byte, or on files of token ids.
 //
-//   train --output run/first book.txt notes/*.txt
-//   train --output run/second --token-bytes 2 --vocab-size 4096 train.bin   # of `muddformer train`
+//   train --output runs/first book.txt notes/*.txt
+//   train --output runs/second --token-bytes 2 --vocab-size 4096 train.bin   # of `muddformer
+//   train`
 //
 // The newest checkpoint in the output folder is continued, bit for bit as if nothing had happened:
 // batches depend on the seed and the step alone. examples/cpp/generate continues a text with it,
@@ -31,10 +32,10 @@ using torch::Tensor;
 
 // Options and their defaults.
 std::map<std::string, std::string> options = {
-    {"output", "run"},     {"steps", "200"},      {"stop-after", "1e9"}, {"batch", "8"},
-    {"layers", "4"},       {"dim", "128"},        {"heads", "4"},        {"block-size", "128"},
-    {"warmup", "20"},      {"decay", "0.1"},      {"clip", "1"},         {"learning-rate", "2e-3"},
-    {"log-every", "10"},   {"save-every", "100"}, {"seed", "0"},         {"token-bytes", "1"},
+    {"output", "runs/cpp"}, {"steps", "200"},      {"stop-after", "1e9"}, {"batch", "8"},
+    {"layers", "4"},        {"dim", "128"},        {"heads", "4"},        {"block-size", "128"},
+    {"warmup", "20"},       {"decay", "0.1"},      {"clip", "1"},         {"learning-rate", "2e-3"},
+    {"log-every", "10"},    {"save-every", "100"}, {"seed", "0"},         {"token-bytes", "1"},
     {"vocab-size", "256"},
 };
 
@@ -45,6 +46,10 @@ double number(const std::string& name) {
   return value;
 }
 const auto integer = [](const std::string& name) { return std::lround(number(name)); };
+int64_t positive(const std::string& name) {
+  if (integer(name) < 1) throw std::invalid_argument("--" + name + " must be at least 1");
+  return integer(name);
+}
 
 Tensor read_tokens(const std::vector<std::string>& files) {
   const std::map<int64_t, at::ScalarType> dtypes = {
@@ -64,7 +69,7 @@ Tensor read_tokens(const std::vector<std::string>& files) {
 Tensor read_batch(const Tensor& tokens, int64_t step, int64_t block_size) {
   auto generator = torch::make_generator<at::CPUGeneratorImpl>(integer("seed") * 1000003 + step);
   const Tensor starts =
-      torch::randint(tokens.size(0) - block_size, {integer("batch")}, generator, at::kLong);
+      torch::randint(tokens.size(0) - block_size, {positive("batch")}, generator, at::kLong);
   std::vector<Tensor> rows;
   for (int64_t i = 0; i < starts.size(0); ++i) {
     rows.push_back(tokens.narrow(0, starts[i].item<int64_t>(), block_size + 1).to(at::kLong));
@@ -162,7 +167,7 @@ void train(const std::vector<std::string>& files) {
     torch::nn::utils::clip_grad_norm_(model->parameters(), number("clip"));
     for (auto& group : optimizer.param_groups()) group.options().set_lr(learning_rate(step));
     optimizer.step();
-    if (step % integer("log-every") == 0 || step == last) {
+    if (step % positive("log-every") == 0 || step == last) {
       const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
       const double speed = static_cast<double>(step - first) / spent.count();
       const int64_t left = std::llround(static_cast<double>(steps - step) / speed);
@@ -171,7 +176,7 @@ void train(const std::vector<std::string>& files) {
                  left / 60, left % 60);
       std::fflush(stdout);
     }
-    if (step % integer("save-every") == 0 || step == last) save(model, optimizer, step);
+    if (step % positive("save-every") == 0 || step == last) save(model, optimizer, step);
   }
 }
 
