@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+_compiled = tempfile.TemporaryDirectory(prefix="muddformer-inductor-", ignore_cleanup_errors=True)
+
+
+def pytest_configure() -> None:
+    """What torch.compile makes is kept for this run alone: an older run may have met older operators."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -135,7 +135,11 @@ def test_generate_bytes_and_ids(generate: Path, tmp_path: Path) -> None:
     for arguments, message in [
         ([tmp_path / "nowhere"], b"config.json: no such file"),
         ([tmp_path / "ids", "--ids", "61"], b"input_ids must be from 0 to vocab_size - 1 = 60"),
-        ([tmp_path / "ids", "--seed", "x"], b"--seed takes a number"),
+        ([tmp_path / "ids"], b"give --ids"),
+        ([tmp_path / "ids", "--ids", "5,x"], b"--ids takes numbers with commas between, got x"),
+        ([tmp_path / "ids", "--prompt", "x"], b"takes --ids, not --prompt"),
+        ([tmp_path / "bytes", "--ids", "5", "--prompt", "x"], b"not both"),
+        ([tmp_path / "ids", "--ids", "5", "--seed", "x"], b"--seed takes a number"),
         ([tmp_path / "ids", "--sed", "1"], b"--sed: the options are"),
     ]:
         error = run(generate, *arguments, fails=True)
