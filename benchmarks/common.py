@@ -122,3 +122,61 @@ def write_rows(rows: list[dict], path: Path | None, device: torch.device) -> Non
         if new:
             writer.writeheader()
         writer.writerows({**row, **context} for row in rows)
+
+
+def result_row(
+    names: dict[str, object],
+    calls: list[Callable[[], object]],
+    moved: float,
+    speed: float,
+    device: torch.device,
+    seconds: float,
+) -> dict[str, object]:
+    """The row of one figure: the fastest of a few calls that do the same.
+
+    Args:
+        names: the columns that say what is measured.
+        moved: bytes that the calls cannot do without moving.
+        speed: of copying, in GB/s: what the floor is taken at.
+    """
+    ms, best = min(((median_ms(call, device, seconds), call) for call in calls), key=lambda pair: pair[0])
+    memory = peak_memory_mib(best, device)
+    return {
+        **names,
+        "ms": round(ms, 4),
+        "gb_per_s": round(moved / ms / 1e6, 1),
+        "floor_ms": round(moved / speed / 1e6, 4),
+        "fraction_of_floor": round(moved / speed / 1e6 / ms, 3),
+        "peak_mib": "" if memory is None else round(memory, 1),
+    }
+
+
+def measure_shapes(
+    description: str, measure: Callable[..., list[dict]], sources: list[int], shapes: list[str], dtypes: list[str]
+) -> None:
+    """The main function of an operator's benchmark: measures every shape, prints and writes the rows.
+
+    Args:
+        measure: called with tokens, D, S, dtype, device, seconds and methods; returns the rows of the shape.
+        sources, shapes, dtypes: defaults of the options.
+    """
+    p = parser(description)
+    p.add_argument("--sources", type=int, nargs="+", default=sources, help="numbers of sources S")
+    p.add_argument("--shapes", nargs="+", default=shapes, help="tokens x D")
+    p.add_argument("--methods", nargs="+", default=["eager", "compile", "ours"], help="what to measure")
+    p.add_argument("--dtypes", nargs="+", default=dtypes, help="names of torch dtypes")
+    args = p.parse_args()
+    device = torch.device(args.device)
+    print("      shape     dtype   S   method     kind        ms    floor of floor    GB/s")
+    for dtype in args.dtypes:
+        for shape in args.shapes:
+            tokens, width = map(int, shape.split("x"))
+            for count in args.sources:
+                rows = measure(tokens, width, count, getattr(torch, dtype), device, args.seconds, args.methods)
+                for r in rows:
+                    print(
+                        f"{shape:>11} {dtype:>9} {count:>3} {r['method']:>8} {r['kind']:>8} {r['ms']:>9.4f} "
+                        f"{r['floor_ms']:>8.4f} {r['fraction_of_floor']:>8.3f} {r['gb_per_s']:>7.1f}",
+                        flush=True,
+                    )
+                write_rows(rows, args.csv, device)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import copy_gb_per_s, median_ms, parser, peak_memory_mib, reference, write_rows
+from common import copy_gb_per_s, measure_shapes, reference, result_row
 from torch import Tensor
 
 from muddformer import ops
@@ -86,10 +86,7 @@ def measure(
     speed = copy_gb_per_s(tokens * width, dtype, device, seconds)
 
     def row(method: str, kind: str, calls: list[Callable]) -> dict:
-        ms, best = min(((median_ms(call, device, seconds), call) for call in calls), key=lambda pair: pair[0])
-        moved = UNITS[kind] * unit
-        memory = peak_memory_mib(best, device)
-        return {
+        names = {
             "op": "connection_weights",
             "method": method,
             "kind": kind,
@@ -99,12 +96,8 @@ def measure(
             "S": sources,
             "C": WAYS,
             "K": hidden,
-            "ms": round(ms, 4),
-            "gb_per_s": round(moved / ms / 1e6, 1),
-            "floor_ms": round(moved / speed / 1e6, 4),
-            "fraction_of_floor": round(moved / speed / 1e6 / ms, 3),
-            "peak_mib": "" if memory is None else round(memory, 1),
         }
+        return result_row(names, calls, UNITS[kind] * unit, speed, device, seconds)
 
     rows = []
     for method, functions in forms.items():
@@ -116,29 +109,6 @@ def measure(
     return rows
 
 
-def main() -> None:
-    p = parser(__doc__.split("\n")[0])
-    p.add_argument("--sources", type=int, nargs="+", default=[9, 17, 25, 33], help="numbers of sources S")
-    p.add_argument("--shapes", nargs="+", default=["8192x2048"], help="tokens x D")
-    p.add_argument("--methods", nargs="+", default=["eager", "compile", "ours"], help="what to measure")
-    p.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="names of torch dtypes")
-    args = p.parse_args()
-    device = torch.device(args.device)
-    print("floor in passes over [tokens, D]: " + ", ".join(f"{kind} {units}" for kind, units in UNITS.items()))
-    print("      shape     dtype   S   K   method     kind        ms    floor of floor    GB/s")
-    for dtype in args.dtypes:
-        for shape in args.shapes:
-            tokens, width = map(int, shape.split("x"))
-            for sources in args.sources:
-                rows = measure(tokens, width, sources, getattr(torch, dtype), device, args.seconds, args.methods)
-                for r in rows:
-                    print(
-                        f"{shape:>11} {dtype:>9} {sources:>3} {r['K']:>3} {r['method']:>8} {r['kind']:>8} "
-                        f"{r['ms']:>9.4f} {r['floor_ms']:>8.4f} {r['fraction_of_floor']:>8.3f} {r['gb_per_s']:>7.1f}",
-                        flush=True,
-                    )
-                write_rows(rows, args.csv, device)
-
-
 if __name__ == "__main__":
-    main()
+    print("floor in passes over [tokens, D]: " + ", ".join(f"{kind} {units}" for kind, units in UNITS.items()))
+    measure_shapes(__doc__.split("\n")[0], measure, sources=[9, 17, 25, 33], shapes=["8192x2048"], dtypes=["bfloat16"])

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import copy_gb_per_s, median_ms, parser, peak_memory_mib, reference, write_rows
+from common import copy_gb_per_s, measure_shapes, reference, result_row
 from torch import Tensor
 
 from muddformer import ops
@@ -80,10 +80,7 @@ def measure(
     speed = copy_gb_per_s(tokens * width * (sources + WAYS) // 2, dtype, device, seconds)
 
     def row(method: str, kind: str, calls: list[Callable]) -> dict:
-        ms, best = min(((median_ms(call, device, seconds), call) for call in calls), key=lambda pair: pair[0])
-        moved = units(sources, kind) * unit
-        memory = peak_memory_mib(best, device)
-        return {
+        names = {
             "op": "depth_aggregate",
             "method": method,
             "kind": kind,
@@ -92,12 +89,8 @@ def measure(
             "D": width,
             "S": sources,
             "C": WAYS,
-            "ms": round(ms, 4),
-            "gb_per_s": round(moved / ms / 1e6, 1),
-            "floor_ms": round(moved / speed / 1e6, 4),
-            "fraction_of_floor": round(moved / speed / 1e6 / ms, 3),
-            "peak_mib": "" if memory is None else round(memory, 1),
         }
+        return result_row(names, calls, units(sources, kind) * unit, speed, device, seconds)
 
     rows = []
     for method, functions in forms.items():
@@ -109,28 +102,11 @@ def measure(
     return rows
 
 
-def main() -> None:
-    p = parser(__doc__.split("\n")[0])
-    p.add_argument("--sources", type=int, nargs="+", default=[5, 13, 25], help="numbers of sources S")
-    p.add_argument("--shapes", nargs="+", default=["1024x512", "2048x1024"], help="tokens x D")
-    p.add_argument("--methods", nargs="+", default=["eager", "compile", "ours"], help="what to measure")
-    p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="names of torch dtypes")
-    args = p.parse_args()
-    device = torch.device(args.device)
-    print("      shape     dtype   S   method     kind        ms    floor of floor    GB/s")
-    for dtype in args.dtypes:
-        for shape in args.shapes:
-            tokens, width = map(int, shape.split("x"))
-            for sources in args.sources:
-                rows = measure(tokens, width, sources, getattr(torch, dtype), device, args.seconds, args.methods)
-                for r in rows:
-                    print(
-                        f"{shape:>11} {dtype:>9} {sources:>3} {r['method']:>8} {r['kind']:>8} {r['ms']:>9.3f} "
-                        f"{r['floor_ms']:>8.3f} {r['fraction_of_floor']:>8.3f} {r['gb_per_s']:>7.1f}",
-                        flush=True,
-                    )
-                write_rows(rows, args.csv, device)
-
-
 if __name__ == "__main__":
-    main()
+    measure_shapes(
+        __doc__.split("\n")[0],
+        measure,
+        sources=[5, 13, 25],
+        shapes=["1024x512", "2048x1024"],
+        dtypes=["float32", "bfloat16"],
+    )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import copy_gb_per_s, median_ms, parser, peak_memory_mib, reference, write_rows
+from common import copy_gb_per_s, measure_shapes, reference, result_row
 from torch import Tensor
 
 from muddformer.nn import DepthAggregation, RMSNorm
@@ -71,51 +71,19 @@ def measure(
                 return torch.no_grad()(lambda: function(hiddens))
 
             wrapped = [(forward if kind == "forward" else both)(f) for f in calls[method]]
-            ms, best = min(((median_ms(call, device, seconds), call) for call in wrapped), key=lambda pair: pair[0])
-            memory = peak_memory_mib(best, device)
-            floor = units * unit / speed / 1e6
-            rows.append(
-                {
-                    "op": "depth_aggregation",
-                    "method": method,
-                    "kind": kind,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "tokens": tokens,
-                    "D": width,
-                    "S": sources,
-                    "C": WAYS,
-                    "ms": round(ms, 4),
-                    "gb_per_s": round(units * unit / ms / 1e6, 1),
-                    "floor_ms": round(floor, 4),
-                    "fraction_of_floor": round(floor / ms, 3),
-                    "peak_mib": "" if memory is None else round(memory, 1),
-                }
-            )
+            names = {
+                "op": "depth_aggregation",
+                "method": method,
+                "kind": kind,
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens": tokens,
+                "D": width,
+                "S": sources,
+                "C": WAYS,
+            }
+            rows.append(result_row(names, wrapped, units * unit, speed, device, seconds))
     return rows
 
 
-def main() -> None:
-    p = parser(__doc__.split("\n")[0])
-    p.add_argument("--sources", type=int, nargs="+", default=[9, 17, 25, 33], help="numbers of sources S")
-    p.add_argument("--shapes", nargs="+", default=["8192x2048"], help="tokens x D")
-    p.add_argument("--methods", nargs="+", default=["eager", "compile", "ours"], help="what to measure")
-    p.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="names of torch dtypes")
-    args = p.parse_args()
-    device = torch.device(args.device)
-    print("      shape     dtype   S   method     kind        ms    floor of floor    GB/s")
-    for dtype in args.dtypes:
-        for shape in args.shapes:
-            tokens, width = map(int, shape.split("x"))
-            for sources in args.sources:
-                rows = measure(tokens, width, sources, getattr(torch, dtype), device, args.seconds, args.methods)
-                for r in rows:
-                    print(
-                        f"{shape:>11} {dtype:>9} {sources:>3} {r['method']:>8} {r['kind']:>8} {r['ms']:>9.3f} "
-                        f"{r['floor_ms']:>8.3f} {r['fraction_of_floor']:>8.3f} {r['gb_per_s']:>7.1f}",
-                        flush=True,
-                    )
-                write_rows(rows, args.csv, device)
-
-
 if __name__ == "__main__":
-    main()
+    measure_shapes(__doc__.split("\n")[0], measure, sources=[9, 17, 25, 33], shapes=["8192x2048"], dtypes=["bfloat16"])

@@ -12,10 +12,6 @@ namespace muddformer::kernels {
 
 inline constexpr int64_t kMaxDim = INT_MAX / 2;
 
-inline bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 template <typename Pointer>
 bool aligned(const Pointer* pointers, int count) {
   return std::all_of(pointers, pointers + count,

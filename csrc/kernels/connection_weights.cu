@@ -8,6 +8,7 @@
 #include "connection_weights.h"
 #include "connection_weights_gelu.cuh"
 #include "connection_weights_launch.h"
+#include "plan.h"
 
 namespace muddformer::kernels {
 namespace {
@@ -16,10 +17,6 @@ constexpr int kReduceRows = 4;
 constexpr int kReduceColumns = 64;  // vectors of four
 constexpr int kSumColumns = 32;
 constexpr int kSumLanes = 8;
-
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 bool valid(const ConnectionWeightsShape& s) {
   return (s.dtype == DType::BFloat16 || s.dtype == DType::Float16) && s.tokens >= 0 && s.dim >= 8 &&

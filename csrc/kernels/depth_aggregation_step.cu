@@ -5,6 +5,7 @@
 #include "depth_aggregation_step.cuh"
 #include "depth_aggregation_step.h"
 #include "device.h"
+#include "plan.h"
 
 namespace muddformer::kernels {
 namespace {
@@ -12,10 +13,6 @@ namespace {
 constexpr int kMaxStepDim = 1 << 16;
 constexpr int kMaxStepHidden = 1 << 14;
 constexpr int kMaxDevices = 64;
-
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 bool valid(const AggregationStep& p) {
   return p.tokens >= 0 && p.dim >= 1 && p.sources >= 1 && p.ways >= 1 && p.hidden >= 0;

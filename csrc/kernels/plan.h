@@ -4,10 +4,16 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 
 #include "ring.cuh"
 
 namespace muddformer::kernels {
+
+// Whether vectors of 16 bytes can be loaded from there.
+inline bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 // A row is split into chunks of columns: one vector of 16 bytes for each thread of a block.
 struct Columns {

@@ -8,17 +8,12 @@
 #include <torch/library.h>
 
 #include "../connection_weights_composition.h"
+#include "launch_arguments.h"
 
 namespace muddformer {
 namespace {
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-kernels::DType kernel_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat      ? kernels::DType::Float32
-         : dtype == at::kBFloat16 ? kernels::DType::BFloat16
-                                  : kernels::DType::Float16;
-}
 
 // Contiguous, and aligned as the kernels need it.
 at::Tensor aligned(const at::Tensor& tensor) {

@@ -9,18 +9,12 @@
 #include <algorithm>
 
 #include "../depth_aggregation_step_composition.h"
-#include "../rows.h"
+#include "launch_arguments.h"
 
 namespace muddformer {
 namespace {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
-
-kernels::DType kernel_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat      ? kernels::DType::Float32
-         : dtype == at::kBFloat16 ? kernels::DType::BFloat16
-                                  : kernels::DType::Float16;
-}
 
 // The prior, the scale and the norms' parameters, contiguous and all of one dtype.
 class Parameters {
