@@ -47,6 +47,10 @@ struct NormProblem : Problem<T> {
       weight_grad_pointers.push_back(weights(gamma_grad, true, 1, 0, 0));
       bias_grad_pointers.push_back(weights(beta_grad, true, 1, 0, 0));
     }
+    for (int c = 0; c < s.shape.ways; ++c) {
+      dv.push_back(std::make_unique<Matrix<T>>(s.shape.tokens, s.shape.dim, s.shape.dim, 0));
+      dv_pointers.push_back(s.shape.deferred > 0 ? dv.back()->data() : nullptr);
+    }
     post_pointer = weights(gamma, s.post, 500, 0.1, 0.05);
     post_grad_pointer = weights(gamma_grad, true, 1, 0, 0);
     saved_pointers.assign(this->y_pointers.begin(), this->y_pointers.end());
@@ -82,6 +86,7 @@ struct NormProblem : Problem<T> {
     static_cast<AggregateBackward&>(args) = this->backward(Path::Automatic);
     set_norms(args);
     args.y = saved_pointers.data();
+    args.dv = dv_pointers.data();
     args.base_grad = form.base ? base_grad.data() : nullptr;
     args.norm_weight_grad = weight_grad_pointers.data();
     args.norm_bias_grad = bias_grad_pointers.data();
@@ -100,7 +105,8 @@ struct NormProblem : Problem<T> {
   Matrix<float> statistics;
   Matrices<P> gamma, beta, gamma_grad, beta_grad;
   std::vector<const void*> weight_pointers, bias_pointers, saved_pointers;
-  std::vector<void*> weight_grad_pointers, bias_grad_pointers;
+  Matrices<T> dv;
+  std::vector<void*> weight_grad_pointers, bias_grad_pointers, dv_pointers;
   void* post_pointer = nullptr;
   void* post_grad_pointer = nullptr;
   float* workspace = nullptr;
@@ -132,11 +138,12 @@ void check_norm(const NormShape& s) {
   for (auto& g : p.grad_out) g->download();
   for (auto& g : p.gamma_grad) g->download();
   for (auto& g : p.beta_grad) g->download();
+  for (auto& d : p.dv) d->download();
   p.dw.download();
   p.base_grad.download();
   const double rounding = std::is_same_v<T, float> ? 2e-6 : kRounding<T>;
   std::vector<Errors> y_errors(shape.ways), x_errors(shape.sources);
-  Errors dw_errors, base_errors;
+  Errors dw_errors, base_errors, dv_errors;
   std::vector<double> weight_grad(shape.ways * shape.dim), bias_grad(shape.ways * shape.dim);
   for (int64_t t = 0; t < shape.tokens; ++t) {
     std::vector<double> dv(shape.ways * shape.dim), base_grad(shape.dim);
@@ -173,6 +180,7 @@ void check_norm(const NormShape& s) {
         double& d = dv[c * shape.dim + i];
         d = normed ? r * (dy * weight.at(0, i) - v[i] * along - total) : dy;
         base_grad[i] += post ? dy : d;
+        if (normed && shape.deferred > 0) dv_errors.add(p.dv[c]->at(t, i), d);
       }
     }
     for (int64_t i = 0; s.base && i < shape.dim; ++i) {
@@ -218,6 +226,7 @@ void check_norm(const NormShape& s) {
   for (int j = 0; j < shape.sources; ++j) {
     x_errors[j].expect_below(6 * rounding, "dX of source " + std::to_string(j));
   }
+  dv_errors.expect_below(6 * rounding, "dV");
   dw_errors.expect_below(6 * rounding, "dw");
   base_errors.expect_below(6 * rounding, "gradient of base");
 }
@@ -286,6 +295,17 @@ TYPED_TEST(NormKernelsOf, ManyTokens) {
 TYPED_TEST(NormKernelsOf, StridesPriorAndHoles) {
   for (const int ways : {1, 2, 4}) {
     ASSERT_NO_FATAL_FAILURE(this->check({6, 2560, 11, ways, 16, 0, true, true}));
+  }
+}
+
+TYPED_TEST(NormKernelsOf, DeferredSources) {
+  for (const int deferred : {1, 2, 5, 12}) {
+    for (const int64_t dim : {8, 248, 512, 2560}) {
+      ASSERT_NO_FATAL_FAILURE(this->check({6, dim, 12, 4, 8, 0, false, false, deferred}));
+    }
+  }
+  for (const int ways : {1, 2, 3}) {
+    ASSERT_NO_FATAL_FAILURE(this->check({300, 264, 9, ways, 0, 0, true, true, 7}));
   }
 }
 

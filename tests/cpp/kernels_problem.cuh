@@ -137,12 +137,13 @@ struct Shape {
   int64_t offset = 0;      // elements from the aligned start, of everything
   bool one_prior = false;  // w has stride 0
   bool holes = false;      // some of dY, G and dX are missing
+  int deferred = 0;        // sources without G and dX
 };
 
 inline void PrintTo(const Shape& s, std::ostream* os) {
   *os << s.tokens << " x " << s.dim << ", S " << s.sources << ", C " << s.ways << ", gap " << s.gap
-      << ", offset " << s.offset << (s.one_prior ? ", one prior" : "")
-      << (s.holes ? ", holes" : "");
+      << ", offset " << s.offset << (s.one_prior ? ", one prior" : "") << (s.holes ? ", holes" : "")
+      << ", deferred " << s.deferred;
 }
 
 template <typename T>
@@ -161,8 +162,11 @@ struct Problem {
       grad_out.push_back(std::make_unique<Matrix<T>>(s.tokens, s.dim, s.dim, s.offset));
       x_pointers.push_back(x.back()->data());
       x_strides.push_back(x.back()->stride());
-      grad_in_pointers.push_back(s.holes && j % 3 == 1 ? nullptr : grad_in.back()->data());
-      grad_out_pointers.push_back(s.holes && j % 5 == 2 ? nullptr : grad_out.back()->data());
+      const bool deferred = j < s.deferred;
+      grad_in_pointers.push_back(deferred || (s.holes && j % 3 == 1) ? nullptr
+                                                                     : grad_in.back()->data());
+      grad_out_pointers.push_back(deferred || (s.holes && j % 5 == 2) ? nullptr
+                                                                      : grad_out.back()->data());
     }
     for (int c = 0; c < s.ways; ++c) {
       y.push_back(std::make_unique<Matrix<T>>(s.tokens, s.dim, s.dim, s.offset));

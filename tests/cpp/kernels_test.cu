@@ -120,6 +120,18 @@ TYPED_TEST(FastKernelsOf, StridesPriorAndHoles) {
   }
 }
 
+TYPED_TEST(FastKernelsOf, DeferredSources) {
+  for (const int ways : {1, 2, 3, 4}) {
+    for (const int deferred : {1, 2, 7, 11}) {
+      for (const int64_t dim : {8, 248, 2560}) {
+        ASSERT_NO_FATAL_FAILURE(this->check({6, dim, 11, ways, 16, 0, false, true, deferred},
+                                            {Path::Scalar, Path::Vector, Path::Ring}));
+      }
+    }
+    ASSERT_NO_FATAL_FAILURE(this->check({3, 512, 80, ways, 0, 0, true, false, 70}, {Path::Ring}));
+  }
+}
+
 // Blocks that serve several tokens, so that every ring comes round many times.
 TYPED_TEST(FastKernelsOf, LongRuns) {
   ASSERT_NO_FATAL_FAILURE(this->check({3000, 256, 5, 4}, {Path::Vector, Path::Ring}));
