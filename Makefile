@@ -21,7 +21,7 @@ sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc muddformer -
 cmake_build = build/$(1)-$(tag)
 cmake_jobs := $(shell $(PYTHON) -c 'import os; m = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"); print(max(1, min(os.cpu_count(), m >> 31)))')
 
-.PHONY: demo test test-python test-cpp smoke asan lint format install clean gtest
+.PHONY: demo test test-python test-cpp tests-cpp smoke asan valgrind lint format install clean gtest
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -52,11 +52,13 @@ $(installed): $(ready) $(sources)
 test-python: $(installed)
 	$(bin)/pytest tests
 
-test-cpp: $(installed) gtest
+test-cpp: tests-cpp
+	$(bin)/ctest --test-dir $(call cmake_build,tests-cpp) --output-on-failure --parallel $(cmake_jobs)
+
+tests-cpp: $(installed) gtest
 	$(bin)/cmake -S tests/cpp -B $(call cmake_build,tests-cpp) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
 		-DCMAKE_PREFIX_PATH="$$($(bin)/python -I -c 'import muddformer.utils as u; print(u.cmake_prefix_path)')"
 	$(bin)/cmake --build $(call cmake_build,tests-cpp) --parallel $(cmake_jobs)
-	$(bin)/ctest --test-dir $(call cmake_build,tests-cpp) --output-on-failure --parallel $(cmake_jobs)
 
 # The build and the core of the operators and models alone: for a second version of torch.
 smoke: $(installed)
@@ -67,9 +69,18 @@ asan: $(ready) gtest
 	$(bin)/cmake -S . -B $(call cmake_build,asan) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
 		-DMUDDFORMER_TORCH_DIR="$$($(bin)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
 		-DPython_EXECUTABLE="$(abspath $(bin))/python" \
-		-DMUDDFORMER_CUDA=OFF -DMUDDFORMER_TESTS=ON -DMUDDFORMER_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
+		-DMUDDFORMER_CUDA=OFF -DMUDDFORMER_TESTS=ON -DMUDDFORMER_SANITIZE=address,undefined \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1"
 	$(bin)/cmake --build $(call cmake_build,asan) --parallel $(cmake_jobs)
 	$(bin)/ctest --test-dir $(call cmake_build,asan) --output-on-failure --parallel $(cmake_jobs)
+
+# The small C++ tests under valgrind's memcheck. One process and one thread: loading LibTorch is most of the time.
+valgrind: tests-cpp
+	@command -v valgrind >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq valgrind; } \
+		|| { echo "valgrind is missing: install the package valgrind." >&2; exit 1; }
+	OMP_NUM_THREADS=1 valgrind --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
+		--suppressions=tests/cpp/valgrind.supp $(call cmake_build,tests-cpp)/muddformer_tests \
+		--gtest_filter='Config*:Safetensors*:Checkpoint*:Tokenizer*:Generate*:MUDDFormer*:KVCache*:*/Models.*/default'
 
 gtest:
 	@printf '#include <gtest/gtest.h>\n' | $(CXX) -E -x c++ - >/dev/null 2>&1 \

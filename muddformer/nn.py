@@ -86,6 +86,18 @@ def _has_bulk_copies(index: int) -> bool:
     return torch.cuda.get_device_capability(index)[0] >= 9
 
 
+def _autocast_once(hiddens: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Hidden states in the dtype that autocast, if it is on, gives them in every operator.
+
+    To hand these on is to cast each hidden state once.
+    """
+    kind = hiddens[-1].device.type
+    if not torch.is_autocast_enabled(kind):
+        return hiddens
+    dtype = torch.get_autocast_dtype(kind)
+    return [x if x.dtype == torch.float64 else x.to(dtype) for x in hiddens]
+
+
 class DepthAggregation(nn.Module):
     """Depth-wise aggregation DA_i: mixes the hidden states of all layers so far, with weights made from the newest.
 
@@ -215,6 +227,8 @@ class DepthAggregation(nn.Module):
         way_norms = norms if ways is None else [norms[WAYS.index(way)] for way in ways]
         newest = hiddens[-1]
         if self._takes_one_step(newest, way_norms):
+            hiddens = _autocast_once(hiddens)
+            newest = hiddens[-1]
             mixed = self._step(hiddens, prior, way_norms)
         else:
             mixed, hiddens, newest = self._mix(hiddens, prior, way_norms, deferral)

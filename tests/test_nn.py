@@ -275,3 +275,14 @@ def test_autocast_with_parameters_of_another_low_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         streams, _ = da([torch.randn(3, 16), torch.randn(3, 16)])
     assert streams[0].dtype == torch.bfloat16
+
+
+@pytest.mark.cuda
+def test_decoding_under_autocast_casts_a_hidden_state_once() -> None:
+    da = scramble(DepthAggregation(64, 3)).cuda()
+    hiddens = [torch.randn(2, 1, 64, device="cuda") for _ in range(3)]
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        streams, handed_on = da(hiddens)
+        _, again = da(handed_on)
+    assert all(x.dtype == torch.bfloat16 for x in (*streams, *handed_on))
+    assert all(x is y for x, y in zip(handed_on, again, strict=True))

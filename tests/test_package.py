@@ -82,14 +82,17 @@ def run(*command: object) -> str:
 
 
 @pytest.mark.slow
-def test_consumer_trains(consumer: Path) -> None:
-    assert muddformer.__version__ in run(consumer / "train")
+def test_consumer_trains(consumer: Path, tmp_path: Path) -> None:
+    """README's program: it is in README word for word, and learns to count."""
+    _, program = (CONSUMER / "train.cpp").read_text().split("\n", 1)
+    assert program in (CONSUMER.parent.parent / "README.md").read_text()
+    assert muddformer.__version__ in run(consumer / "train", tmp_path)
 
 
 @pytest.mark.slow
 def test_consumer_without_cuda_toolkit(tmp_path: Path) -> None:
     build_project(CONSUMER, tmp_path, "train", environment=without_cuda_toolkit())
-    assert muddformer.__version__ in run(tmp_path / "train")
+    assert muddformer.__version__ in run(tmp_path / "train", tmp_path / "checkpoint")
 
 
 @pytest.mark.slow

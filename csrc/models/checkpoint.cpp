@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "config_json.h"
 #include "files.h"
 #include "safetensors.h"
 
@@ -172,11 +173,9 @@ MUDDFormer from_pretrained(const fs::path& directory, c10::Device device,
 
 MUDDFormerConfig load_config(const fs::path& directory) {
   const fs::path path = directory / kConfigName;
-  const std::string text = read_file(path, kLargestConfig);
-  parse_json(text, path, 16);  // neither endless nor ambiguous
+  const nlohmann::json values = read_json(path, kLargestConfig);
   try {
-    return MUDDFormerConfig::is_official_json(text) ? MUDDFormerConfig::from_official_json(text)
-                                                    : MUDDFormerConfig::from_json(text);
+    return is_official(values) ? config_from_official(values) : config_from(values);
   } catch (const c10::Error& error) {
     C10_THROW_ERROR(ValueError, c10::str(path.string(), ": ", error.what_without_backtrace()));
   }

@@ -111,8 +111,8 @@ struct MUDDFormerConfig {
   /// The checked configuration in a JSON object of field names and values, as to_json() and Python
   /// write it; fields left out take their defaults.
   ///
-  /// @throws c10::ValueError, c10::TypeError for text that is no JSON object, an unknown field or a
-  /// wrong value.
+  /// @throws c10::ValueError, c10::TypeError for text that is no JSON object or has a key twice, an
+  /// unknown field or a wrong value.
   MUDDFORMER_API static MUDDFormerConfig from_json(std::string_view text);
 
   /// The checked configuration in a JSON object with the keys of the public release.
@@ -127,7 +127,7 @@ struct MUDDFormerConfig {
 
   /// Whether a JSON object uses the keys of the public release instead of these fields.
   ///
-  /// @throws c10::ValueError, c10::TypeError for text that is no JSON object.
+  /// @throws c10::ValueError for text that is no JSON object.
   MUDDFORMER_API static bool is_official_json(std::string_view text);
 
   /// All fields of checked() as a JSON object, indented by two.

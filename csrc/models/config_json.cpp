@@ -1,22 +1,22 @@
-// MUDDFormerConfig to and from JSON.
+#include "config_json.h"
+
 #include <c10/util/Exception.h>
 
 #include <cstdint>
 #include <limits>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <string>
 #include <string_view>
 
 #include "checks.h"
-#include "config.h"
+#include "files.h"
 
 namespace muddformer {
 
 namespace {
 
-using Json = nlohmann::ordered_json;
+using Json = nlohmann::json;
 
 // Calls f(name, field) for all fields, in the order that files have.
 template <class Config, class F>
@@ -95,20 +95,9 @@ void read(const char* name, const Json& value, std::optional<T>& field) {
   }
 }
 
+// A configuration's text; what errors call it.
 Json parse(std::string_view text) {
-  Json values;
-  try {
-    values = Json::parse(text, [](int depth, Json::parse_event_t, const Json&) {
-      TORCH_CHECK_VALUE(depth <= 32, "the configuration is nested deeper than 32 levels");
-      return true;
-    });
-  } catch (const Json::exception& error) {
-    TORCH_CHECK_VALUE(false, "the configuration is not valid JSON: ", error.what());
-  }
-  TORCH_CHECK_TYPE(values.is_object(),
-                   "the configuration must be a JSON object of names to values, got ",
-                   values.type_name());
-  return values;
+  return parse_json(text, "the configuration");
 }
 
 void check_keys(const Json& values, const std::set<std::string>& known, const char* owner) {
@@ -178,8 +167,7 @@ const std::set<std::string> kOther = {"model_type",
 
 }  // namespace
 
-MUDDFormerConfig MUDDFormerConfig::from_json(std::string_view text) {
-  const Json values = parse(text);
+MUDDFormerConfig config_from(const Json& values) {
   std::set<std::string> known;
   const MUDDFormerConfig defaults;
   for_each_field(defaults, [&](const char* name, const auto&) { known.insert(name); });
@@ -187,8 +175,7 @@ MUDDFormerConfig MUDDFormerConfig::from_json(std::string_view text) {
   return read_fields(values, defaults);
 }
 
-MUDDFormerConfig MUDDFormerConfig::from_official_json(std::string_view text) {
-  const Json values = parse(text);
+MUDDFormerConfig config_from_official(const Json& values) {
   std::set<std::string> known = kRenamed;
   known.insert(kSame.begin(), kSame.end());
   known.insert(kOther.begin(), kOther.end());
@@ -221,20 +208,31 @@ MUDDFormerConfig MUDDFormerConfig::from_official_json(std::string_view text) {
   return read_fields(ours, {});
 }
 
-bool MUDDFormerConfig::is_official_json(std::string_view text) {
-  const Json values = parse(text);
+bool is_official(const Json& values) {
   for (const std::string& name : kRenamed) {
     if (values.contains(name)) return true;
   }
   return false;
 }
 
+MUDDFormerConfig MUDDFormerConfig::from_json(std::string_view text) {
+  return config_from(parse(text));
+}
+
+MUDDFormerConfig MUDDFormerConfig::from_official_json(std::string_view text) {
+  return config_from_official(parse(text));
+}
+
+bool MUDDFormerConfig::is_official_json(std::string_view text) {
+  return is_official(parse(text));
+}
+
 std::string MUDDFormerConfig::to_json() const {
-  Json values = Json::object();
+  auto values = nlohmann::ordered_json::object();
   const MUDDFormerConfig config = checked();
   for_each_field(config, [&](const char* name, const auto& field) {
     if constexpr (requires { field.has_value(); }) {
-      values[name] = field ? Json(*field) : Json();
+      values[name] = field ? nlohmann::ordered_json(*field) : nullptr;
     } else {
       values[name] = field;
     }

@@ -12,6 +12,12 @@
 #include "../ops/depth_aggregate_norm.h"
 #include "../ops/depth_aggregation_step.h"
 #include "checks.h"
+#ifdef MUDDFORMER_WITH_CUDA
+#include <c10/core/DeviceGuard.h>
+
+#include "../kernels/aggregate_norm.h"
+#include "../kernels/device.h"
+#endif
 
 namespace muddformer {
 
@@ -139,6 +145,32 @@ std::optional<NormArguments> norm_arguments(const std::vector<Norm>& norms, cons
 // The most tokens that count as decoding.
 constexpr int64_t kStepTokens = 64;
 
+// Whether the aggregation's kernels can norm streams like x, see csrc/kernels/aggregate_norm.h.
+// Where they cannot, the norms are better left to the modules: the operator would make them of
+// several steps in float32.
+bool has_norm_kernel(const at::Tensor& x, int64_t sources, int64_t ways) {
+#ifdef MUDDFORMER_WITH_CUDA
+  if (!x.is_cuda() || x.scalar_type() == at::kDouble || x.size(-1) % 8 != 0 ||
+      sources > kernels::kMaxNormSources || ways > kernels::kMaxNormWays) {
+    return false;
+  }
+  const c10::DeviceGuard guard(x.device());
+  kernels::Device device{};
+  return kernels::current_device(device) == cudaSuccess && device.bulk_copy;
+#else
+  (void)x, (void)sources, (void)ways;
+  return false;
+#endif
+}
+
+// Hidden states in the dtype that autocast, if it is on, gives them in every operator. To hand
+// these on is to cast each hidden state once.
+std::vector<at::Tensor> autocast_once(at::TensorList hiddens) {
+  const at::DeviceType device = hiddens.back().device().type();
+  if (!at::autocast::is_autocast_enabled(device)) return hiddens.vec();
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), hiddens, device);
+}
+
 }  // namespace
 
 std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> DepthAggregationImpl::forward(
@@ -203,11 +235,14 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
     const auto matrix = [&](const Linear& linear) {
       return options.dynamic ? std::optional<at::Tensor>(linear->weight) : std::nullopt;
     };
+    std::vector<at::Tensor> sources = autocast_once(hiddens);
     std::vector<at::Tensor> streams = depth_aggregation_step(
-        hiddens, matrix(w1), matrix(w2), a, std::nullopt, options.eps, options.gelu_approximate,
+        sources, matrix(w1), matrix(w2), a, std::nullopt, options.eps, options.gelu_approximate,
         options.cap, arguments->weights, arguments->biases, arguments->kind, arguments->eps);
-    return Mixed{std::move(streams), hiddens.vec(), hiddens.back()};
+    at::Tensor newest = sources.back();
+    return Mixed{std::move(streams), std::move(sources), std::move(newest)};
   }
+  if (!has_norm_kernel(hiddens.back(), options.sources, num_ways())) return std::nullopt;
   // A norm after the sum must be the last way's, which then has no other norm.
   Norm post_norm{nullptr};
   for (size_t way = 0; post && way < norms.size(); ++way) {

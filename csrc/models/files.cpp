@@ -20,20 +20,20 @@ namespace muddformer {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-nlohmann::json parse_json(std::string_view text, const fs::path& path, int depth) {
+nlohmann::json parse_json(std::string_view text, const std::string& name, int depth) {
   // The library takes a zero byte for the end of the text.
-  TORCH_CHECK_VALUE(text.find('\0') == text.npos, path.string(), ": not valid JSON: a zero byte");
+  TORCH_CHECK_VALUE(text.find('\0') == text.npos, name, ": not valid JSON: a zero byte");
   std::vector<std::set<std::string>> keys(depth + 1);  // of the open object of every level
   const auto check = [&](int level, json::parse_event_t event, json& value) {
     switch (event) {
       case json::parse_event_t::object_start:
       case json::parse_event_t::array_start:
-        TORCH_CHECK_VALUE(level < depth, path.string(), ": JSON is nested more than ", depth,
+        TORCH_CHECK_VALUE(level < depth, name, ": JSON is nested more than ", depth,
                           " levels deep");
         keys[level + 1].clear();
         break;
       case json::parse_event_t::key:
-        TORCH_CHECK_VALUE(keys[level].insert(value.get<std::string>()).second, path.string(),
+        TORCH_CHECK_VALUE(keys[level].insert(value.get<std::string>()).second, name,
                           ": JSON has the key ", value.dump(), " twice in one object");
         break;
       default:
@@ -41,11 +41,15 @@ nlohmann::json parse_json(std::string_view text, const fs::path& path, int depth
     }
     return true;
   };
+  json values;
   try {
-    return json::parse(text, check);
+    values = json::parse(text, check);
   } catch (const json::exception& error) {
-    C10_THROW_ERROR(ValueError, c10::str(path.string(), ": not valid JSON: ", error.what()));
+    C10_THROW_ERROR(ValueError, c10::str(name, ": not valid JSON: ", error.what()));
   }
+  TORCH_CHECK_VALUE(values.is_object(), name, ": must hold a JSON object, got ",
+                    values.type_name());
+  return values;
 }
 
 bool is_file(const fs::path& path) {
@@ -81,10 +85,7 @@ std::string read_file(const fs::path& path, uint64_t limit) {
 }
 
 nlohmann::json read_json(const fs::path& path, uint64_t limit) {
-  json values = parse_json(read_file(path, limit), path, 16);  // nothing that is read is deeper
-  TORCH_CHECK_VALUE(values.is_object(), path.string(), ": must hold a JSON object, got ",
-                    values.type_name());
-  return values;
+  return parse_json(read_file(path, limit), path.string());
 }
 
 namespace {

@@ -13,9 +13,9 @@
 
 namespace muddformer {
 
-// Parses JSON that is not trusted: no duplicate keys, no more than `depth` levels of objects and
-// arrays. Throws c10::ValueError beginning with `path`.
-nlohmann::json parse_json(std::string_view text, const std::filesystem::path& path, int depth);
+// Parses a JSON object that is not trusted: no duplicate keys, no more than `depth` levels of
+// objects and arrays. Throws c10::ValueError beginning with `name`, a path or what the text is.
+nlohmann::json parse_json(std::string_view text, const std::string& name, int depth = 16);
 
 // The number of bytes of a file. Throws c10::ValueError beginning with `path` if there is none.
 uint64_t size_of_file(const std::filesystem::path& path);
@@ -29,7 +29,7 @@ void make_directories(const std::filesystem::path& path);
 // The contents of a file of at most `limit` bytes. Throws c10::ValueError beginning with `path`.
 std::string read_file(const std::filesystem::path& path, uint64_t limit);
 
-// The JSON object in a file of at most `limit` bytes; throws as parse_json().
+// The JSON object in a file of at most `limit` bytes; throws as parse_json() and read_file().
 nlohmann::json read_json(const std::filesystem::path& path, uint64_t limit);
 
 // Writes the parts, one after the other, into a file beside `path`, which gets that name only when

@@ -48,9 +48,12 @@ class MUDDFORMER_API KVCache {
   /// @throws c10::ValueError if the cache is too short, c10::Error if gradients are enabled.
   std::pair<at::Tensor, at::Tensor> advance(int64_t count);
 
-  /// Stores keys and values [B, heads, count, head width] of one block.
+  /// Stores keys and values [B, heads, count, head width] of one block, after advance(count).
   ///
-  /// @return the keys and values to attend to.
+  /// @param layer number of the block from 0.
+  /// @return the keys and values to attend to: those given for the first tokens, or else of the
+  ///   whole cache [B, heads, length, head width], of which the mask of advance() says what is
+  ///   seen.
   std::pair<at::Tensor, at::Tensor> update(int64_t layer, const at::Tensor& k, const at::Tensor& v);
 
  private:

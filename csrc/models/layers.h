@@ -28,6 +28,7 @@ class MUDDFORMER_API LinearImpl : public torch::nn::Cloneable<LinearImpl> {
              at::TensorOptions options = {}, bool initialize = true);
   void reset() override;
   void reset_parameters();
+  /// [..., in] -> [..., out].
   at::Tensor forward(const at::Tensor& x);
   void pretty_print(std::ostream& stream) const override;
 
@@ -45,11 +46,13 @@ TORCH_MODULE(Linear);
 /// Rows of a table, int64 or int32 [...] -> [..., D].
 class MUDDFORMER_API EmbeddingImpl : public torch::nn::Cloneable<EmbeddingImpl> {
  public:
+  /// @param rows number of rows; D is `dim`.
   /// @param std standard deviation of a fresh weight.
   EmbeddingImpl(int64_t rows, int64_t dim, double std, at::TensorOptions options = {},
                 bool initialize = true);
   void reset() override;
   void reset_parameters();
+  /// @throws c10::IndexError for an id that is no row (on CUDA: torch's device-side assertion).
   at::Tensor forward(const at::Tensor& ids);
   void pretty_print(std::ostream& stream) const override;
 
@@ -135,9 +138,10 @@ struct Rotary {
 /// weights wherever these go, stay float32 in a bfloat16 model, and are in no checkpoint.
 class MUDDFORMER_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
  public:
+  /// @throws c10::ValueError for a wrong configuration.
   explicit RotaryEmbeddingImpl(const MUDDFormerConfig& config);
   void reset() override {}
-  /// Of the positions from 0 to length - 1, on `device`.
+  /// Of the positions from 0 to length - 1, length at most block_size, on `device`.
   Rotary forward(int64_t length, at::Device device);
   /// Of `positions`, int64 [T], on their device.
   Rotary forward_at(const at::Tensor& positions);
@@ -166,6 +170,7 @@ MUDDFORMER_API at::Tensor apply_rotary(const at::Tensor& x, const Rotary& rotary
 class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
  public:
   /// @param index number of the block from 0, the place of its keys and values in a cache.
+  /// @throws c10::ValueError for a wrong configuration or index.
   AttentionImpl(const MUDDFormerConfig& config, int64_t index, at::TensorOptions options = {},
                 bool initialize = true);
   void reset() override;
@@ -222,6 +227,7 @@ class MUDDFORMER_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   /// @param index number of the block from 0.
   /// @param separate_norms the q, k and v streams have a norm each (`attention_norms`); false: one
   ///   `attention_norm` for all.
+  /// @throws c10::ValueError for a wrong configuration or index.
   BlockImpl(const MUDDFormerConfig& config, int64_t index, bool separate_norms,
             at::TensorOptions options = {}, bool initialize = true);
   void reset() override;
@@ -234,6 +240,7 @@ class MUDDFORMER_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   /// @param normed four streams have passed stream_norms() already.
   /// @return `A + FFN(Norm(A))` with `A = xr + Attention(...)`, or `A + FFN(Norm(xr))` with
   ///   use_parallel_residual; [B, T, D].
+  /// @throws c10::ValueError if streams are neither one nor four.
   at::Tensor forward(at::TensorList streams, const Rotary& rotary, const at::Tensor& mask = {},
                      KVCache* cache = nullptr, bool normed = false);
   /// The norms of the four streams (xq, xk, xv, xr); the residual stream has none.

@@ -45,9 +45,11 @@ struct MUDDStackOptions {
 /// The priors [C, S] of all aggregations, as parameters "0", "1", ...
 class MUDDFORMER_API PriorsImpl : public torch::nn::Cloneable<PriorsImpl> {
  public:
+  /// @param shapes [C, S] of each; the priors have no values yet, see Connections.
   explicit PriorsImpl(std::vector<std::vector<int64_t>> shapes = {},
                       at::TensorOptions options = {});
   void reset() override;
+  /// The prior of aggregation n, n < size().
   const at::Tensor& operator[](size_t n) const { return parameters_[n].value(); }
   size_t size() const { return parameters_.size(); }
   void pretty_print(std::ostream& stream) const override;
@@ -132,6 +134,8 @@ class MUDDFORMER_API MUDDStackImpl : public torch::nn::Cloneable<MUDDStackImpl> 
   /// @param x X_0 [..., D].
   /// @param arguments passed on to every block, after its streams.
   /// @return the residual way's aggregate after the last block [..., D] (before any final norm).
+  /// @throws c10::Error if a block changes its input in place, or its forward takes other
+  /// arguments.
   template <class... Arguments>
   at::Tensor forward(const at::Tensor& x, const Arguments&... arguments) {
     auto block = layers->begin();

@@ -118,7 +118,7 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
   TORCH_CHECK_VALUE(length <= size - kLengthBytes, where, "its header claims ", length,
                     " bytes, the file has ", size);
   TORCH_CHECK_VALUE(data[kLengthBytes] == '{', where, "its header does not begin with {");
-  const json header = parse_json({data + kLengthBytes, length}, path, 3);
+  const json header = parse_json({data + kLengthBytes, length}, path.string(), 3);
 
   const auto first = static_cast<int64_t>(kLengthBytes + length);
   std::vector<std::tuple<int64_t, int64_t, std::string>> ranges;

@@ -54,7 +54,9 @@ class MUDDFORMER_API SafetensorsFile {
   std::map<std::string, std::string> metadata_;
 };
 
-/// All tensors of a safetensors file, see SafetensorsFile.
+/// All tensors of a safetensors file by name, as SafetensorsFile::tensor() gives them.
+///
+/// @throws c10::ValueError beginning with the path: no such file, or what is wrong with it.
 MUDDFORMER_API std::map<std::string, at::Tensor> load_safetensors(
     const std::filesystem::path& path);
 

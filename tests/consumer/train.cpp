@@ -1,33 +1,33 @@
-// Trains a small model for a few steps, with what is installed alone.
+// README's program: train [FOLDER] trains a small model to count, saves it, loads it, generates.
 #include <muddformer/models.h>
 #include <muddformer/muddformer.h>
-#include <torch/optim/adamw.h>
-#include <torch/types.h>
-#include <torch/utils.h>
+#include <torch/torch.h>
 
 #include <iostream>
 
-int main() {
+int main(int argc, char** argv) {
+  const std::string folder = argc > 1 ? argv[1] : "checkpoint";
   torch::manual_seed(0);
-  muddformer::MUDDFormer model(muddformer::MUDDFormerConfig{.vocab_size = 32,
-                                                            .block_size = 16,
-                                                            .n_layer = 3,
-                                                            .n_head = 2,
-                                                            .dim = 32,
-                                                            .intermediate_size = 64,
-                                                            .ffn_reallocation = false});
+  const torch::Device device(torch::cuda::is_available() ? torch::kCUDA : torch::kCPU);
+  const muddformer::MUDDFormerConfig config{
+      .vocab_size = 32, .block_size = 16, .n_layer = 4, .n_head = 2, .dim = 64};
+  muddformer::MUDDFormer model(config, device);
   torch::optim::AdamW optimizer(model->parameters(), torch::optim::AdamWOptions(5e-3));
-  double first = 0, last = 0;
-  for (int step = 0; step < 20; ++step) {
-    // Counting, from anywhere.
-    const at::Tensor rows = (torch::randint(32, {8, 1}, at::kLong) + torch::arange(17)) % 32;
-    const at::Tensor loss = model->forward(rows.slice(1, 0, 16), rows.slice(1, 1));
+  for (int step = 0; step <= 60; ++step) {
+    const auto rows = ((torch::randint(32, {8, 1}) + torch::arange(17)) % 32).to(torch::kLong);
+    // Ids [B, T] and what follows each of them -> loss; ids alone -> logits [B, T, vocab_size].
+    const auto ids = rows.slice(1, 0, 16).to(device), targets = rows.slice(1, 1).to(device);
+    const auto loss = model->forward(ids, targets);
     optimizer.zero_grad();
     loss.backward();
     optimizer.step();
-    last = loss.item<double>();
-    if (step == 0) first = last;
+    if (step % 20 == 0) std::cout << "step " << step << ", loss " << loss.item<float>() << '\n';
   }
-  std::cout << "muddformer " << MUDDFORMER_VERSION << ": loss " << first << " -> " << last << '\n';
-  return last < 0.8 * first ? 0 : 1;
+  muddformer::save_pretrained(model, folder);  // the files that Python reads and writes
+  const auto loaded = muddformer::from_pretrained(folder, device);
+  const auto prompt = torch::arange(4, device).unsqueeze(0);
+  const auto tokens =
+      muddformer::generate(loaded, prompt, {.max_new_tokens = 8, .temperature = 0.1, .seed = 0});
+  std::cout << "muddformer " << MUDDFORMER_VERSION << '\n' << tokens << '\n';
+  return tokens.equal(torch::arange(12, device).unsqueeze(0)) ? 0 : 1;  // it counts on
 }

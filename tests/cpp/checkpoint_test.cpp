@@ -187,7 +187,7 @@ TEST(Checkpoint, BadConfigurations) {
   };
   EXPECT_EQ(load(whole), "no error");
   expect(load(""), "config.json: not valid JSON");
-  expect(load("[]"), "must be a JSON object");
+  expect(load("[]"), "config.json: must hold a JSON object, got array");
   expect(load(std::string(1 << 20, ' ') + whole), "bytes are too many");
   expect(load(std::string(100000, '[')), "nested more than 16 levels");
   expect(load(edited("\"dim\": 16", "\"dim\": 16, \"dim\": 16")), "\"dim\" twice");

@@ -3,16 +3,21 @@
 #include <torch/types.h>
 
 #include <string>
+#include <utility>
 
 namespace muddformer {
 namespace {
 
-const char* const kSmall =
-    R"("n_layer": 2, "dim": 32, "n_head": 4, "vocab_size": 61, "intermediate_size": 256)";
-
-MUDDFormerConfig read(const std::string& more) {
-  return MUDDFormerConfig::from_json("{" + std::string(kSmall) + (more.empty() ? "" : ", ") + more +
-                                     "}");
+// A small configuration with `fields`, JSON without the braces, in place of its own.
+MUDDFormerConfig read(const std::string& fields) {
+  std::string text = fields;
+  for (const auto& [name, value] :
+       {std::pair("\"n_layer\"", "2"), std::pair("\"dim\"", "32"), std::pair("\"n_head\"", "4"),
+        std::pair("\"vocab_size\"", "61"), std::pair("\"intermediate_size\"", "256")}) {
+    if (fields.find(name) != std::string::npos) continue;
+    text.append(", ").append(name).append(": ").append(value);
+  }
+  return MUDDFormerConfig::from_json("{" + text + "}");
 }
 
 // What `call` throws, without the trace of calls.
@@ -187,13 +192,17 @@ TEST(ConfigErrors, TextThatIsNoObject) {
        {"", "{", "{\"dim\": }", "nonsense", "{\"dim\": 1e999}", "{\"\xff\": 1}"}) {
     EXPECT_NE(error_of<c10::ValueError>([&] {
                 MUDDFormerConfig::from_json(text);
-              }).find("the configuration is not valid JSON"),
+              }).find("the configuration: not valid JSON"),
               std::string::npos)
         << text;
   }
-  EXPECT_NE(error_of<c10::TypeError>([] {
+  EXPECT_NE(error_of<c10::ValueError>([] {
               MUDDFormerConfig::from_json("[1]");
-            }).find("must be a JSON object of names to values, got array"),
+            }).find("the configuration: must hold a JSON object, got array"),
+            std::string::npos);
+  EXPECT_NE(error_of<c10::ValueError>([] {
+              MUDDFormerConfig::from_json(R"({"dim": 32, "dim": 64})");
+            }).find("\"dim\" twice"),
             std::string::npos);
   const std::string deep = "{\"dim\": " + std::string(100000, '[');
   EXPECT_NE(error_of<c10::ValueError>([&] { MUDDFormerConfig::from_json(deep); }).find("nested"),

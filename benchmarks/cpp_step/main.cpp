@@ -1,10 +1,12 @@
-// A training step of the C++ model; benchmarks/cpp_step.py compiles and runs it beside Python's.
+// A training step of the C++ model; cpp_step.py compiles and runs it beside Python's.
 //
-// `cpp_step CONFIG.json DEVICE BATCH TOKENS SECONDS THREADS` prints the median milliseconds of a
-// step (zero_grad, forward, backward, AdamW), those of forward and backward alone, and the peak
-// memory in MiB: on CUDA what tensors took, on a CPU what the process has grown by.
+// `cpp_step CONFIG.json DEVICE DTYPE BATCH TOKENS SECONDS THREADS` prints the median milliseconds
+// of a step (zero_grad, forward, backward, AdamW), those of forward and backward alone, the peak of
+// what tensors took on the device, and of what the process has had of the host's memory, in MiB.
+// DTYPE: float32, or bfloat16 for autocast.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <muddformer/models.h>
 #include <torch/cuda.h>
@@ -18,7 +20,38 @@
 #include <string>
 #include <vector>
 
+#include "tensor_memory.h"
+
 namespace {
+
+// torch.autocast(device, torch.bfloat16), if wanted.
+class Autocast {
+ public:
+  Autocast(at::DeviceType device, bool wanted) : device_(device), wanted_(wanted) {
+    if (!wanted_) return;
+    at::autocast::set_autocast_dtype(device_, at::kBFloat16);
+    at::autocast::set_autocast_enabled(device_, true);
+    at::autocast::increment_nesting();
+  }
+  ~Autocast() {
+    if (!wanted_) return;
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(device_, false);
+  }
+  Autocast(const Autocast&) = delete;
+  Autocast& operator=(const Autocast&) = delete;
+
+ private:
+  at::DeviceType device_;
+  bool wanted_;
+};
+
+double peak_cuda_mib(at::Device device) {
+  using c10::CachingAllocator::StatType;
+  const auto stats = at::getDeviceAllocator(at::kCUDA)->getDeviceStats(device.index());
+  const auto& bytes = stats.allocated_bytes[static_cast<size_t>(StatType::AGGREGATE)];
+  return static_cast<double>(bytes.peak) / (1 << 20);
+}
 
 // The most memory that this process has had; getrusage() would begin with its parent's.
 double peak_resident_mib() {
@@ -49,20 +82,21 @@ double median_ms(const Call& call, bool cuda, double seconds) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 7) {
-    std::cerr << "usage: cpp_step CONFIG.json DEVICE BATCH TOKENS SECONDS THREADS\n";
+  if (argc != 8) {
+    std::cerr << "usage: cpp_step CONFIG.json DEVICE DTYPE BATCH TOKENS SECONDS THREADS\n";
     return 2;
   }
   std::ifstream file(argv[1]);
   const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
   const at::Device device(argv[2]);
   const bool cuda = device.is_cuda();
-  const int64_t batch = std::stoll(argv[3]), tokens = std::stoll(argv[4]);
-  const double seconds = std::stod(argv[5]);
-  at::set_num_threads(std::stoi(argv[6]));
+  const bool autocast = std::string(argv[3]) == "bfloat16";
+  const int64_t batch = std::stoll(argv[4]), tokens = std::stoll(argv[5]);
+  const double seconds = std::stod(argv[6]);
+  at::set_num_threads(std::stoi(argv[7]));
   at::manual_seed(0);
+  count_tensor_memory();
 
-  const double before = peak_resident_mib();
   const auto config = muddformer::MUDDFormerConfig::from_json(text);
   muddformer::MUDDFormer model(config, device);
   torch::optim::AdamW optimizer(model->parameters(), torch::optim::AdamWOptions(1e-4));
@@ -70,20 +104,18 @@ int main(int argc, char** argv) {
   const at::Tensor targets = ids.roll(-1, 1);
   const auto pass = [&] {
     optimizer.zero_grad();
-    model->forward(ids, targets).backward();
+    const at::Tensor loss = [&] {
+      const Autocast guard(device.type(), autocast);
+      return model->forward(ids, targets);
+    }();
+    loss.backward();
   };
   const auto step = [&] {
     pass();
     optimizer.step();
   };
   const double step_ms = median_ms(step, cuda, seconds), pass_ms = median_ms(pass, cuda, seconds);
-  double peak = peak_resident_mib() - before;
-  if (cuda) {
-    using c10::CachingAllocator::StatType;
-    const auto stats = at::getDeviceAllocator(at::kCUDA)->getDeviceStats(device.index());
-    peak =
-        static_cast<double>(stats.allocated_bytes[static_cast<size_t>(StatType::AGGREGATE)].peak) /
-        (1 << 20);
-  }
-  std::cout << step_ms << ' ' << pass_ms << ' ' << peak << '\n';
+  std::cout << step_ms << ' ' << pass_ms << ' '
+            << (cuda ? peak_cuda_mib(device) : peak_tensor_mib()) << ' ' << peak_resident_mib()
+            << '\n';
 }
