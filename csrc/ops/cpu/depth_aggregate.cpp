@@ -14,6 +14,7 @@
 #include "../checks.h"
 #include "../rows.h"
 #include "depth_aggregate_kernel.h"
+#include "recycled_memory.h"
 
 namespace muddformer {
 namespace {
@@ -78,7 +79,7 @@ std::vector<at::Tensor> depth_aggregate_cpu(at::TensorList hiddens, const at::Te
   check_depth_aggregate(hiddens, weights);
   const at::Tensor& like = hiddens[0];
   const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
-  std::vector<at::Tensor> outputs = empty_outputs(ways, like);
+  std::vector<at::Tensor> outputs = cpu::recycled_outputs(ways, like);
   if (like.numel() == 0) return outputs;
   const int64_t tokens = like.numel() / width;
   const Rows x = rows_of(hiddens);
@@ -98,7 +99,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
   check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
   const at::Tensor& like = hiddens[0];
   const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
-  std::vector<at::Tensor> grads = empty_outputs(sources, like);
+  std::vector<at::Tensor> grads = cpu::recycled_outputs(sources, like);
   if (like.numel() == 0) return {std::move(grads), at::zeros(weights.sizes(), weights.options())};
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
   const int64_t tokens = like.numel() / width;
