@@ -19,16 +19,25 @@
 namespace muddformer {
 namespace {
 
-const cpu::AggregateKernels& aggregate_kernels() {
-  static const cpu::AggregateKernels& chosen = [&]() -> const cpu::AggregateKernels& {
+cpu::AggregateKernels choose_kernels() {
 #if defined(MUDDFORMER_X86_KERNELS)
-    // What PyTorch itself has chosen; the environment variable ATEN_CPU_CAPABILITY lowers it.
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return cpu::aggregate_kernels_avx512;
-    if (capability == "AVX2") return cpu::aggregate_kernels_avx2;
+  // What PyTorch itself has chosen; the environment variable ATEN_CPU_CAPABILITY lowers it.
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") {
+    cpu::AggregateKernels kernels = cpu::aggregate_kernels_avx512;
+    if (__builtin_cpu_supports("avx512bf16")) {
+      kernels.forward[cpu::kBFloat16] = cpu::forward_bfloat16_avx512;
+      kernels.backward[cpu::kBFloat16] = cpu::backward_bfloat16_avx512;
+    }
+    return kernels;
+  }
+  if (capability == "AVX2") return cpu::aggregate_kernels_avx2;
 #endif
-    return cpu::aggregate_kernels_default;
-  }();
+  return cpu::aggregate_kernels_default;
+}
+
+const cpu::AggregateKernels& aggregate_kernels() {
+  static const cpu::AggregateKernels chosen = choose_kernels();
   return chosen;
 }
 
@@ -48,7 +57,7 @@ int kernel_dtype(at::ScalarType dtype) {
 // Gradients of a history larger than the caches are next read when an earlier layer's backward has
 // walked over all of it; written past the caches they cost no read of the lines that they replace.
 bool write_past_caches(at::TensorList grads) {
-  constexpr int64_t kCacheBytes = int64_t{8} << 20;
+  constexpr int64_t kCacheBytes = int64_t{4} << 20;
   const at::Tensor& first = grads[0];
   const int64_t element = first.element_size();
   return static_cast<int64_t>(grads.size()) * first.numel() * element > kCacheBytes &&
