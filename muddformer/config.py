@@ -24,6 +24,7 @@ _SIZES = {
     "source_stride": 2**16,
     "block_stride": 2**16,
     "window": 2**16,
+    "flush_interval": 2**16,
 }
 _CHOICES = {
     "model_type": ("muddformer", "muddpythia"),
@@ -124,6 +125,8 @@ class MUDDFormerConfig:
         round64: hidden widths of the generators go up to the next multiple of 64.
         cap: soft bound of the connection weights, ``cap * tanh(A / cap)``. None: no bound.
         gelu_approximate: ``"none"`` (erf form) or ``"tanh"``, in the generators and in the GELU FFN.
+        flush_interval: how a backward adds to the gradients of older hidden states: once in so many aggregations (1: in
+            each). None: on CUDA in groups that move the fewest bytes. Gradients differ by rounding alone.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -160,6 +163,7 @@ class MUDDFormerConfig:
     round64: bool = True
     cap: float | None = None
     gelu_approximate: str = "none"
+    flush_interval: int | None = None
 
     def __post_init__(self) -> None:
         for name in _CHOICES:
@@ -171,7 +175,7 @@ class MUDDFormerConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, limit in _SIZES.items():
-            if name == "window" and self.window is None:
+            if name in ("window", "flush_interval") and getattr(self, name) is None:
                 continue
             if getattr(self, name) is None:
                 self._set(name, self._default_size(name))
@@ -222,6 +226,7 @@ class MUDDFormerConfig:
             raise ValueError(
                 f"ways must be {WAYS!r} with multiway=False, because all streams share one aggregate, got {self.ways!r}"
             )
+        check_flush_interval(self.flush_interval, self.window)
 
     @property
     def head_dim(self) -> int:
@@ -320,6 +325,15 @@ def check_ways(name: str, ways: Any) -> str:
     if not ways or set(ways) - set(WAYS) or len(set(ways)) != len(ways):
         raise ValueError(f"{name} must be a part of {WAYS!r}, not empty and no letter twice, got {ways!r}")
     return "".join(way for way in WAYS if way in ways)
+
+
+def check_flush_interval(interval: int | None, window: int | None) -> None:
+    """Refuses groups of aggregations that do not share their older hidden states."""
+    if window is not None and interval not in (None, 1):
+        raise ValueError(
+            f"flush_interval must be None or 1 with a window, because the aggregations of a group have to share their "
+            f"older hidden states, got flush_interval={interval} and window={window}"
+        )
 
 
 def check_choice(name: str, value: Any) -> str:

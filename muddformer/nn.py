@@ -7,7 +7,7 @@ B, T: batch and sequence length (any leading shape); D: model width; S: number o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
-from .config import WAYS, check_choice, check_integer, check_real, check_ways
+from .config import WAYS, check_choice, check_flush_interval, check_integer, check_real, check_ways
 
 __all__ = ["DepthAggregation", "MUDDStack", "RMSNorm"]
 
@@ -184,6 +184,7 @@ class DepthAggregation(nn.Module):
         hiddens: Sequence[Tensor],
         prior: Tensor | None = None,
         stream_norms: Sequence[nn.Module | None] | None = None,
+        deferral: ops.Deferral | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Mixes hidden states.
 
@@ -192,6 +193,7 @@ class DepthAggregation(nn.Module):
             prior: [C, S], in place of the module's own.
             stream_norms: norms of the streams that are returned, None for a stream that stays as it is. On CUDA they
                 cost no pass of their own (:func:`muddformer.ops.depth_aggregate_norm_chained`).
+            deferral: this layer's of :func:`muddformer.ops.defer_gradients`, or None.
 
         Returns:
             ``(streams, hiddens)``: the streams, each [..., D], and the sources to give to later layers in place of
@@ -215,7 +217,7 @@ class DepthAggregation(nn.Module):
         if self._takes_one_step(newest, way_norms):
             mixed = self._step(hiddens, prior, way_norms)
         else:
-            mixed, hiddens, newest = self._mix(hiddens, prior, way_norms)
+            mixed, hiddens, newest = self._mix(hiddens, prior, way_norms, deferral)
         if ways is not None:
             by_way = dict(zip(ways, mixed, strict=True))
             left_out = [way for way in WAYS if way not in by_way]
@@ -226,7 +228,11 @@ class DepthAggregation(nn.Module):
         return list(mixed), list(hiddens)
 
     def _mix(
-        self, hiddens: Sequence[Tensor], prior: Tensor, norms: Sequence[nn.Module | None]
+        self,
+        hiddens: Sequence[Tensor],
+        prior: Tensor,
+        norms: Sequence[nn.Module | None],
+        deferral: ops.Deferral | None,
     ) -> tuple[list[Tensor], Sequence[Tensor], Tensor]:
         """The streams of the ways, the hidden states to be used from here on, and X_i likewise."""
         weights, newest = self._weights(hiddens[-1], prior)
@@ -235,9 +241,9 @@ class DepthAggregation(nn.Module):
         fused = self._fused_norms(norms, newest) if self._has_fused_kernel(newest) else None
         if fused is not None:
             base = None if self.post_norms is None else newest
-            mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, base=base, **fused)
+            mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, base=base, deferral=deferral, **fused)
             return mixed, hiddens, newest if self.pre_norm is not None else hiddens[-1]
-        mixed, hiddens = ops.depth_aggregate_chained(hiddens, weights)
+        mixed, hiddens = ops.depth_aggregate_chained(hiddens, weights, deferral)
         if self.pre_norm is None:
             newest = hiddens[-1]
         if self.post_norms is not None:
@@ -357,6 +363,42 @@ def aggregation_plan(
     }
 
 
+def flush_groups(
+    plan: Mapping[int, Sequence[int]], ways: Mapping[int, int], interval: int | None = None
+) -> list[list[int]]:
+    """Which aggregations add to the gradients of older hidden states together (:func:`muddformer.ops.defer_gradients`).
+
+    Args:
+        plan: the sources of each aggregation, see :func:`aggregation_plan`.
+        ways: number of ways C of each aggregation.
+        interval: aggregations of a group, counted from the last one. None: the groups that move the fewest bytes, of at
+            most 16 ways, what one pass of the CUDA kernel adds up.
+
+    Returns:
+        Groups of two or more successive aggregations, in order. The older hidden states of a group are the sources of
+        its first aggregation but the newest.
+    """
+    order = list(plan)
+    if interval is not None:
+        groups = [order[max(0, end - interval) : end] for end in range(len(order), 0, -interval)]
+        return [group for group in reversed(groups) if len(group) > 1]
+    best: list[tuple[int, list[list[int]]]] = [(0, [])]  # for the first 0, 1, .. aggregations: units saved, groups
+    for end in range(1, len(order) + 1):
+        choice = best[end - 1]
+        for begin in range(end - 1):
+            group = order[begin:end]
+            old = plan[group[0]][:-1]
+            if sum(ways[i] for i in group) > 16 or any(plan[i][: len(old)] != old for i in group):
+                continue
+            # A unit is one pass over a [tokens, D]: each dX_j is read and written once instead of len(group) times, and
+            # of every aggregation the gradients of its sums are read, and all but the residual way's are written.
+            saved = 2 * len(old) * (len(group) - 1) - sum(2 * ways[i] - 1 for i in group)
+            if saved > 0 and best[begin][0] + saved > choice[0]:
+                choice = (best[begin][0] + saved, [*best[begin][1], group])
+        best.append(choice)
+    return best[-1][1]
+
+
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """How often each tensor was changed in place; not known of tensors of inference mode and while compiling."""
     return [] if torch.compiler.is_compiling() else [-1 if x.is_inference() else x._version for x in tensors]
@@ -384,6 +426,8 @@ class MUDDStack(nn.Module):
         source_stride, block_stride, window: which hidden states are mixed where, see :func:`aggregation_plan`.
         expand_last: the last generator has a hidden layer four times as wide.
         dynamic, round64, pre_norm, post_norm, eps, gelu_approximate, cap: see :class:`DepthAggregation`.
+        flush_interval: aggregations that add to the gradients of older hidden states together, see
+            :func:`flush_groups`. None: on CUDA in bfloat16 and float16 the groups that move the fewest bytes; 1: none.
 
     Attributes:
         gradient_checkpointing: set it to True to recompute every block in the backward of a training step instead of
@@ -412,6 +456,7 @@ class MUDDStack(nn.Module):
         eps: float = 1e-6,
         gelu_approximate: str = "none",
         cap: float | None = None,
+        flush_interval: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -431,6 +476,8 @@ class MUDDStack(nn.Module):
                 window=window,
                 last="r" in ways,
             )
+        self.flush_interval = None if flush_interval is None else check_integer("flush_interval", flush_interval)
+        check_flush_interval(flush_interval, window)
         self.dense_bs = nn.ParameterList()
         self.dynamic_dense = nn.ModuleList()
         for i, sources in self.plan.items():
@@ -453,6 +500,12 @@ class MUDDStack(nn.Module):
             )
             self.dynamic_dense.append(da)
             self.dense_bs.append(nn.Parameter(torch.empty(da.num_ways, da.sources, device=device, dtype=dtype)))
+        num_ways = {i: da.num_ways for i, da in zip(self.plan, self.dynamic_dense, strict=True)}
+        shapes = {i: (num_ways[i], len(sources)) for i, sources in self.plan.items()}
+        # By the first aggregation of a group: all of them, with their numbers of ways and sources.
+        self.flush_groups = {
+            group[0]: {i: shapes[i] for i in group} for group in flush_groups(self.plan, num_ways, self.flush_interval)
+        }
         # Hidden states that are mixed later but are not the newest of any aggregation, which would norm them itself.
         joining = sorted({j for sources in self.plan.values() for j in sources} - self.plan.keys())
         make_norm = (lambda: RMSNorm(dim, eps, device=device, dtype=dtype)) if pre_norm else nn.Identity
@@ -491,6 +544,7 @@ class MUDDStack(nn.Module):
         history: dict[int, Tensor] = {}
         streams, call = [x], {}
         aggregations = iter(zip(self.plan.values(), self.dynamic_dense, self.dense_bs, strict=True))
+        deferrals: dict[int, ops.Deferral] = {}
         self._join(history, 0, x)
         for i, layer in enumerate(self.layers, start=1):
             if self.multiway and len(streams) == 1:
@@ -510,10 +564,21 @@ class MUDDStack(nn.Module):
                 continue
             sources, da, prior = next(aggregations)
             norms = self._stream_norms(i, x)
-            streams, hiddens = da([*(history[j] for j in sources[:-1]), x], prior, norms)
+            older = [history[j] for j in sources[:-1]]
+            if i in self.flush_groups and self._defers(older):
+                older, opened = ops.defer_gradients(older, list(self.flush_groups[i].values()))
+                deferrals = dict(zip(self.flush_groups[i], opened, strict=True))
+            streams, hiddens = da([*older, x], prior, norms, deferrals.pop(i, None))
             call = {} if norms is None else {"normed": True}
             history = dict(zip(sources, hiddens, strict=True))
         return streams[-1]
+
+    def _defers(self, older: Sequence[Tensor]) -> bool:
+        """Whether a group of aggregations defers the gradients of these hidden states."""
+        if not older or not torch.is_grad_enabled():
+            return False
+        fast = older[0].is_cuda and older[0].dtype in (torch.bfloat16, torch.float16) and older[0].shape[-1] % 8 == 0
+        return fast or self.flush_interval is not None
 
     def _stream_norms(self, i: int, x: Tensor) -> list[nn.Module | None] | None:
         """The norms of the streams of block i, from 0, if the aggregation before it can take them over."""

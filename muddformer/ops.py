@@ -9,6 +9,7 @@ float32 (float64 for float64). The kernels are in ``csrc/ops``; here are only th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +17,27 @@ from torch import Tensor
 from muddformer import _library  # noqa: F401  (loads libmuddformer, which registers the operators)
 
 __all__ = [
+    "Deferral",
     "connection_weights",
     "connection_weights_chained",
+    "defer_gradients",
     "depth_aggregate",
     "depth_aggregate_chained",
     "depth_aggregate_norm_chained",
     "depth_aggregation_step",
 ]
+
+
+class Deferral(NamedTuple):
+    """What one layer of a group is given, see :func:`defer_gradients`.
+
+    Attributes:
+        tickets: placeholders of no size in memory, whose gradients carry what the layer defers.
+        count: number of the layer's first hidden states whose gradients are deferred.
+    """
+
+    tickets: list[Tensor]
+    count: int
 
 
 def depth_aggregate(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
@@ -44,20 +59,54 @@ def depth_aggregate(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     return torch.ops.muddformer.depth_aggregate(hiddens, weights)
 
 
-def depth_aggregate_chained(hiddens: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def depth_aggregate_chained(
+    hiddens: Sequence[Tensor], weights: Tensor, deferral: Deferral | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """:func:`depth_aggregate` that also hands its sources on, so that gradients are chained instead of added.
 
     Args:
         hiddens: as in :func:`depth_aggregate`.
         weights: as in :func:`depth_aggregate`.
+        deferral: this layer's of :func:`defer_gradients`, or None.
 
     Returns:
         ``(streams, hiddens)``: the C streams, and the S sources again, to be used in place of the ones given by
         everything that comes later. The backward then receives the gradient which later layers have already
         accumulated, and returns it plus its own term from one pass over the history.
     """
-    streams, hiddens = torch.ops.muddformer.depth_aggregate_chained(hiddens, weights)
+    deferred = () if deferral is None else deferral
+    streams, hiddens = torch.ops.muddformer.depth_aggregate_chained(hiddens, weights, *deferred)
     return streams, hiddens
+
+
+def defer_gradients(
+    hiddens: Sequence[Tensor], layers: Sequence[tuple[int, int]]
+) -> tuple[list[Tensor], list[Deferral]]:
+    """Opens a group of layers that add to the gradients of older hidden states in one pass, at its end.
+
+    ``dX_j = G_j + sum_i sum_c weights_i[..., c, j] * dV_{i,c}`` over the layers i of the group and their ways c, dV
+    being the gradient of a way's sum over its sources. Without a group each layer's backward reads and writes every
+    dX_j. The gradients are the same but for rounding, which happens once a group. It pays on CUDA in bfloat16 and
+    float16 (``torch.ops.muddformer.deferred_flush``) where 2 S (layers - 1) is more than 2 C - 1 of every layer.
+
+    Args:
+        hiddens: the older hidden states [..., D], which all layers of the group mix first, in this order.
+        layers: ``(C, S)``, the number of ways and of sources, of each layer.
+
+    Returns:
+        ``(hiddens, deferrals)``: the hidden states to be used from here on, and for each layer what it is called with.
+        Every layer is to be called once.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    ways, sources = [c for c, _ in layers], [s for _, s in layers]
+    handed_on, tickets = torch.ops.muddformer.defer_gradients(hiddens, ways, sources)
+    deferrals, first = [], 0
+    for count in ways:
+        deferrals.append(Deferral(tickets[first : first + count + 1], len(hiddens)))
+        first += count + 1
+    return handed_on, deferrals
 
 
 def depth_aggregate_norm_chained(
@@ -70,6 +119,7 @@ def depth_aggregate_norm_chained(
     eps: float = 1e-6,
     base: Tensor | None = None,
     post_weight: Tensor | None = None,
+    deferral: Deferral | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """:func:`depth_aggregate_chained` whose streams are normed, as the attention of the next block reads them.
 
@@ -87,6 +137,7 @@ def depth_aggregate_norm_chained(
         eps: added to the mean square, or the variance, at least 0.
         base: [..., D], in the dtype of the hidden states.
         post_weight: weight [D] of the RMSNorm of the last way's sum, which then has no norm weight; needs ``base``.
+        deferral: this layer's of :func:`defer_gradients`, or None.
 
     Returns:
         ``(streams, hiddens)``, see :func:`depth_aggregate_chained`.
@@ -96,7 +147,7 @@ def depth_aggregate_norm_chained(
     """
     biases = [None] * len(norm_weights) if norm_biases is None else norm_biases
     streams, hiddens = torch.ops.muddformer.depth_aggregate_norm_chained(
-        hiddens, weights, norm_weights, biases, norm, eps, base, post_weight
+        hiddens, weights, norm_weights, biases, norm, eps, base, post_weight, *(() if deferral is None else deferral)
     )
     return streams, hiddens
 

@@ -64,3 +64,15 @@ def depth_aggregate_norm(
                 F.rms_norm(y, shape, weight, eps) if norm == "rms" else F.layer_norm(y, shape, weight, bias, eps)
             )
     return streams
+
+
+def deferred_flush(
+    grad_hiddens: Sequence[Tensor | None], grad_sums: Sequence[Tensor | None], weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """dX_j = G_j + sum over all layers i and ways c of weights_i[..., c, j, None] * dV_{i,c}; None stands for zero."""
+    ways = [w[..., c, :] for w in weights for c in range(w.shape[-2])]
+    terms = [(w, dv) for w, dv in zip(ways, grad_sums, strict=True) if dv is not None]
+    return [
+        sum((w[..., j, None] * dv for w, dv in terms), start=torch.zeros_like(terms[0][1]) if g is None else g)
+        for j, g in enumerate(grad_hiddens)
+    ]

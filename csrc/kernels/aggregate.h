@@ -59,7 +59,8 @@ struct AggregateBackward {
   int64_t w_stride;            // as above
   const void* const* dy;       // [C] pointers to [N, D], contiguous; nullptr: a gradient of zeros
   const void* const* grad_in;  // [S] pointers to G_j [N, D], contiguous; nullptr: none
-  void* const* grad_out;       // [S] pointers to dX_j [N, D], contiguous; nullptr: not wanted
+  void* const* grad_out;       // [S] pointers to dX_j [N, D], contiguous; nullptr: not wanted, for
+                               // the first sources at less than half the price
   void* dw;                    // [N, C, S], contiguous
   Path path = Path::Automatic;
 };

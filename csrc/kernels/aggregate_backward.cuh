@@ -11,7 +11,10 @@
 // dot products are summed over a warp, kept per warp in shared memory, and added over the warps,
 // always in the same order, at the end of the token.
 //
-// Path::Ring: one thread requests rows by bulk copies; a stage holds X_j and G_j, or two of dY.
+// The first sources may be `deferred`: their dX is not wanted here (deferred_flush.h), only dw.
+//
+// Path::Ring: one thread requests rows by bulk copies; a stage holds X_j and G_j, or two of dY, or
+// two deferred sources.
 // Path::Vector: the loads of two sources are in flight together.
 #pragma once
 
@@ -42,6 +45,7 @@ struct BackwardArgs {
   int64_t way_stride;  // of w and dw
   int dim;
   int sources;
+  int deferred;
   int stages;
 };
 
@@ -75,6 +79,26 @@ __device__ __forceinline__ uint4 chain(const uint4& x_bits, const uint4& grad_bi
     result[word] = pack_word<T>(grad);
   }
   return make_uint4(result[0], result[1], result[2], result[3]);
+}
+
+// What this thread adds to the C dot products of a source whose gradient is deferred.
+template <typename T, int C>
+__device__ __forceinline__ void dot_ways(const uint4& x_bits, const uint4 (&dy_bits)[C],
+                                         float* dots) {
+#pragma unroll
+  for (int c = 0; c < C; ++c) dots[c] = 0.0f;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    float x[kWord<T>];
+    unpack_word<T>(word_of(x_bits, word), x);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      float dy[kWord<T>];
+      unpack_word<T>(word_of(dy_bits[c], word), dy);
+#pragma unroll
+      for (int i = 0; i < kWord<T>; ++i) dots[c] = fmaf(dy[i], x[i], dots[c]);
+    }
+  }
 }
 
 // Adds up the dot products of a source over the warp. sums: [C][S] of this warp; later chunks of a
@@ -147,9 +171,12 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
       for (int c = 0; c < C; c += 2) {
         request(part(args.dy[c]), c + 1 < C ? part(args.dy[(c + 1) % C]) : nullptr, bytes);
       }
-      for (int j = 0; j < sources; ++j) {
-        request(args.x[j] + token * args.x_stride[j] + column, part(args.grad_in[j]), bytes);
+      const auto source = [&](int j) { return args.x[j] + token * args.x_stride[j] + column; };
+      for (int j = 0; j < args.deferred; j += 2) {
+        request(source(j), j + 1 < args.deferred ? source(j + 1) : nullptr, bytes);
       }
+      for (int j = args.deferred; j < sources; ++j)
+        request(source(j), part(args.grad_in[j]), bytes);
     }
     return;
   }
@@ -177,7 +204,22 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
               active && c + 1 < C && args.dy[(c + 1) % C] != nullptr, dy[c], second);
       if (c + 1 < C) dy[(c + 1) % C] = second;
     }
-    for (int j = 0; j < sources; ++j) {
+    for (int j = 0; j < args.deferred; ++j) {
+      uint4 x{};
+      float dots[C];
+      if (j % 2 == 0) barrier_wait(&ring.full[stage.index], stage.phase);
+      if (active) {
+        x = *reinterpret_cast<const uint4*>(shared + stage.index * stage_bytes + j % 2 * row_bytes +
+                                            threadIdx.x * 16);
+      }
+      if (j % 2 != 0 || j + 1 == args.deferred) {
+        release(&ring.empty[stage.index]);
+        stage.advance(args.stages);
+      }
+      dot_ways<T, C>(x, dy, dots);
+      keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
+    }
+    for (int j = args.deferred; j < sources; ++j) {
       uint4 x;
       uint4 grad;
       float dots[C];
@@ -263,6 +305,8 @@ void set_backward_args(BackwardArgs<T, C>& args, const AggregateBackward& p, int
   args.way_stride = p.sources;
   args.dim = static_cast<int>(p.dim);
   args.sources = sources;
+  args.deferred = 0;
+  while (args.deferred < sources && args.grad_out[args.deferred] == nullptr) ++args.deferred;
 }
 
 template <typename T, int C>

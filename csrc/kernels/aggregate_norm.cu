@@ -43,12 +43,8 @@ cudaError_t check(const Args& p, Device& device) {
 
 // Whether a block can have this much shared memory on the current device.
 cudaError_t check_shared_memory(int64_t bytes) {
-  int index = 0;
   int limit = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  }
+  const cudaError_t error = shared_memory_limit(limit);
   if (error != cudaSuccess) return error;
   return bytes + kStaticBytes <= limit ? cudaSuccess : cudaErrorNotSupported;
 }
@@ -149,7 +145,8 @@ cudaError_t launch_aggregate_norm_backward(const AggregateNormBackward& p, cudaS
   cudaError_t error = check_backward(p, slots, blocks);
   if (error != cudaSuccess) return error;
   if (!aligned(p.dy, p.ways) || !aligned(p.y, p.ways) || !aligned(p.grad_in, p.sources) ||
-      !aligned(p.grad_out, p.sources) || !aligned(p.base_grad)) {
+      !aligned(p.grad_out, p.sources) || !aligned(p.base_grad) ||
+      (p.dv != nullptr && !aligned(p.dv, p.ways))) {
     return cudaErrorNotSupported;
   }
   if (p.tokens == 0) return cudaErrorInvalidValue;  // the caller's zeros are the gradients

@@ -46,6 +46,9 @@ struct AggregateNormBackward : AggregateBackward {
   const void* const* y;            // [C] pointers to [N, D], contiguous: of normed ways
   const void* mix;                 // as above
   const float* statistics;         // as above
+  void* const* dv;                 // [C] pointers to the gradients dV_c of base + mix_c (of mix_c
+                                   // with the post weight) [N, D], contiguous, of ways with a
+                                   // norm; nullptr each or all: not wanted
   void* base_grad;                 // [N, D], contiguous; with base; nullptr: not wanted
   void* const* norm_weight_grad;   // [C] pointers to [D], of the weights' type
   void* const* norm_bias_grad;     // [C] pointers to [D]

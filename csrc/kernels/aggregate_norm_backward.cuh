@@ -11,6 +11,8 @@
 // X_j, G_j, dX_j, dY_c, Y_c, mix, base [N, D], w and dw [N, C, S]. Every tensor is read or written
 // once (dY and Y twice where a row has more than one chunk); float32 sums, rounded once.
 //
+// dV_c is written where it is asked for: the factors of the deferred sources (deferred_flush.h).
+//
 // Work is split as in aggregate_backward.cuh, but the blocks stay and walk over the tokens: each
 // keeps the sums over its tokens for dweight and dbias in shared memory, every thread those of its
 // own columns. They are added over the blocks, in fixed order, by sum_partials (aggregate_norm.cu).
@@ -112,9 +114,13 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       for (int column = 0; column < args.dim; column += chunk) {
         const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
         if (!one_chunk) request_ways(column);
-        for (int j = 0; j < sources; ++j) {
-          request(args.x[j] + token * args.x_stride[j] + column,
-                  args.grad_in[j] != nullptr ? args.grad_in[j] + row + column : nullptr, bytes);
+        const auto source = [&](int j) { return args.x[j] + token * args.x_stride[j] + column; };
+        for (int j = 0; j < args.deferred; j += 2) {
+          request(source(j), j + 1 < args.deferred ? source(j + 1) : nullptr, bytes);
+        }
+        for (int j = args.deferred; j < sources; ++j) {
+          request(source(j), args.grad_in[j] != nullptr ? args.grad_in[j] + row + column : nullptr,
+                  bytes);
         }
       }
     }
@@ -273,6 +279,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
           }
           add_partial<T>(partial + args.weight_slot[c] * args.dim, column, args.dim, weight);
           dv[c] = pack<T>(dy);
+          if (args.dv[c] != nullptr) store_once(args.dv[c] + row + column, dv[c]);
         }
         if (args.base != nullptr && !post) {
 #pragma unroll
@@ -282,7 +289,22 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       if (active && args.base_grad != nullptr) {
         store_once(args.base_grad + row + column, pack<T>(base));
       }
-      for (int j = 0; j < sources; ++j) {
+      for (int j = 0; j < args.deferred; ++j) {
+        uint4 x{};
+        float dots[C];
+        if (j % 2 == 0) barrier_wait(&ring.full[stage.index], stage.phase);
+        if (active) {
+          x = *reinterpret_cast<const uint4*>(shared + stage.index * stage_bytes +
+                                              j % 2 * row_bytes + threadIdx.x * 16);
+        }
+        if (j % 2 != 0 || j + 1 == args.deferred) {
+          release(&ring.empty[stage.index]);
+          stage.advance(args.stages);
+        }
+        dot_ways<T, C>(x, dv, dots);
+        keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
+      }
+      for (int j = args.deferred; j < sources; ++j) {
         uint4 x;
         uint4 grad;
         float dots[C];
@@ -321,6 +343,7 @@ cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaS
     args.saved[c] = static_cast<const T*>(post                          ? p.mix
                                           : p.norm_weight[c] != nullptr ? p.y[c]
                                                                         : nullptr);
+    args.dv[c] = args.saved[c] != nullptr && p.dv != nullptr ? static_cast<T*>(p.dv[c]) : nullptr;
     args.weight_slot[c] = slots.weight[c];
     args.bias_slot[c] = slots.bias[c];
   }

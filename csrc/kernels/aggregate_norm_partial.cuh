@@ -10,6 +10,7 @@ namespace muddformer::kernels {
 template <typename T, int C>
 struct BackwardNormArgs : BackwardArgs<T, C> {
   const T* saved[C];           // Y_c of a normed way, mix of the post way; nullptr: no norm
+  T* dv[C];                    // dV_c of a way with a norm; nullptr: not wanted
   const void* norm_weight[C];  // of the post way the post weight
   const void* norm_bias[C];
   int weight_slot[C];  // places among the partial sums of the block

@@ -47,4 +47,11 @@ cudaError_t current_device(Device& device) {
   return cudaSuccess;
 }
 
+cudaError_t shared_memory_limit(int& bytes) {
+  int index = 0;
+  const cudaError_t error = cudaGetDevice(&index);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+}
+
 }  // namespace muddformer::kernels

@@ -12,4 +12,7 @@ struct Device {
 
 cudaError_t current_device(Device& device);
 
+// Bytes of shared memory that a block on the current device can have when it asks for them.
+cudaError_t shared_memory_limit(int& bytes);
+
 }  // namespace muddformer::kernels

@@ -50,11 +50,20 @@ inline void check_same_dtype_device(const at::Tensor& tensor, ArgumentName argum
   check_same_device(tensor, argument, like, like_name);
 }
 
-// Defined in depth_aggregate.cpp, depth_aggregate_norm.cpp and connection_weights.cpp.
+// Defined in the .cpp of the operator.
+void check_hiddens(at::TensorList hiddens);
 void check_depth_aggregate(at::TensorList hiddens, const at::Tensor& weights);
 void check_depth_aggregate_backward(const c10::List<std::optional<at::Tensor>>& grad_outputs,
                                     const c10::List<std::optional<at::Tensor>>& grad_hiddens,
-                                    at::TensorList hiddens, const at::Tensor& weights);
+                                    at::TensorList hiddens, const at::Tensor& weights,
+                                    int64_t deferred);
+void check_deferral(at::TensorList hiddens, const at::Tensor& weights, at::TensorList tickets,
+                    int64_t deferred);
+void check_defer_gradients(at::TensorList hiddens, at::IntArrayRef ways, at::IntArrayRef sources);
+// Returns a tensor of the shape, dtype and device of the gradients.
+at::Tensor check_deferred_flush(const c10::List<std::optional<at::Tensor>>& grad_hiddens,
+                                const c10::List<std::optional<at::Tensor>>& grad_sums,
+                                at::TensorList weights);
 void check_depth_aggregate_norm(at::TensorList hiddens, const at::Tensor& weights,
                                 const c10::List<std::optional<at::Tensor>>& norm_weights,
                                 const c10::List<std::optional<at::Tensor>>& norm_biases,
@@ -67,7 +76,7 @@ void check_depth_aggregate_norm_backward(const c10::List<std::optional<at::Tenso
                                          const c10::List<std::optional<at::Tensor>>& norm_weights,
                                          const std::optional<at::Tensor>& post_weight,
                                          at::TensorList outputs, const at::Tensor& mix,
-                                         const at::Tensor& statistics);
+                                         const at::Tensor& statistics, int64_t deferred);
 void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
                               const at::Tensor& prior, const std::optional<at::Tensor>& scale,
                               double eps, std::string_view gelu_approximate,

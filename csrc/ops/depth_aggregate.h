@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../macros.h"
+#include "deferred_flush.h"
 
 namespace muddformer {
 
@@ -34,9 +35,11 @@ MUDDFORMER_API std::vector<at::Tensor> depth_aggregate(at::TensorList hiddens,
 /// backward receives the gradient that later layers have accumulated and returns it plus its own
 /// term from one pass over the history, and autograd adds nothing.
 ///
+/// @param deferral what defer_gradients() returned for this layer; by default every gradient is
+///   made here.
 /// @return (streams, hiddens).
 MUDDFORMER_API std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_chained(
-    at::TensorList hiddens, const at::Tensor& weights);
+    at::TensorList hiddens, const at::Tensor& weights, const Deferral& deferral = {});
 
 /// Gradients of depth_aggregate_chained(), in one pass over the history:
 ///
@@ -46,10 +49,11 @@ MUDDFORMER_API std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> dept
 /// @param grad_hiddens S gradients of the handed-on sources; none stands for zero. May be empty:
 /// all none.
 /// @param hiddens, weights as in the forward.
-/// @return (gradients of the S hidden states, gradient of the weights), new tensors.
+/// @param deferred number of the first hidden states that get no gradient here.
+/// @return (gradients of the other hidden states, gradient of the weights), new tensors.
 MUDDFORMER_API std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward(
     const c10::List<std::optional<at::Tensor>>& grad_outputs,
     const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
-    const at::Tensor& weights);
+    const at::Tensor& weights, int64_t deferred = 0);
 
 }  // namespace muddformer

@@ -13,26 +13,44 @@ namespace muddformer {
   "Tensor[] hiddens, Tensor weights, Tensor?[] norm_weights, Tensor?[] norm_biases, str norm, " \
   "float eps, Tensor? base, Tensor? post_weight"
 
+// The same as types.
+#define NORM_PARAMETERS                                                              \
+  at::TensorList, const at::Tensor&, const OptionalTensors&, const OptionalTensors&, \
+      std::string_view, double, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&
+
 TORCH_LIBRARY_FRAGMENT(muddformer, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("depth_aggregate_norm_chained(" NORM_ARGUMENTS ") -> (Tensor[], Tensor[])", tags);
+  m.def("depth_aggregate_norm_chained.deferred(" NORM_ARGUMENTS
+        ", Tensor[] tickets, int deferred) -> (Tensor[], Tensor[])",
+        tags);
   m.def("depth_aggregate_norm_forward(" NORM_ARGUMENTS ") -> (Tensor[], Tensor, Tensor)", tags);
   m.def(
       "depth_aggregate_norm_backward(Tensor?[] grad_outputs, Tensor?[] "
       "grad_hiddens, " NORM_ARGUMENTS
-      ", Tensor[] outputs, Tensor mix, Tensor statistics) -> (Tensor[], Tensor, Tensor[], "
-      "Tensor[], Tensor, Tensor)",
+      ", Tensor[] outputs, Tensor mix, Tensor statistics, int deferred=0) -> (Tensor[], Tensor, "
+      "Tensor[], Tensor[], Tensor, Tensor, Tensor[])",
       tags);
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_chained(
     at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
     const OptionalTensors& norm_biases, std::string_view norm, double eps,
-    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
+    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight,
+    const Deferral& deferral) {
+  using Results = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("muddformer::depth_aggregate_norm_chained", "")
-                             .typed<decltype(depth_aggregate_norm_chained)>();
-  return op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight);
+                             .typed<Results(NORM_PARAMETERS)>();
+  if (deferral.tickets.empty()) {
+    return op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight);
+  }
+  static const auto deferred_op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("muddformer::depth_aggregate_norm_chained", "deferred")
+          .typed<Results(NORM_PARAMETERS, at::TensorList, int64_t)>();
+  return deferred_op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight,
+                          deferral.tickets, deferral.count);
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm_forward(
@@ -46,19 +64,20 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
-           at::Tensor, at::Tensor>
+           at::Tensor, at::Tensor, std::vector<at::Tensor>>
 depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
                               const OptionalTensors& grad_hiddens, at::TensorList hiddens,
                               const at::Tensor& weights, const OptionalTensors& norm_weights,
                               const OptionalTensors& norm_biases, std::string_view norm, double eps,
                               const std::optional<at::Tensor>& base,
                               const std::optional<at::Tensor>& post_weight, at::TensorList outputs,
-                              const at::Tensor& mix, const at::Tensor& statistics) {
+                              const at::Tensor& mix, const at::Tensor& statistics,
+                              int64_t deferred) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("muddformer::depth_aggregate_norm_backward", "")
                              .typed<decltype(depth_aggregate_norm_backward)>();
   return op.call(grad_outputs, grad_hiddens, hiddens, weights, norm_weights, norm_biases, norm, eps,
-                 base, post_weight, outputs, mix, statistics);
+                 base, post_weight, outputs, mix, statistics, deferred);
 }
 
 namespace {
@@ -132,8 +151,8 @@ void check_depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
                                          const OptionalTensors& norm_weights,
                                          const std::optional<at::Tensor>& post_weight,
                                          at::TensorList outputs, const at::Tensor& mix,
-                                         const at::Tensor& statistics) {
-  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+                                         const at::Tensor& statistics, int64_t deferred) {
+  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights, deferred);
   const at::Tensor& like = hiddens[0];
   const size_t ways = norm_weights.size();
   TORCH_CHECK_VALUE(outputs.size() == ways, "outputs: expected C = ", ways, " streams, got ",

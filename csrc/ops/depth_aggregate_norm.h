@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../macros.h"
+#include "deferred_flush.h"
 
 namespace muddformer {
 
@@ -39,6 +40,7 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 /// @param base [..., D], added to every way; none: nothing is.
 /// @param post_weight weight [D] of the RMSNorm of the last way's sum before base is added; needs
 ///   base, and none as the last way's norm weight.
+/// @param deferral as in depth_aggregate_chained().
 /// @return (the C streams, the S hidden states to be used from here on).
 /// @throws c10::ValueError, c10::TypeError naming the argument, what was expected and what came.
 MUDDFORMER_API std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>
@@ -46,7 +48,8 @@ depth_aggregate_norm_chained(at::TensorList hiddens, const at::Tensor& weights,
                              const OptionalTensors& norm_weights,
                              const OptionalTensors& norm_biases, std::string_view norm, double eps,
                              const std::optional<at::Tensor>& base,
-                             const std::optional<at::Tensor>& post_weight);
+                             const std::optional<at::Tensor>& post_weight,
+                             const Deferral& deferral = {});
 
 /// depth_aggregate_norm_chained() without gradients, and what its backward reads.
 ///
@@ -67,16 +70,19 @@ depth_aggregate_norm_forward(at::TensorList hiddens, const at::Tensor& weights,
 /// @param grad_hiddens S gradients of the handed-on sources; none stands for zero.
 /// @param outputs, mix, statistics what the forward returned; [0] does for the output of a way
 ///   without a norm weight.
-/// @return gradients of (hidden states, weights, norm weights, norm biases, base, post weight); [0]
-///   for each that was not given.
+/// @param deferred number of the first hidden states that get no gradient here.
+/// @return gradients of (the other hidden states, weights, norm weights, norm biases, base, post
+///   weight); [0] for each that was not given. Last, with deferred hidden states, the gradients of
+///   what the ways with a norm norm (dV, deferred_flush.h), [0] for other ways and without.
 MUDDFORMER_API std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>,
-                          std::vector<at::Tensor>, at::Tensor, at::Tensor>
+                          std::vector<at::Tensor>, at::Tensor, at::Tensor, std::vector<at::Tensor>>
 depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
                               const OptionalTensors& grad_hiddens, at::TensorList hiddens,
                               const at::Tensor& weights, const OptionalTensors& norm_weights,
                               const OptionalTensors& norm_biases, std::string_view norm, double eps,
                               const std::optional<at::Tensor>& base,
                               const std::optional<at::Tensor>& post_weight, at::TensorList outputs,
-                              const at::Tensor& mix, const at::Tensor& statistics);
+                              const at::Tensor& mix, const at::Tensor& statistics,
+                              int64_t deferred = 0);
 
 }  // namespace muddformer

@@ -72,7 +72,7 @@ depth_aggregate_norm_forward_composition(at::TensorList hiddens, const at::Tenso
 }
 
 inline std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>,
-                  std::vector<at::Tensor>, at::Tensor, at::Tensor>
+                  std::vector<at::Tensor>, at::Tensor, at::Tensor, std::vector<at::Tensor>>
 depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
                                           const OptionalTensors& grad_hiddens,
                                           at::TensorList hiddens, const at::Tensor& weights,
@@ -80,7 +80,7 @@ depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
                                           const OptionalTensors& norm_biases, std::string_view norm,
                                           const std::optional<at::Tensor>& base,
                                           const std::optional<at::Tensor>& post_weight,
-                                          const at::Tensor& statistics) {
+                                          const at::Tensor& statistics, int64_t deferred) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor& like = hiddens[0];
   const at::ScalarType dtype = like.scalar_type(), wide = accumulation_dtype(dtype);
@@ -96,6 +96,7 @@ depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
   at::Tensor grad_post_weight = none(), grad_base = none();
   if (base.has_value()) grad_base = at::zeros(like.sizes(), like.options().dtype(wide));
   OptionalTensors grad_sums;
+  std::vector<at::Tensor> left;  // for the flush of the deferred gradients
   for (int64_t c = 0; c < ways; ++c) {
     const NormOfWay way = norm_of_way(c, norm_weights, norm_biases, norm, post_weight);
     const at::Tensor given = value_or_undefined(grad_outputs, c);
@@ -119,14 +120,17 @@ depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
     grad_norm_biases.push_back(way.bias.defined() ? rows_sum(dy, way.bias) : none());
     if (base.has_value()) grad_base.add_(way.post ? dy : dv);
     grad_sums.push_back(dv.to(dtype));
+    left.push_back(deferred > 0 && way.weight.defined() ? *grad_sums.get(c) : none());
   }
-  auto [grads, grad_weights] = depth_aggregate_backward(grad_sums, grad_hiddens, hiddens, weights);
+  auto [grads, grad_weights] =
+      depth_aggregate_backward(grad_sums, grad_hiddens, hiddens, weights, deferred);
   return {std::move(grads),
           std::move(grad_weights),
           std::move(grad_norm_weights),
           std::move(grad_norm_biases),
           grad_base.to(dtype),
-          std::move(grad_post_weight)};
+          std::move(grad_post_weight),
+          std::move(left)};
 }
 
 }  // namespace muddformer

@@ -39,9 +39,11 @@ class Rows {
   std::vector<int64_t> strides_;
 };
 
-inline Rows rows_of(at::TensorList tensors) {
+// After `none` entries without a tensor.
+inline Rows rows_of(at::TensorList tensors, int64_t none = 0) {
   Rows rows;
-  rows.reserve(tensors.size());
+  rows.reserve(none + tensors.size());
+  for (int64_t j = 0; j < none; ++j) rows.push_back_none();
   for (const at::Tensor& tensor : tensors) rows.push_back(tensor);
   return rows;
 }

@@ -71,6 +71,7 @@ class MUDDFormer(MUDDStack):
             eps=config.norm_eps,
             gelu_approximate=config.gelu_approximate,
             cap=config.cap,
+            flush_interval=config.flush_interval,
             **connections,
             **factory,
         )

@@ -18,12 +18,19 @@ std::vector<at::Tensor> depth_aggregate_autocast(at::TensorList hiddens,
 }
 
 template <c10::DispatchKey key, c10::DeviceType device>
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_chained_autocast(
-    at::TensorList hiddens, const at::Tensor& weights) {
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_deferred_autocast(
+    at::TensorList hiddens, const at::Tensor& weights, at::TensorList tickets, int64_t deferred) {
   const c10::impl::ExcludeDispatchKeyGuard guard(key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   return depth_aggregate_chained(at::autocast::cached_cast(dtype, hiddens, device),
-                                 at::autocast::cached_cast(dtype, weights, device));
+                                 at::autocast::cached_cast(dtype, weights, device),
+                                 {tickets.vec(), deferred});
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_chained_autocast(
+    at::TensorList hiddens, const at::Tensor& weights) {
+  return depth_aggregate_deferred_autocast<key, device>(hiddens, weights, {}, 0);
 }
 
 }  // namespace
@@ -32,12 +39,16 @@ TORCH_LIBRARY_IMPL(muddformer, AutocastCPU, m) {
   m.impl("depth_aggregate", depth_aggregate_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
   m.impl("depth_aggregate_chained",
          depth_aggregate_chained_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("depth_aggregate_chained.deferred",
+         depth_aggregate_deferred_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
 }
 
 TORCH_LIBRARY_IMPL(muddformer, AutocastCUDA, m) {
   m.impl("depth_aggregate", depth_aggregate_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
   m.impl("depth_aggregate_chained",
          depth_aggregate_chained_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("depth_aggregate_chained.deferred",
+         depth_aggregate_deferred_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 
 }  // namespace muddformer

@@ -9,10 +9,11 @@ namespace muddformer {
 namespace {
 
 template <c10::DispatchKey key, c10::DeviceType device>
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_chained_autocast(
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_deferred_autocast(
     at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
     const OptionalTensors& norm_biases, std::string_view norm, double eps,
-    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
+    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight,
+    at::TensorList tickets, int64_t deferred) {
   using at::autocast::cached_cast;
   const c10::impl::ExcludeDispatchKeyGuard guard(key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
@@ -26,10 +27,19 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_nor
     for (size_t i = 0; i < tensors.size(); ++i) result.push_back(cast(at::kFloat, tensors.get(i)));
     return result;
   };
-  return depth_aggregate_norm_chained(cached_cast(dtype, hiddens, device),
-                                      cached_cast(dtype, weights, device),
-                                      cast_parameters(norm_weights), cast_parameters(norm_biases),
-                                      norm, eps, cast(dtype, base), cast(at::kFloat, post_weight));
+  return depth_aggregate_norm_chained(
+      cached_cast(dtype, hiddens, device), cached_cast(dtype, weights, device),
+      cast_parameters(norm_weights), cast_parameters(norm_biases), norm, eps, cast(dtype, base),
+      cast(at::kFloat, post_weight), {tickets.vec(), deferred});
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_chained_autocast(
+    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps,
+    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
+  return depth_aggregate_norm_deferred_autocast<key, device>(
+      hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight, {}, 0);
 }
 
 }  // namespace
@@ -37,11 +47,15 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_nor
 TORCH_LIBRARY_IMPL(muddformer, AutocastCPU, m) {
   m.impl("depth_aggregate_norm_chained",
          depth_aggregate_norm_chained_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("depth_aggregate_norm_chained.deferred",
+         depth_aggregate_norm_deferred_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
 }
 
 TORCH_LIBRARY_IMPL(muddformer, AutocastCUDA, m) {
   m.impl("depth_aggregate_norm_chained",
          depth_aggregate_norm_chained_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("depth_aggregate_norm_chained.deferred",
+         depth_aggregate_norm_deferred_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 
 }  // namespace muddformer

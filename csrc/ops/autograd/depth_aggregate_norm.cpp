@@ -55,7 +55,8 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
   static variable_list forward(AutogradContext* ctx, at::TensorList hiddens,
                                const at::Tensor& weights, at::TensorList norm_tensors,
                                int64_t weight_mask, int64_t bias_mask, bool has_base,
-                               std::string_view norm, double eps) {
+                               std::string_view norm, double eps, at::TensorList tickets,
+                               int64_t deferred) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const int64_t ways = weights.sym_size(-2).guard_int(__FILE__, __LINE__);
     const NormTensors norms(norm_tensors, ways, weight_mask, bias_mask, has_base);
@@ -78,8 +79,10 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     ctx->saved_data["has_base"] = has_base;
     ctx->saved_data["norm"] = std::string(norm);
     ctx->saved_data["eps"] = eps;
+    ctx->saved_data["tickets"] = static_cast<int64_t>(tickets.size());
+    ctx->saved_data["deferred"] = deferred;
     ctx->set_materialize_grads(false);
-    outputs.insert(outputs.end(), hiddens.begin(), hiddens.end());
+    outputs.insert(outputs.end(), hiddens.begin() + deferred, hiddens.end());
     return outputs;
   }
 
@@ -92,24 +95,29 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     const at::TensorList outputs = list.slice(sources + 1, ways);
     const at::TensorList norm_tensors = list.slice(sources + 1 + ways + 2);
     const at::TensorList grad_outputs = at::TensorList(grads).slice(0, ways);
-    const at::TensorList grad_hiddens = at::TensorList(grads).slice(ways);
-    constexpr size_t kOtherArguments = 5;
-    const size_t count = sources + 1 + norm_tensors.size() + kOtherArguments;
+    const int64_t deferred = ctx->saved_data["deferred"].toInt();
+    const int64_t tickets = ctx->saved_data["tickets"].toInt();
+    variable_list result(deferred);  // no gradients of deferred sources
+    result.insert(result.end(), grads.begin() + ways, grads.end());
+    constexpr size_t kOtherArguments = 6;
+    const size_t count = sources + 1 + norm_tensors.size() + tickets + kOtherArguments;
     if (std::none_of(grad_outputs.begin(), grad_outputs.end(),
                      [](const at::Tensor& grad) { return grad.defined(); })) {
-      variable_list passed(grad_hiddens.begin(), grad_hiddens.end());
-      passed.resize(count);
-      return passed;
+      result.resize(count);
+      return result;
     }
     const NormTensors norms(norm_tensors, ways, ctx->saved_data["weight_mask"].toInt(),
                             ctx->saved_data["bias_mask"].toInt(),
                             ctx->saved_data["has_base"].toBool());
-    auto [result, grad_weights, grad_norm_weights, grad_norm_biases, grad_base, grad_post_weight] =
+    auto [own, grad_weights, grad_norm_weights, grad_norm_biases, grad_base, grad_post_weight,
+          grad_sums] =
         depth_aggregate_norm_backward(
-            optional_tensors(grad_outputs), optional_tensors(grad_hiddens), hiddens, list[sources],
+            optional_tensors(grad_outputs), optional_tensors(result), hiddens, list[sources],
             norms.weights, norms.biases, ctx->saved_data["norm"].toStringRef(),
             ctx->saved_data["eps"].toDouble(), norms.base, norms.post_weight, outputs,
-            list[sources + 1 + ways], list[sources + 2 + ways]);
+            list[sources + 1 + ways], list[sources + 2 + ways], deferred);
+    result.resize(deferred);
+    result.insert(result.end(), own.begin(), own.end());
     result.push_back(std::move(grad_weights));
     const auto append = [&](const std::vector<at::Tensor>& all, const OptionalTensors& given) {
       for (size_t c = 0; c < all.size(); ++c) {
@@ -120,22 +128,35 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     append(grad_norm_biases, norms.biases);
     if (norms.base.has_value()) result.push_back(std::move(grad_base));
     if (norms.post_weight.has_value()) result.push_back(std::move(grad_post_weight));
+    result.resize(count - tickets - 1);  // no gradients of the other arguments
+    if (tickets != 0) {
+      for (int64_t c = 0; c < ways; ++c) {
+        const bool normed =
+            norms.weights.get(c).has_value() || (norms.post_weight.has_value() && c + 1 == ways);
+        result.push_back(normed ? grad_sums[c] : grad_outputs[c]);
+      }
+      result.push_back(list[sources]);
+    }
     result.resize(count);
     return result;
   }
 };
 
 // Composite: there is nothing to dispatch on but the forward inside.
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_chained_composite(
-    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps,
-    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>
+depth_aggregate_norm_deferred_composite(at::TensorList hiddens, const at::Tensor& weights,
+                                        const OptionalTensors& norm_weights,
+                                        const OptionalTensors& norm_biases, std::string_view norm,
+                                        double eps, const std::optional<at::Tensor>& base,
+                                        const std::optional<at::Tensor>& post_weight,
+                                        at::TensorList tickets, int64_t deferred) {
   for (size_t j = 0; j < hiddens.size(); ++j) {
     check_defined(hiddens[j], {"hiddens", static_cast<int64_t>(j)});
   }
   check_defined(weights, {"weights"});
   check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
                              post_weight);
+  check_deferral(hiddens, weights, tickets, deferred);
   variable_list norm_tensors;
   const int64_t weight_mask = flatten(norm_weights, norm_tensors);
   const int64_t bias_mask = flatten(norm_biases, norm_tensors);
@@ -151,11 +172,20 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_nor
   }
   variable_list streams =
       DepthAggregateNorm::apply(hiddens, weights, at::TensorList(norm_tensors), weight_mask,
-                                bias_mask, base.has_value(), norm, eps);
-  const auto first_hidden = streams.end() - static_cast<int64_t>(hiddens.size());
-  std::vector<at::Tensor> handed_on(first_hidden, streams.end());
-  streams.erase(first_hidden, streams.end());
+                                bias_mask, base.has_value(), norm, eps, tickets, deferred);
+  const auto young = static_cast<int64_t>(hiddens.size()) - deferred;
+  std::vector<at::Tensor> handed_on = hiddens.vec();
+  std::move(streams.end() - young, streams.end(), handed_on.begin() + deferred);
+  streams.erase(streams.end() - young, streams.end());
   return {std::move(streams), std::move(handed_on)};
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_chained_composite(
+    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps,
+    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
+  return depth_aggregate_norm_deferred_composite(hiddens, weights, norm_weights, norm_biases, norm,
+                                                 eps, base, post_weight, {}, 0);
 }
 
 }  // namespace
@@ -168,6 +198,7 @@ TORCH_LIBRARY_IMPL(muddformer, Autograd, m) {
 
 TORCH_LIBRARY_IMPL(muddformer, CompositeImplicitAutograd, m) {
   m.impl("depth_aggregate_norm_chained", depth_aggregate_norm_chained_composite);
+  m.impl("depth_aggregate_norm_chained.deferred", depth_aggregate_norm_deferred_composite);
 }
 
 }  // namespace muddformer

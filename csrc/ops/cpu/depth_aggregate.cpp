@@ -104,12 +104,16 @@ std::vector<at::Tensor> depth_aggregate_cpu(at::TensorList hiddens, const at::Te
 std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
     const c10::List<std::optional<at::Tensor>>& grad_outputs,
     const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
-    const at::Tensor& weights) {
-  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+    const at::Tensor& weights, int64_t deferred) {
+  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights, deferred);
   const at::Tensor& like = hiddens[0];
   const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
+  // Those of deferred sources are made and dropped: deferring pays on GPUs.
   std::vector<at::Tensor> grads = cpu::recycled_outputs(sources, like);
-  if (like.numel() == 0) return {std::move(grads), at::zeros(weights.sizes(), weights.options())};
+  const auto kept = grads.begin() + deferred;
+  if (like.numel() == 0) {
+    return {{kept, grads.end()}, at::zeros(weights.sizes(), weights.options())};
+  }
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
   const int64_t tokens = like.numel() / width;
   const Rows x = rows_of(hiddens);
@@ -134,7 +138,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
                                     grad_weights.data_ptr(),
                                     write_past_caches(grads)};
   run(args, aggregate_kernels().backward[kernel_dtype(like.scalar_type())], tokens);
-  return {std::move(grads), std::move(grad_weights)};
+  return {{kept, grads.end()}, std::move(grad_weights)};
 }
 
 }  // namespace

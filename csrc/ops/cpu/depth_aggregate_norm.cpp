@@ -17,7 +17,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
-           at::Tensor, at::Tensor>
+           at::Tensor, at::Tensor, std::vector<at::Tensor>>
 depth_aggregate_norm_backward_cpu(const OptionalTensors& grad_outputs,
                                   const OptionalTensors& grad_hiddens, at::TensorList hiddens,
                                   const at::Tensor& weights, const OptionalTensors& norm_weights,
@@ -25,14 +25,14 @@ depth_aggregate_norm_backward_cpu(const OptionalTensors& grad_outputs,
                                   double eps, const std::optional<at::Tensor>& base,
                                   const std::optional<at::Tensor>& post_weight,
                                   at::TensorList outputs, const at::Tensor& mix,
-                                  const at::Tensor& statistics) {
+                                  const at::Tensor& statistics, int64_t deferred) {
   check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
                              post_weight);
   check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
-                                      post_weight, outputs, mix, statistics);
+                                      post_weight, outputs, mix, statistics, deferred);
   return depth_aggregate_norm_backward_composition(grad_outputs, grad_hiddens, hiddens, weights,
                                                    norm_weights, norm_biases, norm, base,
-                                                   post_weight, statistics);
+                                                   post_weight, statistics, deferred);
 }
 
 }  // namespace

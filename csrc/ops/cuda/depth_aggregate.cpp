@@ -41,17 +41,17 @@ std::vector<at::Tensor> depth_aggregate_cuda(at::TensorList hiddens, const at::T
 std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cuda(
     const c10::List<std::optional<at::Tensor>>& grad_outputs,
     const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
-    const at::Tensor& weights) {
-  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+    const at::Tensor& weights, int64_t deferred) {
+  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights, deferred);
   const at::Tensor& like = hiddens[0];
   const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
   check_limits(sources, ways);
   const c10::cuda::CUDAGuard device_guard(like.device());
-  std::vector<at::Tensor> grads = empty_outputs(sources, like);
+  std::vector<at::Tensor> grads = empty_outputs(sources - deferred, like);
   if (like.numel() == 0) return {std::move(grads), at::zeros(weights.sizes(), weights.options())};
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
   const int64_t tokens = like.numel() / width;
-  const Rows x = rows_of(hiddens), dx = rows_of(grads);
+  const Rows x = rows_of(hiddens), dx = rows_of(grads, deferred);
   const Rows dy = contiguous_rows_of(grad_outputs, ways);
   const Rows incoming = contiguous_rows_of(grad_hiddens, sources);
   const at::Tensor w = token_blocks(weights, tokens);

@@ -95,7 +95,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
-           at::Tensor, at::Tensor>
+           at::Tensor, at::Tensor, std::vector<at::Tensor>>
 depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
                                    const OptionalTensors& grad_hiddens, at::TensorList hiddens,
                                    const at::Tensor& weights, const OptionalTensors& norm_weights,
@@ -103,11 +103,11 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
                                    double eps, const std::optional<at::Tensor>& base,
                                    const std::optional<at::Tensor>& post_weight,
                                    at::TensorList outputs, const at::Tensor& mix,
-                                   const at::Tensor& statistics) {
+                                   const at::Tensor& statistics, int64_t deferred) {
   check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
                              post_weight);
   check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
-                                      post_weight, outputs, mix, statistics);
+                                      post_weight, outputs, mix, statistics, deferred);
   const at::Tensor& like = hiddens[0];
   const c10::cuda::CUDAGuard device_guard(like.device());
   if (like.scalar_type() != at::kDouble && like.numel() != 0) {
@@ -126,15 +126,24 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
       }
       return result;
     };
-    std::vector<at::Tensor> grads = empty_outputs(sources, like);
+    std::vector<at::Tensor> grads = empty_outputs(sources - deferred, like);
     at::Tensor grad_weights = empty_like(weights);
     std::vector<void*> weight_grads, bias_grads;
     std::vector<at::Tensor> grad_norm_weights = empty_like_each(norm_weights, weight_grads);
     std::vector<at::Tensor> grad_norm_biases = empty_like_each(norm_biases, bias_grads);
     at::Tensor grad_base = base.has_value() ? empty_like(like) : none();
     at::Tensor grad_post_weight = post_weight.has_value() ? empty_like(*post_weight) : none();
+    std::vector<at::Tensor> grad_sums;  // for the flush of the deferred gradients
+    std::vector<void*> sum_grads;
+    for (int64_t c = 0; c < ways; ++c) {
+      const bool normed = value_or_undefined(norm_weights, c).defined() ||
+                          (post_weight.has_value() && c + 1 == ways);
+      grad_sums.push_back(deferred > 0 && normed ? empty_like(like) : none());
+      sum_grads.push_back(deferred > 0 && normed ? grad_sums.back().data_ptr() : nullptr);
+    }
 
-    const Rows x = rows_of(hiddens), dx = rows_of(grads), base_rows = optional_rows(base);
+    const Rows x = rows_of(hiddens), dx = rows_of(grads, deferred);
+    const Rows base_rows = optional_rows(base);
     const Rows y = contiguous_rows_of(optional_tensors(outputs), ways);
     const Rows dy = contiguous_rows_of(grad_outputs, ways);
     const at::Tensor kept_mix = mix.contiguous(), kept_statistics = statistics.contiguous();
@@ -149,6 +158,7 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
     args.grad_in = incoming.pointers();
     args.grad_out = dx.pointers();
     args.dw = grad_weights.data_ptr();
+    args.dv = sum_grads.data();
     args.base_grad = base.has_value() ? grad_base.data_ptr() : nullptr;
     args.norm_weight_grad = weight_grads.data();
     args.norm_bias_grad = bias_grads.data();
@@ -167,12 +177,13 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
               std::move(grad_norm_weights),
               std::move(grad_norm_biases),
               std::move(grad_base),
-              std::move(grad_post_weight)};
+              std::move(grad_post_weight),
+              std::move(grad_sums)};
     }
   }
   return depth_aggregate_norm_backward_composition(grad_outputs, grad_hiddens, hiddens, weights,
                                                    norm_weights, norm_biases, norm, base,
-                                                   post_weight, statistics);
+                                                   post_weight, statistics, deferred);
 }
 
 }  // namespace

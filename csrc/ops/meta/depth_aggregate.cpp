@@ -21,11 +21,11 @@ std::vector<at::Tensor> depth_aggregate_meta(at::TensorList hiddens, const at::T
 std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_meta(
     const c10::List<std::optional<at::Tensor>>& grad_outputs,
     const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
-    const at::Tensor& weights) {
-  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights);
+    const at::Tensor& weights, int64_t deferred) {
+  check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights, deferred);
   std::vector<at::Tensor> grads;
   grads.reserve(hiddens.size());
-  for (size_t j = 0; j < hiddens.size(); ++j) {
+  for (size_t j = deferred; j < hiddens.size(); ++j) {
     grads.push_back(at::empty_symint(hiddens[0].sym_sizes(), hiddens[0].options()));
   }
   return {std::move(grads), at::empty_symint(weights.sym_sizes(), weights.options())};

@@ -43,7 +43,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
-           at::Tensor, at::Tensor>
+           at::Tensor, at::Tensor, std::vector<at::Tensor>>
 depth_aggregate_norm_backward_meta(const OptionalTensors& grad_outputs,
                                    const OptionalTensors& grad_hiddens, at::TensorList hiddens,
                                    const at::Tensor& weights, const OptionalTensors& norm_weights,
@@ -51,14 +51,20 @@ depth_aggregate_norm_backward_meta(const OptionalTensors& grad_outputs,
                                    double eps, const std::optional<at::Tensor>& base,
                                    const std::optional<at::Tensor>& post_weight,
                                    at::TensorList outputs, const at::Tensor& mix,
-                                   const at::Tensor& statistics) {
+                                   const at::Tensor& statistics, int64_t deferred) {
   check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
                              post_weight);
   check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
-                                      post_weight, outputs, mix, statistics);
+                                      post_weight, outputs, mix, statistics, deferred);
   const at::Tensor& like = hiddens[0];
   std::vector<at::Tensor> grads;
-  for (size_t j = 0; j < hiddens.size(); ++j) grads.push_back(empty_of(like));
+  for (size_t j = deferred; j < hiddens.size(); ++j) grads.push_back(empty_of(like));
+  std::vector<at::Tensor> grad_sums;
+  for (size_t c = 0; c < norm_weights.size(); ++c) {
+    const bool post = post_weight.has_value() && c + 1 == norm_weights.size();
+    const bool normed = post || norm_weights.get(c).has_value();
+    grad_sums.push_back(deferred > 0 && normed ? empty_of(like) : at::empty({0}, like.options()));
+  }
   const auto optional = [&](const std::optional<at::Tensor>& tensor) {
     return tensor.has_value() ? empty_of(*tensor) : at::empty({0}, like.options());
   };
@@ -67,7 +73,8 @@ depth_aggregate_norm_backward_meta(const OptionalTensors& grad_outputs,
           empty_of_all(norm_weights, like),
           empty_of_all(norm_biases, like),
           optional(base),
-          optional(post_weight)};
+          optional(post_weight),
+          std::move(grad_sums)};
 }
 
 }  // namespace

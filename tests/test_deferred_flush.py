@@ -1,0 +1,333 @@
+"""Deferred gradients: deferred_flush, defer_gradients, and the groups of MUDDStack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from op_samples import DTYPES, relative_error, tolerance
+from torch import Tensor
+from torch.library import opcheck
+
+from muddformer import MUDDFormerConfig, build_model, ops
+from muddformer.nn import MUDDStack, aggregation_plan, flush_groups
+
+# tokens x D, number of older hidden states, ways of each layer
+FLUSHES = [
+    ((3,), 16, 2, (4, 4, 4, 1)),
+    ((2, 3), 7, 3, (1, 2)),
+    ((2, 2), 40, 1, (4, 4)),
+    ((5,), 264, 16, (4, 4, 4, 4)),
+    ((4,), 1032, 17, (3, 4)),
+    ((2, 9), 256, 33, (4, 4, 4, 4, 4)),
+    ((3,), 24, 70, (5, 12)),
+    ((2, 0), 16, 2, (4, 4)),
+]
+FLUSH_IDS = [f"tokens{leading}-D{width}-old{old}-ways{ways}" for leading, width, old, ways in FLUSHES]
+
+
+def flush_arguments(
+    leading: tuple[int, ...], width: int, old: int, ways: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor]]:
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
+
+    grads = [None if j % 5 == 1 else make(*leading, width) for j in range(old)]
+    sums = [None if k % 7 == 3 else make(*leading, width) for k in range(sum(ways))]
+    weights = [make(*leading, c, old + 1 + i) for i, c in enumerate(ways)]
+    weights[-1] = weights[-1][..., :1, :].expand(weights[-1].shape)
+    if len(leading) == 2:
+        sums[0] = make(*leading[::-1], width).transpose(0, 1)
+    return grads, sums, weights
+
+
+@pytest.mark.parametrize("sizes", FLUSHES, ids=FLUSH_IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_flush(sizes: Any, device: torch.device, dtype: torch.dtype) -> None:
+    grads, sums, weights = flush_arguments(*sizes, device, dtype)
+    results = torch.ops.muddformer.deferred_flush(grads, sums, weights)
+    wide = [[None if t is None else t.double() for t in tensors] for tensors in (grads, sums, weights)]
+    for result, expected in zip(results, reference.deferred_flush(*wide), strict=True):
+        assert result.dtype == dtype
+        assert relative_error(result, expected) <= tolerance(dtype)
+    again = torch.ops.muddformer.deferred_flush(grads, sums, weights)
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("sizes", FLUSHES, ids=FLUSH_IDS)
+def test_opcheck(sizes: Any, device: torch.device) -> None:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    grads, sums, weights = flush_arguments(*sizes, device, dtype)
+    opcheck(torch.ops.muddformer.deferred_flush.default, (grads, sums, weights), test_utils=utils)
+    leading, width, old, ways = sizes
+    hiddens = [torch.randn(*leading, width, device=device) for _ in range(weights[0].shape[-1])]
+    streams = [torch.randn_like(hiddens[0]) for _ in range(ways[0])]
+    opcheck(
+        torch.ops.muddformer.depth_aggregate_backward.default,
+        (streams, [], hiddens, weights[0].float(), old),
+        test_utils=utils,
+    )
+
+
+class Chain(torch.nn.Module):
+    """Five layers of aggregation and norms of their streams; the last three are a group, where there is one."""
+
+    def __init__(self, width: int, norms: str, base: bool, grouped: bool | None) -> None:
+        super().__init__()
+        self.norms, self.base, self.grouped = norms, base, grouped
+        self.scale = torch.nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.post = torch.nn.Parameter(torch.linspace(-1.0, 1.0, width))
+
+    def layer(self, hiddens: list[Tensor], weights: Tensor, deferral: ops.Deferral | None) -> Any:
+        if self.norms == "none":
+            return ops.depth_aggregate_chained(hiddens, weights, deferral)
+        return ops.depth_aggregate_norm_chained(
+            hiddens,
+            weights,
+            [self.scale, None, None],
+            norm=self.norms,
+            base=hiddens[-1] if self.base else None,
+            post_weight=self.post if self.base else None,
+            deferral=deferral,
+        )
+
+    def forward(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        hiddens, deferrals = [x], {}
+        for i, w in enumerate(weights):
+            if i == 2 and self.grouped:
+                older, opened = ops.defer_gradients(hiddens[:-1], [(3, v.shape[-1]) for v in weights[2:]])
+                hiddens, deferrals = [*older, hiddens[-1]], dict(enumerate(opened, start=2))
+            (a, b, c), hiddens = self.layer(hiddens, w, deferrals.get(i))
+            hiddens = [*hiddens, torch.tanh(a) * torch.sigmoid(b) + c]
+        return sum((h.float() if h.dtype != torch.float64 else h).square().mean() for h in hiddens)
+
+
+def chain_inputs(width: int, device: torch.device, dtype: torch.dtype, tokens: int = 6) -> tuple[Tensor, list[Tensor]]:
+    def make(*shape: int) -> Tensor:
+        return (torch.randn(shape, device=device, dtype=torch.float64) / 2).to(dtype).requires_grad_()
+
+    return make(tokens, width), [make(tokens, 3, i + 1) for i in range(5)]
+
+
+@pytest.mark.parametrize("norms,base", [("none", False), ("rms", False), ("layer", True), ("rms", True)])
+@pytest.mark.parametrize("width", [13, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_groups_give_the_gradients_of_single_layers(
+    norms: str, base: bool, width: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    x, weights = chain_inputs(width, device, dtype)
+    wide = x.detach().double().requires_grad_(), [w.detach().double().requires_grad_() for w in weights]
+    results = []
+    for grouped in (True, False, None):  # None: single layers in float64
+        if grouped is None:
+            x, weights = wide
+        chain = Chain(width, norms, base, grouped).to(device, x.dtype)
+        inputs = [x, *weights, *([] if norms == "none" else [chain.scale]), *([chain.post] if base else [])]
+        loss = chain(x, weights)
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        again = torch.autograd.grad(loss, inputs)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        results.append(first)
+    for a, b, w in zip(*results, strict=True):
+        assert relative_error(a, w) <= max(2 * relative_error(b, w), 2 * tolerance(dtype))
+
+
+@pytest.mark.parametrize("norms,base", [("none", False), ("rms", True)])
+def test_gradcheck(norms: str, base: bool, device: torch.device) -> None:
+    x, weights = chain_inputs(8, device, torch.float64, tokens=2)
+    chain = Chain(8, norms, base, grouped=True).to(device, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, *weights: chain(x, list(weights)), (x, *weights))
+
+
+def test_hooks_and_unused_layers(device: torch.device) -> None:
+    """A hook on an older hidden state sees its whole gradient once; a layer that nothing uses defers nothing."""
+    x = torch.randn(4, 16, device=device, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(4, 2, 2, device=device, dtype=torch.float64) for _ in range(3)]
+    seen = []
+    h = x * 2
+    h.register_hook(seen.append)
+    older, deferrals = ops.defer_gradients([h], [(2, 2)] * 3)
+    newest = torch.randn(4, 16, device=device, dtype=torch.float64)
+    outputs = [ops.depth_aggregate_chained([*older, newest], w, d)[0] for w, d in zip(weights, deferrals, strict=True)]
+    (outputs[0][0].sum() + outputs[2][1].sum() + older[0].sum()).backward()
+    expected = 1 + weights[0][:, 0, :1] + weights[2][:, 1, :1]
+    assert len(seen) == 1
+    assert relative_error(seen[0], expected.expand(4, 16)) < 1e-12
+    assert relative_error(x.grad, 2 * expected.expand(4, 16)) < 1e-12
+    untouched, _ = ops.defer_gradients([x], [(2, 2)])
+    (grad,) = torch.autograd.grad(untouched[0].sum(), x)
+    assert torch.equal(grad, torch.ones_like(x))
+
+
+def test_frozen_older_hidden_states(device: torch.device) -> None:
+    x = torch.randn(4, 16, device=device)
+    weights = torch.randn(4, 2, 2, device=device, requires_grad=True)
+    older, (deferral,) = ops.defer_gradients([x], [(2, 2)])
+    (y, _), _ = ops.depth_aggregate_chained([*older, x + 1], weights, deferral)
+    y.sum().backward()
+    assert relative_error(weights.grad[:, 0, 0], x.sum(-1)) < 1e-5
+
+
+def test_autocast(device: torch.device) -> None:
+    x, weights = chain_inputs(16, device, torch.float32)
+    with torch.autocast(device.type, torch.bfloat16):
+        older, deferrals = ops.defer_gradients([x], [(3, 2)])
+        streams, handed_on = ops.depth_aggregate_chained([*older, x], weights[1], deferrals[0])
+    assert {t.dtype for t in [*older, *streams, *handed_on, *deferrals[0].tickets]} == {torch.bfloat16}
+    sum(s.float().sum() for s in streams).backward()
+    assert x.grad.dtype == weights[1].grad.dtype == torch.float32
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("norms,base", [("none", False), ("rms", True)])
+def test_compiles_without_a_break_or_recompiling(norms: str, base: bool, device: torch.device) -> None:
+    torch._dynamo.reset()
+    chain = Chain(16, norms, base, grouped=True).to(device)
+    compiled = torch.compile(chain, fullgraph=True, dynamic=True)
+    for tokens in (6, 10, 14):
+        x, weights = chain_inputs(16, device, torch.float32, tokens)
+        expected = torch.autograd.grad(chain(x, weights), [x, *weights])
+        with torch._dynamo.config.patch(error_on_recompile=tokens > 6):
+            actual = torch.autograd.grad(compiled(x, weights), [x, *weights])
+        for a, b in zip(actual, expected, strict=True):
+            assert relative_error(a, b) < 1e-5
+
+
+def test_flush_groups() -> None:
+    plan = aggregation_plan(12)
+    ways = {i: 4 if i < 12 else 1 for i in plan}
+    assert flush_groups(plan, ways) == [[6, 7, 8], [9, 10, 11, 12]]
+    assert flush_groups(plan, ways, 5) == [[1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11, 12]]
+    assert flush_groups(plan, ways, 1) == []
+    assert flush_groups(aggregation_plan(3), dict.fromkeys(range(1, 4), 4)) == []
+    assert flush_groups({}, {}) == []
+    # Older hidden states that drop out of a window are not common to a group.
+    assert flush_groups(aggregation_plan(12, window=8), ways) == [[6, 7, 8]]
+    assert flush_groups(aggregation_plan(12, window=3), ways) == []
+    # The best groups are at least as good as any interval's.
+    plan = aggregation_plan(24)
+    ways = {i: 4 if i < 24 else 1 for i in plan}
+
+    def saved(groups: list[list[int]]) -> int:
+        return sum(2 * (len(plan[g[0]]) - 1) * (len(g) - 1) - sum(2 * ways[i] - 1 for i in g) for g in groups)
+
+    assert all(saved(flush_groups(plan, ways)) >= saved(flush_groups(plan, ways, n)) for n in (2, 3, 4))
+
+
+VARIANTS = [
+    {},
+    {"pre_norm": True, "post_norm": "residual"},
+    {"post_norm": "all"},
+    {"source_stride": 2, "block_stride": 2},
+    {"ways": "qv"},
+    {"dynamic": False},
+    {"multiway": False},
+    {"model_type": "muddpythia"},
+]
+
+
+def model_gradients(variant: dict, interval: int | None, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    config = MUDDFormerConfig(
+        n_layer=9,
+        dim=64,
+        n_head=4,
+        vocab_size=64,
+        block_size=16,
+        intermediate_size=256,
+        flush_interval=interval,
+        **variant,
+    )
+    torch.manual_seed(0)
+    model = build_model(config).to(device, dtype)
+    with torch.no_grad():
+        for parameter in model.connection_parameters():
+            parameter.add_(torch.randn(parameter.shape).to(parameter) / 20)
+    ids = torch.randint(64, (2, 16)).to(device)
+    model(ids, targets=ids).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("interval", [2, 4, 16])
+def test_models(variant: dict, interval: int, device: torch.device) -> None:
+    expected = model_gradients(variant, 1, device, torch.float64)
+    actual = model_gradients(variant, interval, device, torch.float64)
+    assert all(relative_error(a, b) < 1e-10 for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.cuda
+def test_models_defer_by_default_on_cuda() -> None:
+    """bfloat16 models on CUDA flush in groups, with gradients no further from float64 than without."""
+    device = torch.device("cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        actual = model_gradients({}, None, device, torch.bfloat16)
+    assert any("flush_kernel" in event.key for event in profile.key_averages())
+    wide, single = (model_gradients({}, 1, device, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for a, b, w in zip(actual, single, wide, strict=True):
+        assert relative_error(a, w) <= max(1.5 * relative_error(b, w), 4 * tolerance(torch.bfloat16))
+
+
+def test_checkpointed_blocks(device: torch.device) -> None:
+    stack = MUDDStack([torch.nn.Linear(8, 8) for _ in range(6)], 8, flush_interval=3).to(device, torch.float64)
+    for parameter in stack.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    x = torch.randn(2, 8, device=device, dtype=torch.float64)
+    grads = []
+    for stack.gradient_checkpointing in (False, True):
+        grads.append(torch.autograd.grad(stack(x).square().sum(), list(stack.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
+    x, w = torch.randn(2, 8), torch.randn(2, 3, 2)
+    tickets = ops.defer_gradients([x], [(3, 2)])[1][0].tickets
+    flush, defer = torch.ops.muddformer.deferred_flush, ops.defer_gradients
+
+    def layer(tickets: list[Tensor], count: int) -> Any:
+        return ops.depth_aggregate_chained([x, x], w, ops.Deferral(tickets, count))
+
+    def norm_layer(tickets: list[Tensor], count: int) -> Any:
+        return ops.depth_aggregate_norm_chained([x, x], w, [None] * 3, deferral=ops.Deferral(tickets, count))
+
+    model = {"n_layer": 2, "n_head": 2, "dim": 32}
+    return {
+        "no hiddens": (lambda: defer([], [(3, 2)]), ValueError, "hiddens: expected at least one"),
+        "no layers": (lambda: defer([x], []), ValueError, "ways: expected a number for each layer"),
+        "no ways": (lambda: defer([x], [(0, 2)]), ValueError, r"ways\[0\]: expected at least 1"),
+        "few sources": (lambda: defer([x, x], [(3, 1)]), ValueError, r"sources\[0\]: expected at least 2"),
+        "integers": (lambda: defer([x.int()], [(3, 2)]), TypeError, r"hiddens\[0\]: expected dtype"),
+        "few tickets": (lambda: layer(tickets[:2], 1), ValueError, "tickets: expected 4 tensors"),
+        "ticket shape": (lambda: layer([*tickets[1:], tickets[0]], 1), ValueError, r"tickets\[2\]: expected shape"),
+        "ticket dtype": (lambda: layer([t.double() for t in tickets], 1), TypeError, r"tickets\[0\]: expected dtype"),
+        "count": (lambda: layer(tickets, 3), ValueError, "deferred: expected 0 to S = 2"),
+        "negative": (lambda: layer(tickets, -1), ValueError, "deferred: expected 0 to S = 2"),
+        "norm tickets": (lambda: norm_layer(tickets[:2], 1), ValueError, "tickets: expected 4 tensors"),
+        "norm count": (lambda: norm_layer(tickets, 3), ValueError, "deferred: expected 0 to S = 2"),
+        "flush nothing": (lambda: flush([], [x] * 3, [w]), ValueError, "grad_hiddens: expected at least one"),
+        "no weights": (lambda: flush([x], [x] * 3, []), ValueError, "weights: expected at least one layer"),
+        "no sums": (lambda: flush([x], [None] * 3, [w]), ValueError, "grad_sums: expected at least one tensor"),
+        "few sums": (lambda: flush([x], [x] * 2, [w]), ValueError, "grad_sums: expected 3 entries"),
+        "sum shape": (lambda: flush([x], [x, x[:1], x], [w]), ValueError, r"grad_sums\[1\]: expected shape"),
+        "grad dtype": (lambda: flush([x.double()], [x] * 3, [w]), TypeError, r"grad_hiddens\[0\]: expected dtype"),
+        "weights shape": (lambda: flush([x] * 3, [x] * 3, [w]), ValueError, r"weights\[0\]: expected shape"),
+        "backward": (
+            lambda: torch.ops.muddformer.depth_aggregate_backward([x] * 3, [], [x, x], w, 3),
+            ValueError,
+            "deferred: expected 0 to S = 2",
+        ),
+        "window": (lambda: MUDDFormerConfig(window=2, flush_interval=2, **model), ValueError, "flush_interval must be"),
+        "zero": (lambda: MUDDFormerConfig(flush_interval=0, **model), ValueError, "flush_interval must be from 1"),
+        "fraction": (lambda: MUDDFormerConfig(flush_interval=1.5, **model), TypeError, "flush_interval must be an int"),
+        "stack": (lambda: MUDDStack([], 8, window=2, flush_interval=4), ValueError, "flush_interval must be"),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_calls()))
+def test_bad_arguments(name: str) -> None:
+    call, error, message = bad_calls()[name]
+    with pytest.raises(error, match=message):
+        call()
