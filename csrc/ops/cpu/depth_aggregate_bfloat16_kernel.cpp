@@ -23,10 +23,16 @@ constexpr int kMaxWays = 4;
 using Element = uint16_t;  // the bits of a bfloat16 number
 static_assert(kRowPadding >= kBlock);
 
-inline __m512bh pairs(__m512i v) { return reinterpret_cast<__m512bh>(v); }
+inline __m512bh pairs(__m512i v) {
+  return reinterpret_cast<__m512bh>(v);
+}
 
-inline __m512i low(__m512i a, __m512i b) { return _mm512_unpacklo_epi16(a, b); }
-inline __m512i high(__m512i a, __m512i b) { return _mm512_unpackhi_epi16(a, b); }
+inline __m512i low(__m512i a, __m512i b) {
+  return _mm512_unpacklo_epi16(a, b);
+}
+inline __m512i high(__m512i a, __m512i b) {
+  return _mm512_unpackhi_epi16(a, b);
+}
 
 // A block, or what is left of a row.
 inline __m512i load(const Element* from, int64_t count) {

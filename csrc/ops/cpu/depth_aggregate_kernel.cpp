@@ -3,10 +3,10 @@
 //
 // Both kernels are bound by memory: each row of each source is read once. The forward walks over a
 // row in strips that fit the vector registers and sums all sources into C accumulators a strip. The
-// backward keeps the C gradient rows of a token in the first-level cache and walks over
-// the sources, one or two at a time: their gradients are finished and their C dot products are taken in the same pass. As
-// many streams as sources are more than the hardware follows, so the same place of the next token
-// is prefetched.
+// backward keeps the C gradient rows of a token in the first-level cache and walks over the
+// sources, one or two at a time: their gradients are finished and their C dot products are taken in
+// the same pass. As many streams as sources are more than the hardware follows, so the same place
+// of the next token is prefetched.
 #include "depth_aggregate_kernel.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -191,8 +191,9 @@ void forward(const AggregateForward& args, int64_t begin, int64_t end, void* scr
   }
 }
 
-// Ways first..first+kWays-1 of sources j..j+kSources-1 of token t. With more than one group of ways,
-// the gradients of the sources stay in `partial` between the groups, so that they are rounded once.
+// Ways first..first+kWays-1 of sources j..j+kSources-1 of token t. With more than one group of
+// ways, the gradients of the sources stay in `partial` between the groups, so that they are rounded
+// once.
 template <typename scalar_t, int kWays, int kSources>
 inline void backward_rows(const AggregateBackward& args, const accumulate_t<scalar_t>* weights,
                           const accumulate_t<scalar_t>* dy, int64_t dy_stride, int64_t first,

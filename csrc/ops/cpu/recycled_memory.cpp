@@ -49,9 +49,8 @@ class RecyclingAllocator final : public c10::Allocator {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
     // The newest first: the caches may still hold it.
-    const auto found = std::find_if(kept_.rbegin(), kept_.rend(), [bytes](const auto& block) {
-      return block->bytes == bytes;
-    });
+    const auto found = std::find_if(kept_.rbegin(), kept_.rend(),
+                                    [bytes](const auto& block) { return block->bytes == bytes; });
     if (found == kept_.rend()) return nullptr;
     std::unique_ptr<Block> block = std::move(*found);
     kept_.erase(std::next(found).base());
