@@ -224,6 +224,21 @@ def test_inputs_are_not_changed_and_outputs_are_new(device: torch.device) -> Non
     assert not storages & {y.untyped_storage().data_ptr() for y in outputs}
 
 
+def test_results_on_a_cpu_take_the_memory_of_freed_ones() -> None:
+    hiddens, weights = [torch.randn(64, 1024) for _ in range(2)], torch.randn(64, 4, 2)
+    addresses = lambda outputs: {y.data_ptr() for y in outputs}  # noqa: E731
+    first = ops.depth_aggregate(hiddens, weights)
+    second = ops.depth_aggregate([-x for x in hiddens], weights)
+    assert not addresses(first) & addresses(second)
+    assert all(torch.equal(a, -b) for a, b in zip(first, second, strict=True))
+    freed = addresses(second)
+    del second
+    third = ops.depth_aggregate(hiddens, weights)
+    assert addresses(third) == freed
+    assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+    third[0].resize_(256, 1024)[:64].copy_(first[0])
+
+
 def test_double_backward_names_the_op(device: torch.device) -> None:
     leaves = find("tokens(4,)-D64-S5-C3", device, torch.float64).detached()
     ys = ops.depth_aggregate(leaves.hiddens, leaves.weights)

@@ -14,20 +14,30 @@
 #include "../checks.h"
 #include "../rows.h"
 #include "depth_aggregate_kernel.h"
+#include "recycled_memory.h"
 
 namespace muddformer {
 namespace {
 
-const cpu::AggregateKernels& aggregate_kernels() {
-  static const cpu::AggregateKernels& chosen = [&]() -> const cpu::AggregateKernels& {
+cpu::AggregateKernels choose_kernels() {
 #if defined(MUDDFORMER_X86_KERNELS)
-    // What PyTorch itself has chosen; the environment variable ATEN_CPU_CAPABILITY lowers it.
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return cpu::aggregate_kernels_avx512;
-    if (capability == "AVX2") return cpu::aggregate_kernels_avx2;
+  // What PyTorch itself has chosen; the environment variable ATEN_CPU_CAPABILITY lowers it.
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") {
+    cpu::AggregateKernels kernels = cpu::aggregate_kernels_avx512;
+    if (__builtin_cpu_supports("avx512bf16")) {
+      kernels.forward[cpu::kBFloat16] = cpu::forward_bfloat16_avx512;
+      kernels.backward[cpu::kBFloat16] = cpu::backward_bfloat16_avx512;
+    }
+    return kernels;
+  }
+  if (capability == "AVX2") return cpu::aggregate_kernels_avx2;
 #endif
-    return cpu::aggregate_kernels_default;
-  }();
+  return cpu::aggregate_kernels_default;
+}
+
+const cpu::AggregateKernels& aggregate_kernels() {
+  static const cpu::AggregateKernels chosen = choose_kernels();
   return chosen;
 }
 
@@ -47,7 +57,7 @@ int kernel_dtype(at::ScalarType dtype) {
 // Gradients of a history larger than the caches are next read when an earlier layer's backward has
 // walked over all of it; written past the caches they cost no read of the lines that they replace.
 bool write_past_caches(at::TensorList grads) {
-  constexpr int64_t kCacheBytes = int64_t{8} << 20;
+  constexpr int64_t kCacheBytes = int64_t{4} << 20;
   const at::Tensor& first = grads[0];
   const int64_t element = first.element_size();
   return static_cast<int64_t>(grads.size()) * first.numel() * element > kCacheBytes &&
@@ -78,7 +88,7 @@ std::vector<at::Tensor> depth_aggregate_cpu(at::TensorList hiddens, const at::Te
   check_depth_aggregate(hiddens, weights);
   const at::Tensor& like = hiddens[0];
   const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
-  std::vector<at::Tensor> outputs = empty_outputs(ways, like);
+  std::vector<at::Tensor> outputs = cpu::recycled_outputs(ways, like);
   if (like.numel() == 0) return outputs;
   const int64_t tokens = like.numel() / width;
   const Rows x = rows_of(hiddens);
@@ -99,7 +109,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
   const at::Tensor& like = hiddens[0];
   const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
   // Those of deferred sources are made and dropped: deferring pays on GPUs.
-  std::vector<at::Tensor> grads = empty_outputs(sources, like);
+  std::vector<at::Tensor> grads = cpu::recycled_outputs(sources, like);
   const auto kept = grads.begin() + deferred;
   if (like.numel() == 0) {
     return {{kept, grads.end()}, at::zeros(weights.sizes(), weights.options())};

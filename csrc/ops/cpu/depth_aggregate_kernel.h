@@ -53,17 +53,20 @@ constexpr int64_t kRowAlignment = 64;
 // Rows of scratch are padded to a multiple of this many elements, at least one vector.
 constexpr int64_t kRowPadding = 32;
 
-// Backward: the C rows of gradients and one partial sum in the accumulation type, then the weights
+// Backward: the C rows of gradients and two partial sums in the accumulation type, then the weights
 // of a token. Forward: pointers to the S rows of a token, then its weights.
 inline int64_t scratch_bytes(int64_t sources, int64_t ways, int64_t width) {
   return static_cast<int64_t>(sizeof(double)) *
-         ((ways + 1) * (width + kRowPadding) + (ways + 1) * sources);
+         ((ways + 2) * (width + kRowPadding) + (ways + 1) * sources);
 }
 
 extern const AggregateKernels aggregate_kernels_default;
 #if defined(MUDDFORMER_X86_KERNELS)
 extern const AggregateKernels aggregate_kernels_avx2;
 extern const AggregateKernels aggregate_kernels_avx512;
+// In place of aggregate_kernels_avx512's kernels for bfloat16 on CPUs that also have AVX512-BF16.
+extern const ForwardKernel forward_bfloat16_avx512;
+extern const BackwardKernel backward_bfloat16_avx512;
 #endif
 
 }  // namespace muddformer::cpu
