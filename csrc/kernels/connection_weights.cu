@@ -1,8 +1,10 @@
 // Checks and dispatch of the connection weights, and the last sums of their backward:
 //
 //   dW1[k, d] = scale[d] P[k, d],  dscale[d] = sum_k W1[k, d] P[k, d],  P = sum of the splits
+//   dW2 and dprior: sums over the groups of tokens
 //
-// A thread owns four columns of a row of P; a block 256 columns of kReduceRows rows.
+// One launch: the first blocks serve W1, a thread four columns of a row of P, a block 256 columns of
+// kReduceRows rows; then come the blocks of W2 and of the prior, 32 columns x 8 lanes over groups.
 #include <algorithm>
 
 #include "connection_weights.h"
@@ -17,6 +19,8 @@ constexpr int kReduceRows = 4;
 constexpr int kReduceColumns = 64;  // vectors of four
 constexpr int kSumColumns = 32;
 constexpr int kSumLanes = 8;
+constexpr int kSumThreads = kSumColumns * kSumLanes;
+static_assert(kSumThreads == kReduceRows * kReduceColumns);
 
 bool valid(const ConnectionWeightsShape& s) {
   return (s.dtype == DType::BFloat16 || s.dtype == DType::Float16) && s.tokens >= 0 && s.dim >= 8 &&
@@ -33,14 +37,16 @@ __device__ __forceinline__ float4 load_four(const T* from) {
   return {v[0], v[1], v[2], v[3]};
 }
 
+// Four columns of a row of P a thread.
 template <typename T>
-__global__ void __launch_bounds__(kReduceRows* kReduceColumns)
-    reduce_kernel(const ConnectionWeightsReduce p) {
+__device__ __forceinline__ void reduce_w1(const ConnectionWeightsReduce& p, int64_t block) {
   __shared__ float4 rows[kReduceRows][kReduceColumns];
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kReduceColumns + threadIdx.x) * 4;
-  const int row = blockIdx.y * kReduceRows + threadIdx.y;
-  const bool inside = column < p.dim && row < p.hidden;
-  const int64_t offset = row * p.dim + column, size = p.hidden * p.dim;
+  const int64_t dim = p.shape.dim, blocks_a_row = (dim + 4 * kReduceColumns - 1) / (4 * kReduceColumns);
+  const int x = threadIdx.x % kReduceColumns, y = threadIdx.x / kReduceColumns;
+  const int64_t column = (block % blocks_a_row * kReduceColumns + x) * 4;
+  const int64_t row = block / blocks_a_row * kReduceRows + y;
+  const bool inside = column < dim && row < p.shape.hidden;
+  const int64_t offset = row * dim + column, size = p.shape.hidden * dim;
   float sum[4] = {};
   if (inside) {
 #pragma unroll 8
@@ -67,41 +73,77 @@ __global__ void __launch_bounds__(kReduceRows* kReduceColumns)
     const float4 w = load_four(static_cast<const T*>(p.w1) + offset);
     term = {w.x * sum[0], w.y * sum[1], w.z * sum[2], w.w * sum[3]};
   }
-  rows[threadIdx.y][threadIdx.x] = term;
+  rows[y][x] = term;
   __syncthreads();
-  if (threadIdx.y != 0 || column >= p.dim) return;
+  if (y != 0 || column >= dim) return;
 #pragma unroll
-  for (int y = 1; y < kReduceRows; ++y) {
-    const float4 v = rows[y][threadIdx.x];
+  for (int i = 1; i < kReduceRows; ++i) {
+    const float4 v = rows[i][x];
     term = {term.x + v.x, term.y + v.y, term.z + v.z, term.w + v.w};
   }
-  *reinterpret_cast<float4*>(p.scale_partials + blockIdx.y * p.dim + column) = term;
+  *reinterpret_cast<float4*>(p.scale_partials + block / blocks_a_row * dim + column) = term;
 }
 
-// A block of 32 columns x 8 lanes over the rows.
+// Sums over rows, 32 columns a block: thread 8 lanes over the rows.
 template <typename T>
-__global__ void __launch_bounds__(kSumColumns* kSumLanes) sum_rows_kernel(const SumRows p) {
+__device__ __forceinline__ void sum_rows(const float* partials, int64_t rows, int64_t columns,
+                                         T* out, int64_t block) {
   __shared__ float lanes[kSumLanes][kSumColumns];
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x;
+  const int x = threadIdx.x % kSumColumns, y = threadIdx.x / kSumColumns;
+  const int64_t column = block * kSumColumns + x;
   float sum = 0;
-  if (column < p.columns) {
-#pragma unroll 8
-    for (int64_t row = threadIdx.y; row < p.rows; row += kSumLanes) {
-      sum += p.partials[row * p.columns + column];
-    }
+  if (column < columns) {
+#pragma unroll 4
+    for (int64_t row = y; row < rows; row += kSumLanes) sum += partials[row * columns + column];
   }
-  lanes[threadIdx.y][threadIdx.x] = sum;
+  lanes[y][x] = sum;
   __syncthreads();
-  if (threadIdx.y != 0 || column >= p.columns) return;
+  if (y != 0 || column >= columns) return;
 #pragma unroll
-  for (int y = 1; y < kSumLanes; ++y) sum += lanes[y][threadIdx.x];
-  static_cast<T*>(p.out)[column] = narrow<T>(sum);
+  for (int i = 1; i < kSumLanes; ++i) sum += lanes[i][x];
+  out[column] = narrow<T>(sum);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads) sum_rows_kernel(const SumRows p) {
+  sum_rows(p.partials, p.rows, p.columns, static_cast<T*>(p.out), blockIdx.x);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads)
+    reduce_kernel(const ConnectionWeightsReduce p, int64_t w1_blocks, int64_t w2_blocks) {
+  const int64_t block = blockIdx.x, outputs = p.shape.outputs;
+  if (block < w1_blocks) {
+    reduce_w1<T>(p, block);
+  } else if (block < w1_blocks + w2_blocks) {
+    sum_rows(p.w2_partials, p.groups, outputs * p.shape.hidden, static_cast<T*>(p.dw2),
+             block - w1_blocks);
+  } else if (p.prior_float32) {
+    sum_rows(p.prior_partials, p.groups, outputs, static_cast<float*>(p.dprior),
+             block - w1_blocks - w2_blocks);
+  } else {
+    sum_rows(p.prior_partials, p.groups, outputs, static_cast<T*>(p.dprior),
+             block - w1_blocks - w2_blocks);
+  }
+}
+
+int64_t sum_blocks(int64_t columns) {
+  return (columns + kSumColumns - 1) / kSumColumns;
 }
 
 }  // namespace
 
-int64_t hidden_backward_blocks(int64_t tokens) {
-  return (tokens + 63) / 64;
+int hidden_slabs(int hidden) {
+  return (hidden + kSlab - 1) / kSlab;
+}
+
+cudaError_t hidden_backward_groups(int64_t tokens, int64_t& groups) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error == cudaSuccess) {
+    groups = hidden_backward_groups(tokens, device.bulk_copy ? kHiddenCluster : 1);
+  }
+  return error;
 }
 
 int reduce_rows(int hidden) {
@@ -112,7 +154,7 @@ bool connection_weights_supported(const ConnectionWeightsShape& shape) {
   WeightsDevice device;
   if (!valid(shape) || current_device(device) != cudaSuccess) return false;
   const int bytes = std::max({forward_shared_bytes(shape.hidden),
-                              hidden_backward_shared_bytes(shape.hidden, shape.outputs),
+                              hidden_backward_shared_bytes(shape.outputs),
                               input_backward_shared_bytes(shape.hidden)});
   // The widest hidden rows need clusters.
   return bytes <= device.shared_bytes && (device.bulk_copy || padded_hidden(shape.hidden) <= 256);
@@ -149,11 +191,15 @@ cudaError_t launch_connection_weights_hidden_backward(const ConnectionWeightsHid
                                                       cudaStream_t stream) {
   if (!valid(p.shape)) return cudaErrorInvalidValue;
   if (p.shape.tokens == 0) return cudaSuccess;
-  if (!aligned(p.w2) || !aligned(p.hidden) || !aligned(p.grad_hidden) || !aligned(p.gelu)) {
+  if (!aligned(p.w2) || !aligned(p.hidden) || !aligned(p.grad_hidden) || !aligned(p.w2_partials)) {
     return cudaErrorMisalignedAddress;
   }
-  return p.shape.dtype == DType::BFloat16 ? weights_hidden_backward<__nv_bfloat16>(p, stream)
-                                          : weights_hidden_backward<__half>(p, stream);
+  WeightsDevice device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  return p.shape.dtype == DType::BFloat16
+             ? weights_hidden_backward<__nv_bfloat16>(p, device, stream)
+             : weights_hidden_backward<__half>(p, device, stream);
 }
 
 cudaError_t launch_connection_weights_input_backward(const ConnectionWeightsInputBackward& p,
@@ -167,38 +213,53 @@ cudaError_t launch_connection_weights_input_backward(const ConnectionWeightsInpu
   WeightsDevice device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
+  if (!p.plain && input_backward_on_hopper(p.shape, device)) {
+    return weights_input_backward_hopper(p, device, stream);
+  }
   return p.shape.dtype == DType::BFloat16 ? weights_input_backward<__nv_bfloat16>(p, device, stream)
                                           : weights_input_backward<__half>(p, device, stream);
 }
 
 cudaError_t launch_connection_weights_reduce(const ConnectionWeightsReduce& p,
                                              cudaStream_t stream) {
-  if (p.hidden < 1 || p.dim < 8 || p.dim % 8 != 0 || p.splits < 1) return cudaErrorInvalidValue;
+  const ConnectionWeightsShape& s = p.shape;
+  if (!valid(s) || (p.w1_partials != nullptr && p.splits < 1) || p.groups < 0) {
+    return cudaErrorInvalidValue;
+  }
+  if (!aligned(p.w1_partials) || !aligned(p.dw1) || !aligned(p.w1)) {
+    return cudaErrorMisalignedAddress;
+  }
   const int64_t width = 4 * kReduceColumns;
-  const dim3 grid(static_cast<unsigned>((p.dim + width - 1) / width),
-                  static_cast<unsigned>(reduce_rows(p.hidden)));
-  const dim3 block(kReduceColumns, kReduceRows);
-  if (p.dtype == DType::BFloat16) {
-    reduce_kernel<__nv_bfloat16><<<grid, block, 0, stream>>>(p);
+  const int64_t w1_blocks =
+      p.w1_partials != nullptr ? (s.dim + width - 1) / width * reduce_rows(s.hidden) : 0;
+  const int64_t w2_blocks =
+      p.w2_partials != nullptr ? sum_blocks(int64_t{s.outputs} * s.hidden) : 0;
+  const int64_t blocks =
+      w1_blocks + w2_blocks + (p.dprior != nullptr ? sum_blocks(s.outputs) : 0);
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT_MAX) return cudaErrorInvalidValue;
+  if (s.dtype == DType::BFloat16) {
+    reduce_kernel<__nv_bfloat16>
+        <<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(p, w1_blocks, w2_blocks);
   } else {
-    reduce_kernel<__half><<<grid, block, 0, stream>>>(p);
+    reduce_kernel<__half>
+        <<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(p, w1_blocks, w2_blocks);
   }
   return cudaGetLastError();
 }
 
 cudaError_t launch_sum_rows(const SumRows& p, cudaStream_t stream) {
   if (p.columns < 1) return cudaErrorInvalidValue;
-  const auto blocks = static_cast<unsigned>((p.columns + kSumColumns - 1) / kSumColumns);
-  const dim3 block(kSumColumns, kSumLanes);
+  const auto blocks = static_cast<unsigned>(sum_blocks(p.columns));
   switch (p.dtype) {
     case DType::Float32:
-      sum_rows_kernel<float><<<blocks, block, 0, stream>>>(p);
+      sum_rows_kernel<float><<<blocks, kSumThreads, 0, stream>>>(p);
       break;
     case DType::BFloat16:
-      sum_rows_kernel<__nv_bfloat16><<<blocks, block, 0, stream>>>(p);
+      sum_rows_kernel<__nv_bfloat16><<<blocks, kSumThreads, 0, stream>>>(p);
       break;
     case DType::Float16:
-      sum_rows_kernel<__half><<<blocks, block, 0, stream>>>(p);
+      sum_rows_kernel<__half><<<blocks, kSumThreads, 0, stream>>>(p);
       break;
     default:
       return cudaErrorInvalidValue;

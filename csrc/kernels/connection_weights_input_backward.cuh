@@ -97,7 +97,12 @@ __device__ __forceinline__ void input_gradient(const ConnectionWeightsInputBackw
 #pragma unroll
   for (int i = 0; i < 2 * kRows; ++i) {
     const int64_t token = token0 + wm * kRows * 16 + i / 2 * 16 + lane / 4 + i % 2 * 8;
-    coefficient[i / 2][i % 2] = token < p.shape.tokens ? p.coefficient[token] : 0;
+    coefficient[i / 2][i % 2] = 0;
+    for (int slab = 0; slab * kSlab < p.shape.hidden; ++slab) {
+      if (token < p.shape.tokens) {
+        coefficient[i / 2][i % 2] += p.coefficient[slab * p.shape.tokens + token];
+      }
+    }
   }
   const uint32_t e = address_in_shared(stage) + Layout::kE;
   float acc[kRows][kTiles][4] = {};

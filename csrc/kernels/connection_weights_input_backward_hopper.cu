@@ -1,0 +1,284 @@
+// Backward of the connection weights, the rows of D, on Hopper (compute capability 9.0a):
+//
+//   dx = grad_x + e W1 - x coefficient,   partials of e^T x
+//
+// As connection_weights_input_backward.cuh, whose tensor cores wait for its loads of shared memory;
+// here they fetch their operands themselves. A block owns 128 columns of D, whose part of W1 stays
+// in shared memory, and a range of tokens. One thread brings 64 tokens of x, grad_x and e at a time
+// into a ring of stages. Two warpgroups own 64 of the columns each: dx = e W1, and x^T e, whose sums
+// stay in registers until the end and are computed while dx is finished. dx takes grad_x's place in
+// the stage and leaves it as a box. K is padded to KB boxes of 64.
+#include "connection_weights_launch.h"
+#include "tensor_copy.cuh"
+#include "tensor_core.cuh"
+#include "vector.cuh"
+#include "warpgroup.cuh"
+
+namespace muddformer::kernels {
+namespace {
+
+constexpr int kColumns = 128;
+constexpr int kTokens = 64;
+constexpr int kGroups = kColumns / 64;  // warpgroups, each with a box of x, grad_x and W1
+constexpr int kConsumers = kGroups * 128;
+constexpr int kStagesAtMost = 4;
+constexpr int kMultiplies = kTokens / 16;
+
+struct Matrices {
+  CUtensorMap x, grad_x, w1, e, dx;
+};
+
+template <int KB>
+struct Layout {
+  static constexpr int kX = 0;  // in a stage
+  static constexpr int kGrad = kGroups * kBoxBytes;
+  static constexpr int kE = 2 * kGroups * kBoxBytes;
+  static constexpr int kStageBytes = kE + KB * kBoxBytes;
+  static constexpr int kW1Bytes = kGroups * KB * kBoxBytes;
+  static constexpr int bytes(int stages) {  // and to align it
+    return 1024 + kW1Bytes + stages * kStageBytes;
+  }
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+struct Barriers {
+  uint64_t full[kStagesAtMost], empty[kStagesAtMost], w1;
+};
+
+// The producer: one thread.
+template <int KB>
+__device__ __forceinline__ void load_stages(const ConnectionWeightsInputBackward& p,
+                                            const Matrices& matrices, Barriers& barriers,
+                                            uint32_t w1, int stages, int64_t token0, int64_t count,
+                                            int64_t column0) {
+  using L = Layout<KB>;
+  const bool with_grad = p.grad_x != nullptr && p.dx != nullptr;
+  barrier_expect(&barriers.w1, L::kW1Bytes);
+  for (int g = 0; g < kGroups; ++g) {
+    for (int k = 0; k < KB; ++k) {
+      load_box(w1 + (g * KB + k) * kBoxBytes, matrices.w1, column0 + 64 * g, 64 * k, &barriers.w1);
+    }
+  }
+  RingPlace place;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t token = token0 + i * kTokens;
+    const uint32_t stage = w1 + L::kW1Bytes + place.index * L::kStageBytes;
+    uint64_t* full = &barriers.full[place.index];
+    if (i >= stages) barrier_wait(&barriers.empty[place.index], place.phase ^ 1);
+    barrier_expect(full, L::kStageBytes - (with_grad ? 0 : kGroups * kBoxBytes));
+    for (int k = 0; k < KB; ++k) {
+      load_box(stage + L::kE + k * kBoxBytes, matrices.e, 64 * k, token, full);
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      load_box(stage + L::kX + g * kBoxBytes, matrices.x, column0 + 64 * g, token, full);
+      if (with_grad) {
+        load_box(stage + L::kGrad + g * kBoxBytes, matrices.grad_x, column0 + 64 * g, token, full);
+      }
+    }
+    place.advance(stages);
+  }
+}
+
+// dx of a warpgroup's box out of e W1, in the place of grad_x.
+template <typename T>
+__device__ __forceinline__ void finish_box(const unsigned char* x_box, unsigned char* grad_box,
+                                           bool with_grad, const float (&product)[32],
+                                           const float (&coefficient)[2]) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * 16 + lane / 4 + 8 * half;
+      const int place = row * 128 + ((n ^ (row & 7)) << 4) + lane % 4 * 4;
+      float x[2], grad[2] = {0, 0};
+      unpack_word<T>(*reinterpret_cast<const uint32_t*>(x_box + place), x);
+      uint32_t* word = reinterpret_cast<uint32_t*>(grad_box + place);
+      if (with_grad) unpack_word<T>(*word, grad);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        grad[j] += product[4 * n + 2 * half + j] - x[j] * coefficient[half];
+      }
+      *word = pack_word<T>(grad);
+    }
+  }
+}
+
+// A warpgroup's columns of e^T x.
+template <int KB>
+__device__ __forceinline__ void store_partials(const ConnectionWeightsInputBackward& p,
+                                               int64_t split, int64_t column0,
+                                               const float (&sums)[32 * KB]) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  float* partials = p.w1_partials + split * p.shape.hidden * p.shape.dim;
+#pragma unroll
+  for (int i = 0; i < 32 * KB; ++i) {
+    const int64_t row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    const int64_t column = column0 + warp * 16 + lane / 4 + i / 2 % 2 * 8;
+    if (row < p.shape.hidden && column < p.shape.dim) partials[row * p.shape.dim + column] = sums[i];
+  }
+}
+
+template <typename T, int KB>
+__device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackward& p,
+                                               const Matrices& matrices, Barriers& barriers,
+                                               unsigned char* shared, int stages, int64_t split,
+                                               int64_t token0, int64_t count, int64_t column0) {
+  using L = Layout<KB>;
+  const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const uint32_t w1 = address_in_shared(shared) + group * KB * kBoxBytes;
+  const bool want_dx = p.dx != nullptr;
+  const bool with_grad = p.grad_x != nullptr;
+  column0 += 64 * group;
+  float outer[32 * KB] = {};
+  RingPlace place;
+  int last = 0;
+  barrier_wait(&barriers.w1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t token = token0 + i * kTokens;
+    float coefficient[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = token + warp * 16 + lane / 4 + 8 * half;
+#pragma unroll
+      for (int k = 0; k < KB; ++k) {
+        if (want_dx && row < p.shape.tokens) {
+          coefficient[half] += p.coefficient[k * p.shape.tokens + row];
+        }
+      }
+    }
+    unsigned char* stage = shared + L::kW1Bytes + place.index * L::kStageBytes;
+    unsigned char* x_box = stage + L::kX + group * kBoxBytes;
+    unsigned char* grad_box = stage + L::kGrad + group * kBoxBytes;
+    const uint32_t x = address_in_shared(x_box), e = address_in_shared(stage) + L::kE;
+    barrier_wait(&barriers.full[place.index], place.phase);
+
+    // Both products, wanted or not: the tensor cores run on only past code without branches.
+    float product[32];
+    warpgroup_fence();
+#pragma unroll
+    for (int k = 0; k < 4 * KB; ++k) {
+      warpgroup_multiply<T, 0, 1>(product, operand_columns_of_k(e + k / 4 * kBoxBytes + k % 4 * 32),
+                                  operand_rows_of_k(w1 + k * 2048, kBoxBytes), k > 0);
+    }
+    warpgroup_commit();
+#pragma unroll
+    for (int k = 0; k < kMultiplies; ++k) {
+      warpgroup_multiply<T, 1, 1>(outer, operand_rows_of_k(x + k * 2048, kBoxBytes),
+                                  operand_rows_of_k(e + k * 2048, kBoxBytes), 1);
+    }
+    warpgroup_commit();
+    // The stage before: its dx has had time to leave.
+    if (i > 0) {
+      if (threadIdx.x % 128 == 0) wait_for_stores();
+      if (lane == 0) barrier_arrive(&barriers.empty[last]);
+    }
+    warpgroup_wait<1>();
+    warpgroup_settle(product);
+    if (want_dx) {
+      finish_box<T>(x_box, grad_box, with_grad, product, coefficient);
+      proxy_fence();
+      asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+      if (threadIdx.x % 128 == 0) {
+        store_box(matrices.dx, column0, token, address_in_shared(grad_box));
+      }
+    }
+    warpgroup_wait<0>();
+    warpgroup_settle(outer);
+    last = place.index;
+    place.advance(stages);
+  }
+  if (p.w1_partials != nullptr) store_partials<KB>(p, split, column0, outer);
+  if (threadIdx.x % 128 == 0) wait_for_stores();
+}
+
+#endif
+
+template <typename T, int KB>
+__global__ void __launch_bounds__(kConsumers + 32, 1)
+    weights_input_backward_hopper_kernel(const __grid_constant__ Matrices matrices,
+                                         const __grid_constant__ ConnectionWeightsInputBackward p,
+                                         int stages) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ unsigned char unaligned[];
+  __shared__ Barriers barriers;
+  unsigned char* shared = unaligned + (-address_in_shared(unaligned) & 1023u);
+  const int slices = static_cast<int>((p.shape.dim + kColumns - 1) / kColumns);
+  const int64_t split = blockIdx.x / slices;
+  const int64_t column0 = static_cast<int64_t>(blockIdx.x % slices) * kColumns;
+  const int64_t tiles = (p.shape.tokens + kTokens - 1) / kTokens;
+  const int64_t first = tiles * split / p.splits;
+  const int64_t count = tiles * (split + 1) / p.splits - first;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(&barriers.full[i], 1);
+      barrier_init(&barriers.empty[i], kConsumers / 32);
+    }
+    barrier_init(&barriers.w1, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x < kConsumers) {
+    consume_stages<T, KB>(p, matrices, barriers, shared, stages, split, first * kTokens, count,
+                          column0);
+  } else if (threadIdx.x == kConsumers) {
+    load_stages<KB>(p, matrices, barriers, address_in_shared(shared), stages, first * kTokens,
+                    count, column0);
+  }
+#endif
+}
+
+template <typename T, int KB>
+cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice& device,
+                   const Matrices& matrices, cudaStream_t stream) {
+  int stages = kStagesAtMost;
+  while (Layout<KB>::bytes(stages) + static_cast<int>(sizeof(uint64_t)) * 16 > device.shared_bytes)
+    --stages;
+  const int64_t slices = (p.shape.dim + kColumns - 1) / kColumns;
+  return launch_wide(weights_input_backward_hopper_kernel<T, KB>, slices * p.splits, 1,
+                     kConsumers + 32, Layout<KB>::bytes(stages), stream, matrices, p, stages);
+}
+
+template <typename T>
+cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice& device,
+                   const Matrices& matrices, cudaStream_t stream) {
+  switch (padded_hidden(p.shape.hidden) / 64) {
+    case 1:
+      return launch<T, 1>(p, device, matrices, stream);
+    case 2:
+      return launch<T, 2>(p, device, matrices, stream);
+    default:
+      return launch<T, 3>(p, device, matrices, stream);
+  }
+}
+
+}  // namespace
+
+bool input_backward_on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device) {
+#ifdef MUDDFORMER_SM90A
+  return device.hopper && padded_hidden(shape.hidden) <= 192 && shape.tokens <= INT_MAX - kTokens;
+#else
+  return false;
+#endif
+}
+
+cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& p,
+                                          const WeightsDevice& device, cudaStream_t stream) {
+  const ConnectionWeightsShape& s = p.shape;
+  Matrices matrices{};
+  cudaError_t error = describe_matrix(matrices.x, s.dtype, p.x, s.tokens, s.dim);
+  const auto describe = [&](CUtensorMap& map, const void* matrix, int64_t rows, int64_t columns) {
+    if (error == cudaSuccess && matrix != nullptr)
+      error = describe_matrix(map, s.dtype, matrix, rows, columns);
+  };
+  describe(matrices.w1, p.w1, s.hidden, s.dim);
+  describe(matrices.e, p.grad_hidden, s.tokens, s.hidden);
+  describe(matrices.grad_x, p.grad_x, s.tokens, s.dim);
+  describe(matrices.dx, p.dx, s.tokens, s.dim);
+  if (error != cudaSuccess) return error;
+  return s.dtype == DType::BFloat16 ? launch<__nv_bfloat16>(p, device, matrices, stream)
+                                    : launch<__half>(p, device, matrices, stream);
+}
+
+}  // namespace muddformer::kernels
