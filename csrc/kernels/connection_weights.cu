@@ -4,7 +4,7 @@
 //   dW2 and dprior: sums over the groups of tokens
 //
 // One launch: the first blocks serve W1, a thread four columns of a row of P, a block 256 columns of
-// kReduceRows rows; then come the blocks of W2 and of the prior, 32 columns x 8 lanes over groups.
+// kReduceRows rows; then come the blocks of W2 and of the prior.
 #include <algorithm>
 
 #include "connection_weights.h"
@@ -84,29 +84,44 @@ __device__ __forceinline__ void reduce_w1(const ConnectionWeightsReduce& p, int6
   *reinterpret_cast<float4*>(p.scale_partials + block / blocks_a_row * dim + column) = term;
 }
 
-// Sums over rows, 32 columns a block: thread 8 lanes over the rows.
-template <typename T>
+// Sums over rows: of a block 32 x V columns by 8 lanes over the rows.
+template <int V, typename T>
 __device__ __forceinline__ void sum_rows(const float* partials, int64_t rows, int64_t columns,
                                          T* out, int64_t block) {
-  __shared__ float lanes[kSumLanes][kSumColumns];
+  __shared__ float lanes[kSumLanes][kSumColumns][V];
   const int x = threadIdx.x % kSumColumns, y = threadIdx.x / kSumColumns;
-  const int64_t column = block * kSumColumns + x;
-  float sum = 0;
+  const int64_t column = (block * kSumColumns + x) * V;
+  float sum[V] = {};
   if (column < columns) {
 #pragma unroll 4
-    for (int64_t row = y; row < rows; row += kSumLanes) sum += partials[row * columns + column];
+    for (int64_t row = y; row < rows; row += kSumLanes) {
+      const float* from = partials + row * columns + column;
+      if constexpr (V == 4) {
+        const float4 v = *reinterpret_cast<const float4*>(from);
+        sum[0] += v.x;
+        sum[1] += v.y;
+        sum[2] += v.z;
+        sum[3] += v.w;
+      } else {
+        sum[0] += *from;
+      }
+    }
   }
-  lanes[y][x] = sum;
+#pragma unroll
+  for (int j = 0; j < V; ++j) lanes[y][x][j] = sum[j];
   __syncthreads();
   if (y != 0 || column >= columns) return;
 #pragma unroll
-  for (int i = 1; i < kSumLanes; ++i) sum += lanes[i][x];
-  out[column] = narrow<T>(sum);
+  for (int j = 0; j < V; ++j) {
+#pragma unroll
+    for (int i = 1; i < kSumLanes; ++i) sum[j] += lanes[i][x][j];
+    out[column + j] = narrow<T>(sum[j]);
+  }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) sum_rows_kernel(const SumRows p) {
-  sum_rows(p.partials, p.rows, p.columns, static_cast<T*>(p.out), blockIdx.x);
+  sum_rows<1>(p.partials, p.rows, p.columns, static_cast<T*>(p.out), blockIdx.x);
 }
 
 template <typename T>
@@ -116,19 +131,19 @@ __global__ void __launch_bounds__(kSumThreads)
   if (block < w1_blocks) {
     reduce_w1<T>(p, block);
   } else if (block < w1_blocks + w2_blocks) {
-    sum_rows(p.w2_partials, p.groups, outputs * p.shape.hidden, static_cast<T*>(p.dw2),
+    sum_rows<4>(p.w2_partials, p.groups, outputs * p.shape.hidden, static_cast<T*>(p.dw2),
              block - w1_blocks);
   } else if (p.prior_float32) {
-    sum_rows(p.prior_partials, p.groups, outputs, static_cast<float*>(p.dprior),
+    sum_rows<1>(p.prior_partials, p.groups, outputs, static_cast<float*>(p.dprior),
              block - w1_blocks - w2_blocks);
   } else {
-    sum_rows(p.prior_partials, p.groups, outputs, static_cast<T*>(p.dprior),
+    sum_rows<1>(p.prior_partials, p.groups, outputs, static_cast<T*>(p.dprior),
              block - w1_blocks - w2_blocks);
   }
 }
 
-int64_t sum_blocks(int64_t columns) {
-  return (columns + kSumColumns - 1) / kSumColumns;
+int64_t sum_blocks(int64_t columns, int at_once = 1) {
+  return (columns + kSumColumns * at_once - 1) / (kSumColumns * at_once);
 }
 
 }  // namespace
@@ -183,6 +198,7 @@ cudaError_t launch_connection_weights_forward(const ConnectionWeightsForward& p,
   WeightsDevice device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
+  if (!p.plain && on_hopper(p.shape, device)) return weights_forward_hopper(p, device, stream);
   return p.shape.dtype == DType::BFloat16 ? weights_forward<__nv_bfloat16>(p, device, stream)
                                           : weights_forward<__half>(p, device, stream);
 }
@@ -213,7 +229,7 @@ cudaError_t launch_connection_weights_input_backward(const ConnectionWeightsInpu
   WeightsDevice device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  if (!p.plain && input_backward_on_hopper(p.shape, device)) {
+  if (!p.plain && on_hopper(p.shape, device)) {
     return weights_input_backward_hopper(p, device, stream);
   }
   return p.shape.dtype == DType::BFloat16 ? weights_input_backward<__nv_bfloat16>(p, device, stream)
@@ -226,14 +242,14 @@ cudaError_t launch_connection_weights_reduce(const ConnectionWeightsReduce& p,
   if (!valid(s) || (p.w1_partials != nullptr && p.splits < 1) || p.groups < 0) {
     return cudaErrorInvalidValue;
   }
-  if (!aligned(p.w1_partials) || !aligned(p.dw1) || !aligned(p.w1)) {
+  if (!aligned(p.w1_partials) || !aligned(p.dw1) || !aligned(p.w1) || !aligned(p.w2_partials)) {
     return cudaErrorMisalignedAddress;
   }
   const int64_t width = 4 * kReduceColumns;
   const int64_t w1_blocks =
       p.w1_partials != nullptr ? (s.dim + width - 1) / width * reduce_rows(s.hidden) : 0;
   const int64_t w2_blocks =
-      p.w2_partials != nullptr ? sum_blocks(int64_t{s.outputs} * s.hidden) : 0;
+      p.w2_partials != nullptr ? sum_blocks(int64_t{s.outputs} * s.hidden, 4) : 0;
   const int64_t blocks =
       w1_blocks + w2_blocks + (p.dprior != nullptr ? sum_blocks(s.outputs) : 0);
   if (blocks == 0) return cudaSuccess;

@@ -50,6 +50,7 @@ struct ConnectionWeightsForward {
   void* hidden;        // h [N, K], or nullptr
   float* factor;       // r [N], or nullptr
   int cluster = 0;     // blocks that share a tile of tokens: 1, 2, 4; 0: as suits the device
+  bool plain = false;  // the kernel for every GPU, also where there is one for this GPU
 };
 
 // The rows of K: from grad_weights to e, and what dW2 and dprior are the sums of. The results come

@@ -300,6 +300,31 @@ __device__ __forceinline__ void forward_outputs(const ConnectionWeightsForward& 
   }
 }
 
+// From the sums in every block's shared memory to the weights.
+template <typename T, int NT, int CL>
+__device__ __forceinline__ void finish_forward(const ConnectionWeightsForward& p,
+                                               unsigned char* shared, int64_t token0, int rank) {
+  using Layout = ForwardLayout<NT, CL>;
+  const uint32_t base = address_in_shared(shared);
+  if (!Layout::kW2Waits) {
+    load_w2<T, NT>(p, base + Layout::kW2, 0);
+    copy_commit();
+  }
+  cluster_sync<CL>();
+  finish_hidden<T, NT, CL>(p, shared, token0, rank);
+  // No block ends, or overwrites its sums, before the others have read them.
+  if (Layout::kW2Waits) {
+    cluster_sync<CL>();
+    load_w2<T, NT>(p, base + Layout::kW2, 0);
+    copy_commit();
+  } else {
+    cluster_arrive<CL>();
+  }
+  forward_outputs<T, NT, CL>(p, base, reinterpret_cast<const float*>(shared + Layout::kPrior),
+                             token0, rank);
+  if (!Layout::kW2Waits) cluster_wait<CL>();
+}
+
 template <typename T, int NT, int CL>
 __global__ void __launch_bounds__(kWeightsThreads, forward_blocks(NT))
     connection_weights_forward(const ConnectionWeightsForward p, int stages) {
@@ -319,10 +344,6 @@ __global__ void __launch_bounds__(kWeightsThreads, forward_blocks(NT))
   float squares[2] = {};
   forward_main_loop<T, NT, CL>(p, base, stages, token0, rank, acc, squares);
   __syncthreads();
-  if (!Layout::kW2Waits) {
-    load_w2<T, NT>(p, base + Layout::kW2, 0);
-    copy_commit();
-  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = squares[half];
@@ -331,18 +352,7 @@ __global__ void __launch_bounds__(kWeightsThreads, forward_blocks(NT))
     if (lane % 4 == 0) all_squares[wm * 64 + wn * 16 + lane / 4 + 8 * half] = sum;
   }
   store_sums<NT>(shared + Layout::kSums, acc);
-  cluster_sync<CL>();
-  finish_hidden<T, NT, CL>(p, shared, token0, rank);
-  // No block ends, or overwrites its sums, before the others have read them.
-  if (Layout::kW2Waits) {
-    cluster_sync<CL>();
-    load_w2<T, NT>(p, base + Layout::kW2, 0);
-    copy_commit();
-  } else {
-    cluster_arrive<CL>();
-  }
-  forward_outputs<T, NT, CL>(p, base, priors, token0, rank);
-  if (!Layout::kW2Waits) cluster_wait<CL>();
+  finish_forward<T, NT, CL>(p, shared, token0, rank);
 }
 
 // Blocks a cluster, unless the caller has named them: as few as possible without leaving

@@ -93,16 +93,13 @@ __device__ __forceinline__ void input_gradient(const ConnectionWeightsInputBackw
   constexpr int kRows = Layout::kDxRows, kTiles = Layout::kDxColumns;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int wm = warp % Layout::kDxWarps, wn = warp / Layout::kDxWarps;
-  float coefficient[kRows][2];
+  float parts[NT / 2][kRows][2];  // of the coefficients, by slab; added up when they are used
 #pragma unroll
-  for (int i = 0; i < 2 * kRows; ++i) {
-    const int64_t token = token0 + wm * kRows * 16 + i / 2 * 16 + lane / 4 + i % 2 * 8;
-    coefficient[i / 2][i % 2] = 0;
-    for (int slab = 0; slab * kSlab < p.shape.hidden; ++slab) {
-      if (token < p.shape.tokens) {
-        coefficient[i / 2][i % 2] += p.coefficient[slab * p.shape.tokens + token];
-      }
-    }
+  for (int i = 0; i < NT / 2 * 2 * kRows; ++i) {
+    const int slab = i / 2 / kRows, m = i / 2 % kRows, half = i % 2;
+    const int64_t token = token0 + (wm * kRows + m) * 16 + lane / 4 + 8 * half;
+    parts[slab][m][half] =
+        token < p.shape.tokens ? p.coefficient[slab * p.shape.tokens + token] : 0;
   }
   const uint32_t e = address_in_shared(stage) + Layout::kE;
   float acc[kRows][kTiles][4] = {};
@@ -129,6 +126,9 @@ __device__ __forceinline__ void input_gradient(const ConnectionWeightsInputBackw
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = (wm * kRows + m) * 16 + lane / 4 + 8 * half;
+      float coefficient = 0;
+#pragma unroll
+      for (int slab = 0; slab < NT / 2; ++slab) coefficient += parts[slab][m][half];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const uint32_t place = swizzled(row, wn * kTiles + n, Layout::kRowBytes) + lane % 4 * 4;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void input_gradient(const ConnectionWeightsInputBackw
         if (p.grad_x != nullptr) unpack_word<T>(*word, grad);
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          grad[j] += acc[m][n][2 * half + j] - x[j] * coefficient[m][half];
+          grad[j] += acc[m][n][2 * half + j] - x[j] * coefficient;
         *word = pack_word<T>(grad);
       }
     }

@@ -30,8 +30,7 @@ struct Matrices {
 
 template <int KB>
 struct Layout {
-  static constexpr int kX = 0;  // in a stage
-  static constexpr int kGrad = kGroups * kBoxBytes;
+  static constexpr int kGrad = kGroups * kBoxBytes;  // in a stage, after x
   static constexpr int kE = 2 * kGroups * kBoxBytes;
   static constexpr int kStageBytes = kE + KB * kBoxBytes;
   static constexpr int kW1Bytes = kGroups * KB * kBoxBytes;
@@ -71,7 +70,7 @@ __device__ __forceinline__ void load_stages(const ConnectionWeightsInputBackward
       load_box(stage + L::kE + k * kBoxBytes, matrices.e, 64 * k, token, full);
     }
     for (int g = 0; g < kGroups; ++g) {
-      load_box(stage + L::kX + g * kBoxBytes, matrices.x, column0 + 64 * g, token, full);
+      load_box(stage + g * kBoxBytes, matrices.x, column0 + 64 * g, token, full);
       if (with_grad) {
         load_box(stage + L::kGrad + g * kBoxBytes, matrices.grad_x, column0 + 64 * g, token, full);
       }
@@ -120,39 +119,48 @@ __device__ __forceinline__ void store_partials(const ConnectionWeightsInputBackw
   }
 }
 
+// The parts of the coefficients of this lane's two rows of a tile, by slab.
+template <int KB>
+__device__ __forceinline__ void load_coefficients(const ConnectionWeightsInputBackward& p,
+                                                  int64_t token, float (&parts)[KB][2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = token + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half;
+#pragma unroll
+    for (int k = 0; k < KB; ++k) {
+      parts[k][half] = row < p.shape.tokens ? p.coefficient[k * p.shape.tokens + row] : 0;
+    }
+  }
+}
+
 template <typename T, int KB>
 __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackward& p,
                                                const Matrices& matrices, Barriers& barriers,
                                                unsigned char* shared, int stages, int64_t split,
                                                int64_t token0, int64_t count, int64_t column0) {
   using L = Layout<KB>;
-  const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
   const uint32_t w1 = address_in_shared(shared) + group * KB * kBoxBytes;
   const bool want_dx = p.dx != nullptr;
   const bool with_grad = p.grad_x != nullptr;
   column0 += 64 * group;
-  float outer[32 * KB] = {};
+  float outer[32 * KB] = {}, parts[KB][2];  // parts: a tile ahead
+  load_coefficients<KB>(p, token0, parts);
   RingPlace place;
   int last = 0;
   barrier_wait(&barriers.w1, 0);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t token = token0 + i * kTokens;
-    float coefficient[2] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = token + warp * 16 + lane / 4 + 8 * half;
-#pragma unroll
-      for (int k = 0; k < KB; ++k) {
-        if (want_dx && row < p.shape.tokens) {
-          coefficient[half] += p.coefficient[k * p.shape.tokens + row];
-        }
-      }
-    }
     unsigned char* stage = shared + L::kW1Bytes + place.index * L::kStageBytes;
-    unsigned char* x_box = stage + L::kX + group * kBoxBytes;
+    unsigned char* x_box = stage + group * kBoxBytes;
     unsigned char* grad_box = stage + L::kGrad + group * kBoxBytes;
     const uint32_t x = address_in_shared(x_box), e = address_in_shared(stage) + L::kE;
     barrier_wait(&barriers.full[place.index], place.phase);
+
+    float coefficient[2] = {};
+#pragma unroll
+    for (int k = 0; k < 2 * KB; ++k) coefficient[k % 2] += parts[k / 2][k % 2];
+    load_coefficients<KB>(p, token + kTokens, parts);
 
     // Both products, wanted or not: the tensor cores run on only past code without branches.
     float product[32];
@@ -255,9 +263,9 @@ cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice&
 
 }  // namespace
 
-bool input_backward_on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device) {
+bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device) {
 #ifdef MUDDFORMER_SM90A
-  return device.hopper && padded_hidden(shape.hidden) <= 192 && shape.tokens <= INT_MAX - kTokens;
+  return device.hopper && padded_hidden(shape.hidden) <= 192 && shape.tokens <= INT_MAX / 2;
 #else
   return false;
 #endif

@@ -71,8 +71,10 @@ template <typename T>
 cudaError_t weights_input_backward(const ConnectionWeightsInputBackward& p,
                                    const WeightsDevice& device, cudaStream_t stream);
 
-// The same with the instructions of Hopper, for the shapes that this is compiled for.
-bool input_backward_on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device);
+// The same with the instructions of Hopper, for the shapes and devices that these take.
+bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device);
+cudaError_t weights_forward_hopper(const ConnectionWeightsForward& p, const WeightsDevice& device,
+                                   cudaStream_t stream);
 cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& p,
                                           const WeightsDevice& device, cudaStream_t stream);
 
@@ -80,7 +82,7 @@ cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& 
 // up before they leave the chip.
 inline constexpr int kHiddenTokens = 64;
 inline constexpr int kSlab = 64;
-inline constexpr int kHiddenCluster = 4;
+inline constexpr int kHiddenCluster = 2;  // four would leave multiprocessors idle
 constexpr int64_t hidden_backward_groups(int64_t tokens, int cluster) {
   return (tokens + cluster * kHiddenTokens - 1) / (cluster * kHiddenTokens);
 }

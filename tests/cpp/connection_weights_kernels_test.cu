@@ -90,21 +90,22 @@ struct WeightsProblem {
         w2(c.outputs, c.hidden),
         weights(c.tokens, c.outputs),
         grad_weights(c.tokens, c.outputs),
-        grad_outputs(c.tokens, c.outputs),
         hidden(c.tokens, c.hidden),
         e(c.tokens, c.hidden),
-        gelu(c.tokens, c.hidden),
+        dw2(c.outputs, c.hidden),
         prior(1, c.outputs),
         scale(1, c.dim),
         dprior(1, c.outputs),
         dscale(1, c.dim),
         factor(c.tokens, 1),
-        coefficient(c.tokens, 1),
-        prior_partials(hidden_backward_blocks(c.tokens), c.outputs),
+        coefficient(hidden_slabs(c.hidden), c.tokens),
         scale_partials(reduce_rows(c.hidden), c.dim) {
     shape = {kDType<T>, c.tokens, c.dim, c.hidden, c.outputs, c.tanh, static_cast<float>(c.cap)};
     EXPECT_EQ(cudaSuccess, input_backward_splits(shape, splits));
+    EXPECT_EQ(cudaSuccess, hidden_backward_groups(c.tokens, groups));
     w1_partials = std::make_unique<Array<float>>(int64_t{splits} * c.hidden, c.dim);
+    w2_partials = std::make_unique<Array<float>>(groups * c.outputs, c.hidden);
+    prior_partials = std::make_unique<Array<float>>(groups, c.outputs);
     x.fill(1, 1.5);
     grad_x.fill(2);
     w1.fill(3, 2 / std::sqrt(c.dim));
@@ -118,24 +119,24 @@ struct WeightsProblem {
     return {shape, static_cast<float>(kEps), x.data(),      w1.data(),     w2.data(), prior.data(),
             true,  weights.data(),           hidden.data(), factor.data(), cluster};
   }
-  void launch(cudaStream_t stream, int cluster = 0) const {
-    CUDA_OK(launch_connection_weights_forward(forward(cluster), stream));
+  // `plain`: with the kernels for every GPU.
+  void launch(cudaStream_t stream, int cluster = 0, bool plain = false) const {
+    ConnectionWeightsForward first = forward(cluster);
+    first.plain = plain;
+    CUDA_OK(launch_connection_weights_forward(first, stream));
     CUDA_OK(launch_connection_weights_hidden_backward(
         {shape, grad_weights.data(), c.cap > 0 ? weights.data() : nullptr, w2.data(), hidden.data(),
-         factor.data(), e.data(), gelu.data(), grad_outputs.data(), coefficient.data(),
-         prior_partials.data()},
+         factor.data(), e.data(), coefficient.data(), w2_partials->data(), prior_partials->data()},
         stream));
     CUDA_OK(launch_connection_weights_input_backward(
         {shape, x.data(), c.incoming ? grad_x.data() : nullptr, w1.data(), e.data(),
-         coefficient.data(), dx.data(), w1_partials->data(), splits},
+         coefficient.data(), dx.data(), w1_partials->data(), splits, plain},
         stream));
     CUDA_OK(launch_connection_weights_reduce(
-        {shape.dtype, c.dim, c.hidden, splits, w1_partials->data(), dw1.data(), w1.data(),
-         c.scale ? scale.data() : nullptr, true, c.scale ? scale_partials.data() : nullptr},
+        {shape, w1_partials->data(), splits, dw1.data(), w1.data(),
+         c.scale ? scale.data() : nullptr, true, c.scale ? scale_partials.data() : nullptr,
+         w2_partials->data(), prior_partials->data(), groups, dw2.data(), dprior.data(), true},
         stream));
-    CUDA_OK(launch_sum_rows({DType::Float32, hidden_backward_blocks(c.tokens), c.outputs,
-                             prior_partials.data(), dprior.data()},
-                            stream));
     if (c.scale) {
       CUDA_OK(launch_sum_rows(
           {shape.dtype, reduce_rows(c.hidden), c.dim, scale_partials.data(), dscale.data()},
@@ -143,7 +144,7 @@ struct WeightsProblem {
     }
   }
   void download() {
-    for (Array<T>* a : {&dx, &dw1, &weights, &grad_outputs, &hidden, &e, &gelu, &dscale})
+    for (Array<T>* a : {&dx, &dw1, &weights, &hidden, &e, &dw2, &dscale})
       a->download();
     for (Array<float>* a : {&dprior, &factor, &coefficient}) a->download();
   }
@@ -154,7 +155,7 @@ struct WeightsProblem {
       const auto* begin = reinterpret_cast<const unsigned char*>(array.host().data());
       all.emplace_back(begin, begin + array.host().size() * sizeof(array.host()[0]));
     };
-    for (const Array<T>* a : {&dx, &dw1, &weights, &grad_outputs, &hidden, &e, &gelu, &dscale})
+    for (const Array<T>* a : {&dx, &dw1, &weights, &hidden, &e, &dw2, &dscale})
       add(*a);
     for (const Array<float>* a : {&dprior, &factor, &coefficient}) add(*a);
     return all;
@@ -163,11 +164,12 @@ struct WeightsProblem {
   Case c;
   ConnectionWeightsShape shape;
   int splits = 0;
-  Array<T> x, grad_x, dx, w1, dw1, w2, weights, grad_weights, grad_outputs, hidden, e, gelu;
+  int64_t groups = 0;
+  Array<T> x, grad_x, dx, w1, dw1, w2, weights, grad_weights, hidden, e, dw2;
   Array<float> prior, scale, dprior;
   Array<T> dscale;
-  Array<float> factor, coefficient, prior_partials, scale_partials;
-  std::unique_ptr<Array<float>> w1_partials;
+  Array<float> factor, coefficient, scale_partials;
+  std::unique_ptr<Array<float>> w1_partials, w2_partials, prior_partials;
 };
 
 // A sum in float64 with the sum of its terms' magnitudes.
@@ -224,43 +226,78 @@ void check_forward(const WeightsProblem<T>& p) {
   }
 }
 
+// dA before it is rounded: without a cap it is of the dtype already.
 template <typename T>
-void check_backward(const WeightsProblem<T>& p) {
+double grad_output(const WeightsProblem<T>& p, int64_t t, int j) {
+  const double tanh = p.c.cap > 0 ? p.weights.at(t, j) / p.c.cap : 0;
+  return p.grad_weights.at(t, j) * (1 - tanh * tanh);
+}
+
+// What the rounding of `factors` numbers of each term may do to a sum, as more magnitude.
+template <typename T>
+double with_rounding(const Accurate& sum, int factors) {
+  return sum.magnitude * (1 + factors * 1.01 * kRounding<T> / 4e-6);
+}
+
+template <typename T>
+void check_dx(const WeightsProblem<T>& p) {
   const Case& c = p.c;
-  std::vector<Accurate> dprior(c.outputs);
   for (int64_t t = 0; t < c.tokens; ++t) {
-    const double r = p.factor.at(t);
-    for (int j = 0; j < c.outputs; ++j) {
-      const double tanh = c.cap > 0 ? p.weights.at(t, j) / c.cap : 0;
-      const double da = p.grad_weights.at(t, j) * (1 - tanh * tanh);
-      dprior[j].add(da);
-      ASSERT_NO_FATAL_FAILURE(expect_close<T>(p.grad_outputs.at(t, j), da, 1, "dA", t, j));
-    }
-    Accurate coefficient;
-    for (int k = 0; k < c.hidden; ++k) {
-      Accurate dg;
-      for (int j = 0; j < c.outputs; ++j) dg.add(p.grad_outputs.at(t, j) * p.w2.at(j, k));
-      const double h = p.hidden.at(t, k), slope = gelu_slope(h, c.tanh);
-      ASSERT_NO_FATAL_FAILURE(
-          expect_close<T>(p.e.at(t, k), r * slope * dg.value, r * dg.magnitude, "e", t, k));
-      ASSERT_NO_FATAL_FAILURE(
-          expect_close<T>(p.gelu.at(t, k), gelu_of(h, c.tanh), std::abs(h), "gelu", t, k));
-      coefficient.add(p.e.at(t, k) * h * r / c.dim);
-    }
-    ASSERT_NO_FATAL_FAILURE(expect_close<float>(p.coefficient.at(t), coefficient.value,
-                                                coefficient.magnitude, "coefficient", t, 0));
+    double coefficient = 0;
+    for (int slab = 0; slab < hidden_slabs(c.hidden); ++slab) coefficient += p.coefficient.at(slab, t);
     for (int64_t d = 0; d < c.dim; ++d) {
       Accurate dx;
       for (int k = 0; k < c.hidden; ++k) dx.add(p.e.at(t, k) * p.w1.at(k, d));
-      dx.add(-p.x.at(t, d) * p.coefficient.at(t));
+      dx.add(-p.x.at(t, d) * coefficient);
       if (c.incoming) dx.add(p.grad_x.at(t, d));
       ASSERT_NO_FATAL_FAILURE(expect_close<T>(p.dx.at(t, d), dx.value, dx.magnitude, "dx", t, d));
     }
   }
+}
+
+template <typename T>
+void check_hidden_backward(const WeightsProblem<T>& p) {
+  const Case& c = p.c;
+  const int roundings = c.cap > 0 ? 1 : 0;  // of dA
+  std::vector<Accurate> dprior(c.outputs);
+  std::vector<Accurate> dw2(static_cast<size_t>(c.outputs) * c.hidden);
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    const double r = p.factor.at(t);
+    std::vector<double> da(c.outputs);
+    for (int j = 0; j < c.outputs; ++j) dprior[j].add(da[j] = grad_output(p, t, j));
+    Accurate coefficient;
+    double all_slabs = 0;
+    for (int slab = 0; slab < hidden_slabs(c.hidden); ++slab) all_slabs += p.coefficient.at(slab, t);
+    for (int k = 0; k < c.hidden; ++k) {
+      const double h = p.hidden.at(t, k), slope = gelu_slope(h, c.tanh), gelu = gelu_of(h, c.tanh);
+      Accurate dg;
+      for (int j = 0; j < c.outputs; ++j) {
+        dg.add(da[j] * p.w2.at(j, k));
+        dw2[static_cast<size_t>(j) * c.hidden + k].add(da[j] * gelu);
+      }
+      ASSERT_NO_FATAL_FAILURE(
+          expect_close<T>(p.e.at(t, k), r * slope * dg.value,
+                          1.2 * r * with_rounding<T>(dg, roundings), "e", t, k));
+      coefficient.add(p.e.at(t, k) * h * r / c.dim);
+    }
+    ASSERT_NO_FATAL_FAILURE(expect_close<float>(all_slabs, coefficient.value, coefficient.magnitude,
+                                                "coefficient", t, 0));
+  }
   for (int j = 0; j < c.outputs; ++j) {
     ASSERT_NO_FATAL_FAILURE(expect_close<float>(p.dprior.at(0, j), dprior[j].value,
-                                                dprior[j].magnitude, "dprior", 0, j));
+                                                with_rounding<T>(dprior[j], roundings), "dprior", 0,
+                                                j));
+    for (int k = 0; k < c.hidden; ++k) {
+      const Accurate& sum = dw2[static_cast<size_t>(j) * c.hidden + k];
+      ASSERT_NO_FATAL_FAILURE(expect_close<T>(p.dw2.at(j, k), sum.value,
+                                              with_rounding<T>(sum, 1 + roundings), "dW2", j, k));
+    }
   }
+}
+
+template <typename T>
+void check_w1(const WeightsProblem<T>& p) {
+  const Case& c = p.c;
   for (int64_t d = 0; d < c.dim; ++d) {
     Accurate dscale;
     for (int k = 0; k < c.hidden; ++k) {
@@ -296,13 +333,18 @@ class ConnectionWeightsKernels : public testing::Test {
       ASSERT_FALSE(device.bulk_copy) << "every shape is taken where there are clusters";
       return;
     }
-    for (const int cluster : {1, 2, 4}) {
-      SCOPED_TRACE("cluster " + std::to_string(cluster));
-      ASSERT_NO_FATAL_FAILURE(p.launch(nullptr, cluster));
-      CUDA_OK(cudaDeviceSynchronize());
-      p.download();
-      ASSERT_NO_FATAL_FAILURE(check_forward(p));
-      if (cluster == 1) ASSERT_NO_FATAL_FAILURE(check_backward(p));
+    for (const bool plain : {false, true}) {
+      SCOPED_TRACE(plain ? "for every GPU" : "for this GPU");
+      for (const int cluster : {4, 2, 1}) {
+        SCOPED_TRACE("cluster " + std::to_string(cluster));
+        ASSERT_NO_FATAL_FAILURE(p.launch(nullptr, cluster, plain));
+        CUDA_OK(cudaDeviceSynchronize());
+        p.download();
+        ASSERT_NO_FATAL_FAILURE(check_forward(p));
+      }
+      ASSERT_NO_FATAL_FAILURE(check_hidden_backward(p));
+      ASSERT_NO_FATAL_FAILURE(check_dx(p));
+      ASSERT_NO_FATAL_FAILURE(check_w1(p));
     }
   }
 };
