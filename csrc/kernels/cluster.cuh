@@ -1,5 +1,5 @@
-// The barrier of a cluster of blocks, and loads from the shared memory of its other blocks; of
-// compute capability 9.0.
+// The barrier of a cluster of blocks, and access to the shared memory of its other blocks; kernels
+// that follow each other closely. Of compute capability 9.0.
 #pragma once
 
 #include "ring.cuh"
@@ -63,6 +63,29 @@ __device__ __forceinline__ float4 load_four_of_rank(uint32_t address, int rank) 
       : "memory");
 #endif
   return v;
+}
+
+// Stores into the shared memory of the block of this rank.
+__device__ __forceinline__ void store_four_to_rank(uint32_t address, int rank, const float4& v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n"
+      "}" ::"r"(address),
+      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+#endif
+}
+
+// For kernels launched while the one before may still run (launch_wide): lets the next one come to
+// the multiprocessors as soon as there is room, and waits until all that was launched before is done
+// and its results are there.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace muddformer::kernels

@@ -7,6 +7,7 @@
 // kReduceRows rows; then come the blocks of W2 and of the prior.
 #include <algorithm>
 
+#include "cluster.cuh"
 #include "connection_weights.h"
 #include "connection_weights_gelu.cuh"
 #include "connection_weights_launch.h"
@@ -127,6 +128,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_rows_kernel(const SumRows p) 
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads)
     reduce_kernel(const ConnectionWeightsReduce p, int64_t w1_blocks, int64_t w2_blocks) {
+  wait_for_kernel_before();
   const int64_t block = blockIdx.x, outputs = p.shape.outputs;
   if (block < w1_blocks) {
     reduce_w1<T>(p, block);
@@ -176,14 +178,15 @@ bool connection_weights_supported(const ConnectionWeightsShape& shape) {
 }
 
 cudaError_t input_backward_splits(const ConnectionWeightsShape& shape, int& splits) {
-  Device device;
+  WeightsDevice device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const int64_t columns = input_columns(shape.hidden);
+  const int blocks = input_blocks(shape, device);
   const int64_t slices = (shape.dim + columns - 1) / columns;
-  const int64_t tiles = (shape.tokens + 63) / 64;
-  splits = static_cast<int>(
-      std::clamp<int64_t>(device.multiprocessors / slices, 1, std::max<int64_t>(tiles, 1)));
+  const int64_t tiles = (shape.tokens + 64 * blocks - 1) / (64 * blocks);
+  splits = static_cast<int>(std::clamp<int64_t>(device.multiprocessors / (slices * blocks), 1,
+                                                std::max<int64_t>(tiles, 1)));
   return cudaSuccess;
 }
 
@@ -253,15 +256,11 @@ cudaError_t launch_connection_weights_reduce(const ConnectionWeightsReduce& p,
   const int64_t blocks =
       w1_blocks + w2_blocks + (p.dprior != nullptr ? sum_blocks(s.outputs) : 0);
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidValue;
-  if (s.dtype == DType::BFloat16) {
-    reduce_kernel<__nv_bfloat16>
-        <<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(p, w1_blocks, w2_blocks);
-  } else {
-    reduce_kernel<__half>
-        <<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(p, w1_blocks, w2_blocks);
-  }
-  return cudaGetLastError();
+  WeightsDevice device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const auto kernel = s.dtype == DType::BFloat16 ? reduce_kernel<__nv_bfloat16> : reduce_kernel<__half>;
+  return launch_wide(kernel, device, blocks, 1, kSumThreads, 0, stream, p, w1_blocks, w2_blocks);
 }
 
 cudaError_t launch_sum_rows(const SumRows& p, cudaStream_t stream) {

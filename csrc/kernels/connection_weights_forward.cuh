@@ -218,7 +218,7 @@ __device__ __forceinline__ void finish_hidden(const ConnectionWeightsForward& p,
   const bool valid = token < p.shape.tokens;
   const float factor = rsqrtf(squares / static_cast<float>(p.shape.dim) + p.eps);
   if (valid && p.factor != nullptr && threadIdx.x % (2 * CL) == 0) p.factor[token] = factor;
-#pragma unroll 2
+#pragma unroll 3
   for (int chunk = threadIdx.x % (2 * CL); chunk < 4 * NT; chunk += 2 * CL) {
     float h[8] = {};
 #pragma unroll
@@ -335,6 +335,7 @@ __global__ void __launch_bounds__(kWeightsThreads, forward_blocks(NT))
   const int64_t token0 = static_cast<int64_t>(blockIdx.x / CL) * kForwardTokens;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp % 2, wn = warp / 2;
 
+  wait_for_kernel_before();
   float* all_squares = reinterpret_cast<float*>(shared);
   float* priors = reinterpret_cast<float*>(shared + Layout::kPrior);
   if (threadIdx.x < p.shape.outputs) {
@@ -386,7 +387,7 @@ cudaError_t launch_forward_cluster(const ConnectionWeightsForward& p, const Weig
   int stages = 4;
   while (stages > 2 && Layout::bytes(stages) > limit) --stages;
   const int64_t tiles = (p.shape.tokens + kForwardTokens - 1) / kForwardTokens;
-  return launch_wide(connection_weights_forward<T, NT, CL>, tiles * CL, CL, kWeightsThreads,
+  return launch_wide(connection_weights_forward<T, NT, CL>, device, tiles * CL, CL, kWeightsThreads,
                      Layout::bytes(stages), stream, p, stages);
 }
 

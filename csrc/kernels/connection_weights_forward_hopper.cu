@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kWeightsThreads + 32, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  wait_for_kernel_before();
   if (threadIdx.x >= kWeightsThreads) {
     if (threadIdx.x == kWeightsThreads) {
       load_stages<NT, CL>(matrices, barriers, base + Layout::kStages, stages, token0, first, count);
@@ -150,7 +151,7 @@ cudaError_t launch(const ConnectionWeightsForward& p, const WeightsDevice& devic
   int stages = kStagesAtMost;
   while (Layout::bytes(stages) + kOther > device.shared_bytes) --stages;
   const int64_t tiles = (p.shape.tokens + kForwardTokens - 1) / kForwardTokens;
-  return launch_wide(connection_weights_forward_hopper<T, NT, CL>, tiles * CL, CL,
+  return launch_wide(connection_weights_forward_hopper<T, NT, CL>, device, tiles * CL, CL,
                      kWeightsThreads + 32, 1024 + Layout::bytes(stages), stream, matrices, p,
                      stages);
 }

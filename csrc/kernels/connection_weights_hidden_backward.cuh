@@ -235,7 +235,8 @@ __device__ __forceinline__ void add_outputs_gradients(const ConnectionWeightsHid
   const int outputs = p.shape.outputs, hidden = p.shape.hidden;
   if (p.w2_partials != nullptr) {
     float* partials = p.w2_partials + cluster * outputs * hidden + column0;
-    for (int i = threadIdx.x * CL + rank; i < outputs * 16; i += kWeightsThreads * CL) {
+    for (int i = rank * kWeightsThreads + threadIdx.x; i < outputs * 16;
+         i += CL * kWeightsThreads) {
       const int row = i / 16, chunk = i % 16;
       if (column0 + chunk * 4 >= hidden) continue;
       const uint32_t place = layout.e + swizzled(row, chunk, kSlab * 4);
@@ -274,6 +275,7 @@ __global__ void __launch_bounds__(kWeightsThreads, 3)
   const int64_t token0 = (cluster * CL + rank) * kHiddenTokens;
   const int64_t column0 = static_cast<int64_t>(blockIdx.x / CL % slabs) * kSlab;
 
+  wait_for_kernel_before();
   load_slab<T>(p, base, layout, token0, column0);
   if (whole_words) {
     copy_grad_outputs<T>(p, base, layout, token0);
@@ -314,11 +316,12 @@ __global__ void __launch_bounds__(kWeightsThreads, 3)
 }
 
 template <typename T, int CL>
-cudaError_t hidden_backward_of(const ConnectionWeightsHiddenBackward& p, cudaStream_t stream) {
+cudaError_t hidden_backward_of(const ConnectionWeightsHiddenBackward& p,
+                               const WeightsDevice& device, cudaStream_t stream) {
   const int slabs = padded_hidden(p.shape.hidden) / kSlab;
   const bool whole_words = p.weights == nullptr && p.shape.outputs % 4 == 0 &&
                            reinterpret_cast<uintptr_t>(p.grad_weights) % 8 == 0;
-  return launch_wide(weights_hidden_backward_kernel<T, CL>,
+  return launch_wide(weights_hidden_backward_kernel<T, CL>, device,
                      hidden_backward_groups(p.shape.tokens, CL) * CL * slabs, CL, kWeightsThreads,
                      hidden_backward_shared_bytes(p.shape.outputs), stream, p, whole_words);
 }
@@ -326,8 +329,8 @@ cudaError_t hidden_backward_of(const ConnectionWeightsHiddenBackward& p, cudaStr
 template <typename T>
 cudaError_t weights_hidden_backward(const ConnectionWeightsHiddenBackward& p,
                                     const WeightsDevice& device, cudaStream_t stream) {
-  return device.bulk_copy ? hidden_backward_of<T, kHiddenCluster>(p, stream)
-                          : hidden_backward_of<T, 1>(p, stream);
+  return device.bulk_copy ? hidden_backward_of<T, kHiddenCluster>(p, device, stream)
+                          : hidden_backward_of<T, 1>(p, device, stream);
 }
 
 }  // namespace muddformer::kernels

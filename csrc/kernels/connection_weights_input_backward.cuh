@@ -10,6 +10,7 @@
 // stage and leaves it in whole vectors one step later.
 #pragma once
 
+#include "cluster.cuh"
 #include "connection_weights_gelu.cuh"
 #include "connection_weights_launch.h"
 #include "tensor_core.cuh"
@@ -209,6 +210,7 @@ __global__ void __launch_bounds__(kWeightsThreads)
   const int64_t count = tiles * (split + 1) / p.splits - first;
   const auto token_of = [first](int64_t i) { return (first + i) * kInputTokens; };
 
+  wait_for_kernel_before();
   load_input_w1<T, NT, BD>(p, w1, column0);
   for (int s = 0; s < stages - 1; ++s) {
     if (s < count) {
@@ -270,7 +272,7 @@ cudaError_t input_backward_of(const ConnectionWeightsInputBackward& p, const Wei
   int stages = 4;
   while (stages > 2 && Layout::bytes(stages) > device.shared_bytes) --stages;
   const int64_t slices = (p.shape.dim + BD - 1) / BD;
-  return launch_wide(weights_input_backward_kernel<T, NT, BD>, slices * p.splits, 1,
+  return launch_wide(weights_input_backward_kernel<T, NT, BD>, device, slices * p.splits, 1,
                      kWeightsThreads, Layout::bytes(stages), stream, p, stages);
 }
 

@@ -8,6 +8,7 @@
 // into a ring of stages. Two warpgroups own 64 of the columns each: dx = e W1, and x^T e, whose sums
 // stay in registers until the end and are computed while dx is finished. dx takes grad_x's place in
 // the stage and leaves it as a box. K is padded to KB boxes of 64.
+#include "cluster.cuh"
 #include "connection_weights_launch.h"
 #include "tensor_copy.cuh"
 #include "tensor_core.cuh"
@@ -22,6 +23,7 @@ constexpr int kTokens = 64;
 constexpr int kGroups = kColumns / 64;  // warpgroups, each with a box of x, grad_x and W1
 constexpr int kConsumers = kGroups * 128;
 constexpr int kStagesAtMost = 4;
+constexpr int kBlocks = 2;  // of a cluster: they add their parts of e^T x
 constexpr int kMultiplies = kTokens / 16;
 
 struct Matrices {
@@ -104,18 +106,31 @@ __device__ __forceinline__ void finish_box(const unsigned char* x_box, unsigned 
   }
 }
 
-// A warpgroup's columns of e^T x.
-template <int KB>
-__device__ __forceinline__ void store_partials(const ConnectionWeightsInputBackward& p,
-                                               int64_t split, int64_t column0,
-                                               const float (&sums)[32 * KB]) {
-  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+// Of e^T x a block of the cluster finishes the half with its rank of the rows and gets it from the
+// other block, thread by thread.
+template <int KB, int rank>
+__device__ __forceinline__ void add_blocks(const ConnectionWeightsInputBackward& p,
+                                           unsigned char* shared, int64_t split, int64_t column0,
+                                           const float (&sums)[32 * KB]) {
+  constexpr int kHalf = 16 * KB, kOwn = rank * kHalf, kOther = kHalf - kOwn;
+  const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kHalf; i += 4) {
+    const float* v = sums + kOther + i;
+    store_four_to_rank(address_in_shared(shared) + (i / 4 * kConsumers + threadIdx.x) * 16,
+                       1 - rank, {v[0], v[1], v[2], v[3]});
+  }
+  cluster_sync<kBlocks>();
   float* partials = p.w1_partials + split * p.shape.hidden * p.shape.dim;
 #pragma unroll
-  for (int i = 0; i < 32 * KB; ++i) {
-    const int64_t row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    const int64_t column = column0 + warp * 16 + lane / 4 + i / 2 % 2 * 8;
-    if (row < p.shape.hidden && column < p.shape.dim) partials[row * p.shape.dim + column] = sums[i];
+  for (int i = 0; i < kHalf; ++i) {
+    const int64_t row = (kOwn + i) / 4 * 8 + lane % 4 * 2 + i % 2;
+    const int64_t column = column0 + 64 * group + warp * 16 + lane / 4 + i / 2 % 2 * 8;
+    const float other =
+        reinterpret_cast<const float*>(shared)[(i / 4 * kConsumers + threadIdx.x) * 4 + i % 4];
+    if (row < p.shape.hidden && column < p.shape.dim) {
+      partials[row * p.shape.dim + column] = sums[kOwn + i] + other;
+    }
   }
 }
 
@@ -136,15 +151,16 @@ __device__ __forceinline__ void load_coefficients(const ConnectionWeightsInputBa
 template <typename T, int KB>
 __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackward& p,
                                                const Matrices& matrices, Barriers& barriers,
-                                               unsigned char* shared, int stages, int64_t split,
-                                               int64_t token0, int64_t count, int64_t column0) {
+                                               unsigned char* shared, int stages, int64_t token0,
+                                               int64_t count, int64_t column0,
+                                               float (&outer)[32 * KB]) {
   using L = Layout<KB>;
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
   const uint32_t w1 = address_in_shared(shared) + group * KB * kBoxBytes;
   const bool want_dx = p.dx != nullptr;
   const bool with_grad = p.grad_x != nullptr;
   column0 += 64 * group;
-  float outer[32 * KB] = {}, parts[KB][2];  // parts: a tile ahead
+  float parts[KB][2];  // a tile ahead
   load_coefficients<KB>(p, token0, parts);
   RingPlace place;
   int last = 0;
@@ -197,7 +213,6 @@ __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackw
     last = place.index;
     place.advance(stages);
   }
-  if (p.w1_partials != nullptr) store_partials<KB>(p, split, column0, outer);
   if (threadIdx.x % 128 == 0) wait_for_stores();
 }
 
@@ -213,11 +228,12 @@ __global__ void __launch_bounds__(kConsumers + 32, 1)
   __shared__ Barriers barriers;
   unsigned char* shared = unaligned + (-address_in_shared(unaligned) & 1023u);
   const int slices = static_cast<int>((p.shape.dim + kColumns - 1) / kColumns);
-  const int64_t split = blockIdx.x / slices;
-  const int64_t column0 = static_cast<int64_t>(blockIdx.x % slices) * kColumns;
+  const int rank = static_cast<int>(blockIdx.x % kBlocks);
+  const int64_t split = blockIdx.x / kBlocks / slices, part = split * kBlocks + rank;
+  const int64_t column0 = static_cast<int64_t>(blockIdx.x / kBlocks % slices) * kColumns;
   const int64_t tiles = (p.shape.tokens + kTokens - 1) / kTokens;
-  const int64_t first = tiles * split / p.splits;
-  const int64_t count = tiles * (split + 1) / p.splits - first;
+  const int64_t parts = int64_t{p.splits} * kBlocks, first = tiles * part / parts;
+  const int64_t count = tiles * (part + 1) / parts - first;
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
       barrier_init(&barriers.full[i], 1);
@@ -227,9 +243,18 @@ __global__ void __launch_bounds__(kConsumers + 32, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  wait_for_kernel_before();
   if (threadIdx.x < kConsumers) {
-    consume_stages<T, KB>(p, matrices, barriers, shared, stages, split, first * kTokens, count,
-                          column0);
+    float outer[32 * KB] = {};
+    consume_stages<T, KB>(p, matrices, barriers, shared, stages, first * kTokens, count, column0,
+                          outer);
+    if (p.w1_partials == nullptr) return;
+    cluster_sync<kBlocks>();  // the rings give way to the halves that the blocks send each other
+    if (rank == 0) {
+      add_blocks<KB, 0>(p, shared, split, column0, outer);
+    } else {
+      add_blocks<KB, 1>(p, shared, split, column0, outer);
+    }
   } else if (threadIdx.x == kConsumers) {
     load_stages<KB>(p, matrices, barriers, address_in_shared(shared), stages, first * kTokens,
                     count, column0);
@@ -244,7 +269,7 @@ cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice&
   while (Layout<KB>::bytes(stages) + static_cast<int>(sizeof(uint64_t)) * 16 > device.shared_bytes)
     --stages;
   const int64_t slices = (p.shape.dim + kColumns - 1) / kColumns;
-  return launch_wide(weights_input_backward_hopper_kernel<T, KB>, slices * p.splits, 1,
+  return launch_wide(weights_input_backward_hopper_kernel<T, KB>, device, slices * p.splits * kBlocks, kBlocks,
                      kConsumers + 32, Layout<KB>::bytes(stages), stream, matrices, p, stages);
 }
 
@@ -269,6 +294,10 @@ bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device)
 #else
   return false;
 #endif
+}
+
+int input_blocks(const ConnectionWeightsShape& shape, const WeightsDevice& device) {
+  return on_hopper(shape, device) ? kBlocks : 1;
 }
 
 cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& p,

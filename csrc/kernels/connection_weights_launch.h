@@ -40,10 +40,12 @@ constexpr int padded_hidden(int hidden) {
   return (hidden + 63) / 64 * 64;
 }
 
-// Launches blocks with as much shared memory as they need, in clusters.
+// Launches blocks with as much shared memory as they need, in clusters. On devices that can, they
+// come while the kernel before may still run: each kernel calls wait_for_kernel_before() first.
 template <typename... Parameters, typename... Args>
-cudaError_t launch_wide(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads,
-                        int shared_bytes, cudaStream_t stream, const Args&... args) {
+cudaError_t launch_wide(void (*kernel)(Parameters...), const WeightsDevice& device, int64_t blocks,
+                        int cluster, int threads, int shared_bytes, cudaStream_t stream,
+                        const Args&... args) {
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -53,11 +55,13 @@ cudaError_t launch_wide(void (*kernel)(Parameters...), int64_t blocks, int clust
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = !device.bulk_copy ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
@@ -75,6 +79,7 @@ cudaError_t weights_input_backward(const ConnectionWeightsInputBackward& p,
 bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device);
 cudaError_t weights_forward_hopper(const ConnectionWeightsForward& p, const WeightsDevice& device,
                                    cudaStream_t stream);
+int input_blocks(const ConnectionWeightsShape& shape, const WeightsDevice& device);  // that share a split
 cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& p,
                                           const WeightsDevice& device, cudaStream_t stream);
 
