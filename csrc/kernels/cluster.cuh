@@ -14,6 +14,15 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// The same where nothing is handed over that the other blocks will read: it does not wait for this
+// thread's stores.
+template <int CL>
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (CL > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 template <int CL>
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
@@ -32,50 +41,41 @@ __device__ __forceinline__ void cluster_sync() {
   }
 }
 
-// Loads from the shared memory of the block of this rank in the cluster.
-__device__ __forceinline__ float load_of_rank(uint32_t address, int rank) {
+// Where an address in this block's shared memory is in that of the block of this rank.
+__device__ __forceinline__ uint32_t address_of_rank(uint32_t address, int rank) {
+  uint32_t there = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+#endif
+  return there;
+}
+
+// Loads from such an address.
+__device__ __forceinline__ float load_of_cluster(uint32_t address) {
   float v = 0;
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [there];\n"
-      "}"
-      : "=f"(v)
-      : "r"(address), "r"(rank)
-      : "memory");
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
 #endif
   return v;
 }
 
-__device__ __forceinline__ float4 load_four_of_rank(uint32_t address, int rank) {
+__device__ __forceinline__ float4 load_four_of_cluster(uint32_t address) {
   float4 v{};
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
-      "}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(rank)
-      : "memory");
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
 #endif
   return v;
 }
 
-// Stores into the shared memory of the block of this rank.
-__device__ __forceinline__ void store_four_to_rank(uint32_t address, int rank, const float4& v) {
+// Stores to such an address.
+__device__ __forceinline__ void store_four_to_cluster(uint32_t address, const float4& v) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n"
-      "}" ::"r"(address),
-      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-      : "memory");
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
 #endif
 }
 

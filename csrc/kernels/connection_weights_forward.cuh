@@ -203,16 +203,18 @@ __device__ __forceinline__ void finish_hidden(const ConnectionWeightsForward& p,
   constexpr int kGroup = 64 / CL;  // rows of each 64 that one block finishes
   const int own_row = threadIdx.x / (2 * CL);
   const int row = own_row / kGroup * 64 + rank * kGroup + own_row % kGroup;
-  const uint32_t base = address_in_shared(shared);
+  uint32_t block[CL];
+#pragma unroll
+  for (int q = 0; q < CL; ++q) block[q] = address_of_rank(address_in_shared(shared), q);
   const auto four_of = [&](int chunk, int q) {
     const uint32_t place = Layout::kSums + swizzled(row, chunk, 128 * NT);
-    return CL > 1 ? load_four_of_rank(base + place, q)
+    return CL > 1 ? load_four_of_cluster(block[q] + place)
                   : *reinterpret_cast<const float4*>(shared + place);
   };
   float squares = 0;
 #pragma unroll
   for (int q = 0; q < CL; ++q) {
-    squares += CL > 1 ? load_of_rank(base + row * 4, q) : reinterpret_cast<float*>(shared)[row];
+    squares += CL > 1 ? load_of_cluster(block[q] + row * 4) : reinterpret_cast<float*>(shared)[row];
   }
   const int64_t token = token0 + row;
   const bool valid = token < p.shape.tokens;
@@ -259,6 +261,8 @@ __device__ __forceinline__ void forward_outputs(const ConnectionWeightsForward& 
       load_w2<T, NT>(p, base + Layout::kW2 + (part + 1) % 2 * Layout::kW2Bytes, part + 1);
       copy_commit();
     }
+    const int output = part * kForwardOutputs + wn * 16 + lane % 4 * 4;
+    if (output - lane % 4 * 4 >= outputs) continue;
     const uint32_t w2 = base + Layout::kW2 + part % 2 * Layout::kW2Bytes;
     float acc[kTiles][2][4] = {};
 #pragma unroll
@@ -273,7 +277,6 @@ __device__ __forceinline__ void forward_outputs(const ConnectionWeightsForward& 
         multiply_add<T>(acc[m][1], a, b[2], b[3]);
       }
     }
-    const int output = part * kForwardOutputs + wn * 16 + lane % 4 * 4;
     if (output >= outputs) continue;
     const float4 prior = *reinterpret_cast<const float4*>(priors + output);
 #pragma unroll
@@ -318,7 +321,7 @@ __device__ __forceinline__ void finish_forward(const ConnectionWeightsForward& p
     load_w2<T, NT>(p, base + Layout::kW2, 0);
     copy_commit();
   } else {
-    cluster_arrive<CL>();
+    cluster_arrive_relaxed<CL>();
   }
   forward_outputs<T, NT, CL>(p, base, reinterpret_cast<const float*>(shared + Layout::kPrior),
                              token0, rank);

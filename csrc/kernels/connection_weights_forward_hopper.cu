@@ -53,29 +53,34 @@ __device__ __forceinline__ void load_stages(const Matrices& matrices, Barriers& 
 template <typename T, int NT, int CL>
 __device__ __forceinline__ void consume_stages(Barriers& barriers, const unsigned char* ring,
                                                int stages, int count, float (&sums)[16 * NT],
-                                               float& squares) {
+                                               float (&squares)[4]) {
   using Layout = ForwardLayout<NT, CL>;
-  const int group = threadIdx.x / 128, row = threadIdx.x % 128 / 2;
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler sees: one a warp
+  const int row = threadIdx.x % 128 / 2;
   RingPlace place;
   for (int i = 0; i < count; ++i) {
     const unsigned char* stage = ring + place.index * Layout::kStageBytes;
     const unsigned char* x_box = stage + Layout::kX + group * kBoxBytes;
-    const uint32_t x = address_in_shared(x_box), w1 = address_in_shared(stage) + Layout::kW1;
+    const uint64_t x = operand_columns_of_k(address_in_shared(x_box));
+    const uint64_t w1 = operand_columns_of_k(address_in_shared(stage) + Layout::kW1);
     barrier_wait(&barriers.full[place.index], place.phase);
+    uint4 half_row[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      half_row[c] = *reinterpret_cast<const uint4*>(x_box + swizzled(row, threadIdx.x % 2 * 4 + c, 128));
+    }
     warpgroup_fence();
 #pragma unroll
     for (int k = 0; k < kForwardStep / 16; ++k) {
-      warpgroup_multiply<T, 0, 0>(sums, operand_columns_of_k(x + k * 32),
-                                  operand_columns_of_k(w1 + k * 32), 1);
+      warpgroup_multiply<T, 0, 0>(sums, x + k * kColumnsStep, w1 + k * kColumnsStep, 1);
     }
     warpgroup_commit();
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int chunk = threadIdx.x % 2 * 4 + c;
       float v[8];
-      unpack<T>(*reinterpret_cast<const uint4*>(x_box + swizzled(row, chunk, 128)), v);
+      unpack<T>(half_row[c], v);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) squares += v[j] * v[j];
+      for (int j = 0; j < 8; ++j) squares[j % 4] += v[j] * v[j];
     }
     warpgroup_wait<0>();  // the other warpgroup keeps the tensor cores busy
     warpgroup_settle(sums);
@@ -133,9 +138,10 @@ __global__ void __launch_bounds__(kWeightsThreads + 32, 1)
   if (threadIdx.x < p.shape.outputs) {
     priors[threadIdx.x] = load_mixed<T>(p.prior, threadIdx.x, p.prior_float32);
   }
-  float sums[16 * NT] = {}, squares = 0;
-  consume_stages<T, NT, CL>(barriers, shared + Layout::kStages, stages, count, sums, squares);
+  float sums[16 * NT] = {}, parts[4] = {};  // parts: of the sum of squares
+  consume_stages<T, NT, CL>(barriers, shared + Layout::kStages, stages, count, sums, parts);
   sync_consumers(kWeightsThreads);  // the ring gives way to the sums
+  float squares = (parts[0] + parts[1]) + (parts[2] + parts[3]);
   squares += __shfl_xor_sync(0xffffffffu, squares, 1);
   if (threadIdx.x % 2 == 0) reinterpret_cast<float*>(shared)[threadIdx.x / 2] = squares;
   store_group_sums<NT>(shared + Layout::kSums, sums);

@@ -14,8 +14,9 @@ inline constexpr float kGeluCubic = 0.044715f;
 // Abramowitz and Stegun's 7.1.26, good to 1e-7: as good as 1 + erf(h / sqrt(2)) in float32, in half
 // the instructions.
 __device__ __forceinline__ float normal_cdf(float h, float& gauss) {
-  gauss = __expf(-0.5f * h * h);
-  const float t = __fdividef(1.0f, 1.0f + 0.23164190f * fabsf(h));  // 0.3275911 / sqrt(2)
+  float t = fmaf(0.23164189f, fabsf(h), 1.0f);  // 0.3275911 / sqrt(2)
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(gauss) : "f"(-0.72134752f * h * h));  // log2(e) / 2
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(t));
   const float tail =
       gauss * t *
       (0.127414796f +

@@ -157,19 +157,23 @@ __device__ __forceinline__ void finish_hidden_gradient(const ConnectionWeightsHi
   }
 }
 
+// A thread's vectors of the block's part of e.
+inline constexpr int kEVectors = kHiddenTokens * kSlabBytes / 16 / kWeightsThreads;
+
 // e and the coefficients of the slab to global memory.
 template <typename T>
 __device__ __forceinline__ void store_hidden_gradient(const ConnectionWeightsHiddenBackward& p,
                                                       const unsigned char* shared,
-                                                      const HiddenLayout& layout, int64_t token0,
+                                                      const HiddenLayout& layout,
+                                                      const uint4 (&e)[kEVectors], int64_t token0,
                                                       int64_t column0) {
 #pragma unroll
-  for (int i = 0; i < kHiddenTokens / (kWeightsThreads / 8); ++i) {
+  for (int i = 0; i < kEVectors; ++i) {
     const int row = threadIdx.x / 8 + i * kWeightsThreads / 8, chunk = threadIdx.x % 8;
     const int64_t token = token0 + row, column = column0 + chunk * 8;
     if (token < p.shape.tokens && column < p.shape.hidden) {
       *reinterpret_cast<uint4*>(static_cast<T*>(p.grad_hidden) + token * p.shape.hidden + column) =
-          *reinterpret_cast<const uint4*>(shared + layout.e + swizzled(row, chunk, kSlabBytes));
+          e[i];
     }
   }
   const int64_t token = token0 + threadIdx.x;
@@ -231,8 +235,10 @@ __device__ __forceinline__ void add_outputs_gradients(const ConnectionWeightsHid
                                                       const unsigned char* shared,
                                                       const HiddenLayout& layout, int64_t cluster,
                                                       int rank, int64_t column0) {
-  const uint32_t base = address_in_shared(shared);
   const int outputs = p.shape.outputs, hidden = p.shape.hidden;
+  uint32_t block[CL];
+#pragma unroll
+  for (int q = 0; q < CL; ++q) block[q] = address_of_rank(address_in_shared(shared), q);
   if (p.w2_partials != nullptr) {
     float* partials = p.w2_partials + cluster * outputs * hidden + column0;
     for (int i = rank * kWeightsThreads + threadIdx.x; i < outputs * 16;
@@ -243,7 +249,7 @@ __device__ __forceinline__ void add_outputs_gradients(const ConnectionWeightsHid
       float4 sum{};
 #pragma unroll
       for (int q = 0; q < CL; ++q) {
-        const float4 v = CL > 1 ? load_four_of_rank(base + place, q)
+        const float4 v = CL > 1 ? load_four_of_cluster(block[q] + place)
                                 : *reinterpret_cast<const float4*>(shared + place);
         sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
       }
@@ -255,7 +261,7 @@ __device__ __forceinline__ void add_outputs_gradients(const ConnectionWeightsHid
 #pragma unroll
     for (int q = 0; q < CL; ++q) {
       const uint32_t place = layout.sums + threadIdx.x * 4;
-      sum += CL > 1 ? load_of_rank(base + place, q)
+      sum += CL > 1 ? load_of_cluster(block[q] + place)
                     : *reinterpret_cast<const float*>(shared + place);
     }
     p.prior_partials[cluster * outputs + threadIdx.x] = sum;
@@ -305,13 +311,19 @@ __global__ void __launch_bounds__(kWeightsThreads, 3)
   }
   finish_hidden_gradient<T>(p, shared, layout, product, factor);
   __syncthreads();
-  store_hidden_gradient<T>(p, shared, layout, token0, column0);
+  uint4 e[kEVectors];
+#pragma unroll
+  for (int i = 0; i < kEVectors; ++i) {
+    const int row = threadIdx.x / 8 + i * kWeightsThreads / 8, chunk = threadIdx.x % 8;
+    e[i] = *reinterpret_cast<const uint4*>(shared + layout.e + swizzled(row, chunk, kSlabBytes));
+  }
   __syncthreads();  // e and W2 give way to the part of dW2
   outputs_gradient<T>(shared, layout, column0 == 0);
-  cluster_sync<CL>();
+  cluster_sync<CL>();  // would wait for stores to global memory: they come after it
+  store_hidden_gradient<T>(p, shared, layout, e, token0, column0);
   add_outputs_gradients<CL>(p, shared, layout, cluster, rank, column0);
   // No block ends before the others have read its part.
-  cluster_arrive<CL>();
+  cluster_arrive_relaxed<CL>();
   cluster_wait<CL>();
 }
 

@@ -81,27 +81,39 @@ __device__ __forceinline__ void load_stages(const ConnectionWeightsInputBackward
   }
 }
 
-// dx of a warpgroup's box out of e W1, in the place of grad_x.
+// dx of a warpgroup's box out of e W1, in the place of grad_x. Eight words at a time are loaded before
+// the first is used.
 template <typename T>
 __device__ __forceinline__ void finish_box(const unsigned char* x_box, unsigned char* grad_box,
                                            bool with_grad, const float (&product)[32],
                                            const float (&coefficient)[2]) {
+  constexpr int kAhead = 8;
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int row = warp * 16 + lane / 4;  // and 8 below
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
+  for (int first = 0; first < 16; first += kAhead) {
+    uint32_t x_word[kAhead], grad_word[kAhead] = {};
+    int place[kAhead];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp * 16 + lane / 4 + 8 * half;
-      const int place = row * 128 + ((n ^ (row & 7)) << 4) + lane % 4 * 4;
-      float x[2], grad[2] = {0, 0};
-      unpack_word<T>(*reinterpret_cast<const uint32_t*>(x_box + place), x);
-      uint32_t* word = reinterpret_cast<uint32_t*>(grad_box + place);
-      if (with_grad) unpack_word<T>(*word, grad);
+    for (int i = 0; i < kAhead; ++i) {
+      const int n = (first + i) / 2, half = i % 2;
+      place[i] = row * 128 + half * 1024 + ((n ^ (row & 7)) << 4) + lane % 4 * 4;
+      x_word[i] = *reinterpret_cast<const uint32_t*>(x_box + place[i]);
+    }
+    if (with_grad) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        grad[j] += product[4 * n + 2 * half + j] - x[j] * coefficient[half];
+      for (int i = 0; i < kAhead; ++i) {
+        grad_word[i] = *reinterpret_cast<const uint32_t*>(grad_box + place[i]);
       }
-      *word = pack_word<T>(grad);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      float x[2], dx[2];
+      unpack_word<T>(x_word[i], x);
+      unpack_word<T>(grad_word[i], dx);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) dx[j] += product[2 * (first + i) + j] - x[j] * coefficient[i % 2];
+      *reinterpret_cast<uint32_t*>(grad_box + place[i]) = pack_word<T>(dx);
     }
   }
 }
@@ -114,11 +126,11 @@ __device__ __forceinline__ void add_blocks(const ConnectionWeightsInputBackward&
                                            const float (&sums)[32 * KB]) {
   constexpr int kHalf = 16 * KB, kOwn = rank * kHalf, kOther = kHalf - kOwn;
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const uint32_t there = address_of_rank(address_in_shared(shared) + threadIdx.x * 16, 1 - rank);
 #pragma unroll
   for (int i = 0; i < kHalf; i += 4) {
     const float* v = sums + kOther + i;
-    store_four_to_rank(address_in_shared(shared) + (i / 4 * kConsumers + threadIdx.x) * 16,
-                       1 - rank, {v[0], v[1], v[2], v[3]});
+    store_four_to_cluster(there + i / 4 * kConsumers * 16, {v[0], v[1], v[2], v[3]});
   }
   cluster_sync<kBlocks>();
   float* partials = p.w1_partials + split * p.shape.hidden * p.shape.dim;
@@ -155,8 +167,9 @@ __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackw
                                                int64_t count, int64_t column0,
                                                float (&outer)[32 * KB]) {
   using L = Layout<KB>;
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
-  const uint32_t w1 = address_in_shared(shared) + group * KB * kBoxBytes;
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler sees: one a warp
+  const int lane = threadIdx.x % 32;
+  const uint64_t w1 = operand_rows_of_k(address_in_shared(shared) + group * KB * kBoxBytes);
   const bool want_dx = p.dx != nullptr;
   const bool with_grad = p.grad_x != nullptr;
   column0 += 64 * group;
@@ -170,7 +183,9 @@ __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackw
     unsigned char* stage = shared + L::kW1Bytes + place.index * L::kStageBytes;
     unsigned char* x_box = stage + group * kBoxBytes;
     unsigned char* grad_box = stage + L::kGrad + group * kBoxBytes;
-    const uint32_t x = address_in_shared(x_box), e = address_in_shared(stage) + L::kE;
+    const uint64_t x = operand_rows_of_k(address_in_shared(x_box));
+    const uint64_t e_left = operand_columns_of_k(address_in_shared(stage) + L::kE);
+    const uint64_t e_right = operand_rows_of_k(address_in_shared(stage) + L::kE);
     barrier_wait(&barriers.full[place.index], place.phase);
 
     float coefficient[2] = {};
@@ -183,14 +198,13 @@ __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackw
     warpgroup_fence();
 #pragma unroll
     for (int k = 0; k < 4 * KB; ++k) {
-      warpgroup_multiply<T, 0, 1>(product, operand_columns_of_k(e + k / 4 * kBoxBytes + k % 4 * 32),
-                                  operand_rows_of_k(w1 + k * 2048, kBoxBytes), k > 0);
+      warpgroup_multiply<T, 0, 1>(product, e_left + k / 4 * kOperandBox + k % 4 * kColumnsStep,
+                                  w1 + k * kRowsStep, k > 0);
     }
     warpgroup_commit();
 #pragma unroll
     for (int k = 0; k < kMultiplies; ++k) {
-      warpgroup_multiply<T, 1, 1>(outer, operand_rows_of_k(x + k * 2048, kBoxBytes),
-                                  operand_rows_of_k(e + k * 2048, kBoxBytes), 1);
+      warpgroup_multiply<T, 1, 1>(outer, x + k * kRowsStep, e_right + k * kRowsStep, 1);
     }
     warpgroup_commit();
     // The stage before: its dx has had time to leave.
@@ -249,7 +263,8 @@ __global__ void __launch_bounds__(kConsumers + 32, 1)
     consume_stages<T, KB>(p, matrices, barriers, shared, stages, first * kTokens, count, column0,
                           outer);
     if (p.w1_partials == nullptr) return;
-    cluster_sync<kBlocks>();  // the rings give way to the halves that the blocks send each other
+    cluster_arrive_relaxed<kBlocks>();
+    cluster_wait<kBlocks>();  // the rings give way to the halves that the blocks send each other
     if (rank == 0) {
       add_blocks<KB, 0>(p, shared, split, column0, outer);
     } else {

@@ -17,15 +17,21 @@ inline constexpr int kBoxBytes = 64 * 128;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// An operand: how the tensor core walks over it. `address` is of 1 KB alignment but for the steps.
-// Rows of k (the other dimension contiguous): boxes of 64 elements of the other dimension follow
-// each other at box_stride; 16 of k are 16 rows.
-__device__ __forceinline__ uint64_t operand_rows_of_k(uint32_t address, int box_stride) {
+// An operand: how the tensor core walks over the box at an address of 1 KB alignment. Adding a step
+// goes on by 16 of k, adding kOperandBox by a box.
+//
+// Rows of k (the other dimension contiguous): 16 of k are 16 rows. More of the other dimension is in
+// the boxes that follow.
+inline constexpr int kRowsStep = 16 * 128 >> 4, kColumnsStep = 32 >> 4;
+inline constexpr int kOperandBox = kBoxBytes >> 4;
+
+__device__ __forceinline__ uint64_t operand_rows_of_k(uint32_t address) {
   return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 |
-         static_cast<uint64_t>(box_stride >> 4) << 16 | (address >> 4 & 0x3fff);
+         uint64_t{kOperandBox} << 16 | (address >> 4 & 0x3fff);
 }
 
-// Columns of k (k contiguous): 16 of k are 32 bytes of a box.
+// Columns of k (k contiguous): 16 of k are 32 bytes of each row. More of the other dimension is in the
+// rows, and boxes, that follow.
 __device__ __forceinline__ uint64_t operand_columns_of_k(uint32_t address) {
   return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 |
          (address >> 4 & 0x3fff);
