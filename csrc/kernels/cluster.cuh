@@ -80,8 +80,8 @@ __device__ __forceinline__ void store_four_to_cluster(uint32_t address, const fl
 }
 
 // For kernels launched while the one before may still run (launch_wide): lets the next one come to
-// the multiprocessors as soon as there is room, and waits until all that was launched before is done
-// and its results are there.
+// the multiprocessors as soon as there is room, and waits until all that was launched before is
+// done and its results are there.
 __device__ __forceinline__ void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");

@@ -3,8 +3,8 @@
 //   dW1[k, d] = scale[d] P[k, d],  dscale[d] = sum_k W1[k, d] P[k, d],  P = sum of the splits
 //   dW2 and dprior: sums over the groups of tokens
 //
-// One launch: the first blocks serve W1, a thread four columns of a row of P, a block 256 columns of
-// kReduceRows rows; then come the blocks of W2 and of the prior.
+// One launch: the first blocks serve W1, a thread four columns of a row of P, a block 256 columns
+// of kReduceRows rows; then come the blocks of W2 and of the prior.
 #include <algorithm>
 
 #include "cluster.cuh"
@@ -42,7 +42,8 @@ __device__ __forceinline__ float4 load_four(const T* from) {
 template <typename T>
 __device__ __forceinline__ void reduce_w1(const ConnectionWeightsReduce& p, int64_t block) {
   __shared__ float4 rows[kReduceRows][kReduceColumns];
-  const int64_t dim = p.shape.dim, blocks_a_row = (dim + 4 * kReduceColumns - 1) / (4 * kReduceColumns);
+  const int64_t dim = p.shape.dim,
+                blocks_a_row = (dim + 4 * kReduceColumns - 1) / (4 * kReduceColumns);
   const int x = threadIdx.x % kReduceColumns, y = threadIdx.x / kReduceColumns;
   const int64_t column = (block % blocks_a_row * kReduceColumns + x) * 4;
   const int64_t row = block / blocks_a_row * kReduceRows + y;
@@ -134,13 +135,13 @@ __global__ void __launch_bounds__(kSumThreads)
     reduce_w1<T>(p, block);
   } else if (block < w1_blocks + w2_blocks) {
     sum_rows<4>(p.w2_partials, p.groups, outputs * p.shape.hidden, static_cast<T*>(p.dw2),
-             block - w1_blocks);
+                block - w1_blocks);
   } else if (p.prior_float32) {
     sum_rows<1>(p.prior_partials, p.groups, outputs, static_cast<float*>(p.dprior),
-             block - w1_blocks - w2_blocks);
+                block - w1_blocks - w2_blocks);
   } else {
     sum_rows<1>(p.prior_partials, p.groups, outputs, static_cast<T*>(p.dprior),
-             block - w1_blocks - w2_blocks);
+                block - w1_blocks - w2_blocks);
   }
 }
 
@@ -170,9 +171,9 @@ int reduce_rows(int hidden) {
 bool connection_weights_supported(const ConnectionWeightsShape& shape) {
   WeightsDevice device;
   if (!valid(shape) || current_device(device) != cudaSuccess) return false;
-  const int bytes = std::max({forward_shared_bytes(shape.hidden),
-                              hidden_backward_shared_bytes(shape.outputs),
-                              input_backward_shared_bytes(shape.hidden)});
+  const int bytes =
+      std::max({forward_shared_bytes(shape.hidden), hidden_backward_shared_bytes(shape.outputs),
+                input_backward_shared_bytes(shape.hidden)});
   // The widest hidden rows need clusters.
   return bytes <= device.shared_bytes && (device.bulk_copy || padded_hidden(shape.hidden) <= 256);
 }
@@ -253,13 +254,13 @@ cudaError_t launch_connection_weights_reduce(const ConnectionWeightsReduce& p,
       p.w1_partials != nullptr ? (s.dim + width - 1) / width * reduce_rows(s.hidden) : 0;
   const int64_t w2_blocks =
       p.w2_partials != nullptr ? sum_blocks(int64_t{s.outputs} * s.hidden, 4) : 0;
-  const int64_t blocks =
-      w1_blocks + w2_blocks + (p.dprior != nullptr ? sum_blocks(s.outputs) : 0);
+  const int64_t blocks = w1_blocks + w2_blocks + (p.dprior != nullptr ? sum_blocks(s.outputs) : 0);
   if (blocks == 0) return cudaSuccess;
   WeightsDevice device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  const auto kernel = s.dtype == DType::BFloat16 ? reduce_kernel<__nv_bfloat16> : reduce_kernel<__half>;
+  const auto kernel =
+      s.dtype == DType::BFloat16 ? reduce_kernel<__nv_bfloat16> : reduce_kernel<__half>;
   return launch_wide(kernel, device, blocks, 1, kSumThreads, 0, stream, p, w1_blocks, w2_blocks);
 }
 

@@ -2,11 +2,11 @@
 //
 //   r = rsqrt(mean(x^2) + eps),  h = r x W1^T,  A = GELU(h) W2^T + prior,  cap * tanh(A / cap)
 //
-// As connection_weights_forward.cuh, whose second half it shares: a cluster of CL blocks serves 128
+// As connection_weights_forward.cuh, with the same second half: a cluster of CL blocks serves 128
 // tokens, each block a part of D. Here one thread brings boxes of 64 columns of x and W1 into the
 // ring, two warpgroups multiply 64 tokens each straight from shared memory, and take the sums of
 // squares from there meanwhile.
-#include "connection_weights_forward.cuh"
+#include "connection_weights_forward_finish.cuh"
 #include "tensor_copy.cuh"
 #include "warpgroup.cuh"
 
@@ -55,7 +55,8 @@ __device__ __forceinline__ void consume_stages(Barriers& barriers, const unsigne
                                                int stages, int count, float (&sums)[16 * NT],
                                                float (&squares)[4]) {
   using Layout = ForwardLayout<NT, CL>;
-  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler sees: one a warp
+  const int group =
+      __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler sees: one a warp
   const int row = threadIdx.x % 128 / 2;
   RingPlace place;
   for (int i = 0; i < count; ++i) {
@@ -67,7 +68,8 @@ __device__ __forceinline__ void consume_stages(Barriers& barriers, const unsigne
     uint4 half_row[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      half_row[c] = *reinterpret_cast<const uint4*>(x_box + swizzled(row, threadIdx.x % 2 * 4 + c, 128));
+      half_row[c] =
+          *reinterpret_cast<const uint4*>(x_box + swizzled(row, threadIdx.x % 2 * 4 + c, 128));
     }
     warpgroup_fence();
 #pragma unroll
@@ -91,7 +93,8 @@ __device__ __forceinline__ void consume_stages(Barriers& barriers, const unsigne
 
 // This block's sums into shared memory.
 template <int NT>
-__device__ __forceinline__ void store_group_sums(unsigned char* tile, const float (&sums)[16 * NT]) {
+__device__ __forceinline__ void store_group_sums(unsigned char* tile,
+                                                 const float (&sums)[16 * NT]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 16 * NT; i += 2) {

@@ -7,8 +7,8 @@
 // grad_weights [N, C*S], W2 [C*S, K], h and e [N, K]. A block serves 64 tokens and a slab of 64
 // columns of K. All that it reads is under way at once; its tensors fit the second-level cache, so
 // latency is what there is to hide, by many small blocks. The 8 warps stand 2 x 4 over tokens and
-// columns of dA W2, then 4 x 2 over rows and columns of dW2. The blocks of a cluster of CL serve the
-// same slab of neighbouring tokens and add their parts of dW2 and dprior in the order of their
+// columns of dA W2, then 4 x 2 over rows and columns of dW2. The blocks of a cluster of CL serve
+// the same slab of neighbouring tokens and add their parts of dW2 and dprior in the order of their
 // ranks.
 #pragma once
 
@@ -151,7 +151,8 @@ __device__ __forceinline__ void finish_hidden_gradient(const ConnectionWeightsHi
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       if (lane % 4 == 0) {
-        reinterpret_cast<float*>(shared + layout.coefficients)[row * 4 + wn] = sum * factor[m][half];
+        reinterpret_cast<float*>(shared + layout.coefficients)[row * 4 + wn] =
+            sum * factor[m][half];
       }
     }
   }

@@ -138,8 +138,7 @@ __device__ __forceinline__ void input_gradient(const ConnectionWeightsInputBackw
         uint32_t* word = reinterpret_cast<uint32_t*>(stage + Layout::kGrad + place);
         if (p.grad_x != nullptr) unpack_word<T>(*word, grad);
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          grad[j] += acc[m][n][2 * half + j] - x[j] * coefficient;
+        for (int j = 0; j < 2; ++j) grad[j] += acc[m][n][2 * half + j] - x[j] * coefficient;
         *word = pack_word<T>(grad);
       }
     }

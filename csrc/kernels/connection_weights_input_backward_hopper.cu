@@ -5,9 +5,9 @@
 // As connection_weights_input_backward.cuh, whose tensor cores wait for its loads of shared memory;
 // here they fetch their operands themselves. A block owns 128 columns of D, whose part of W1 stays
 // in shared memory, and a range of tokens. One thread brings 64 tokens of x, grad_x and e at a time
-// into a ring of stages. Two warpgroups own 64 of the columns each: dx = e W1, and x^T e, whose sums
-// stay in registers until the end and are computed while dx is finished. dx takes grad_x's place in
-// the stage and leaves it as a box. K is padded to KB boxes of 64.
+// into a ring of stages. Two warpgroups own 64 of the columns each: dx = e W1, and x^T e, whose
+// sums stay in registers until the end and are computed while dx is finished. dx takes grad_x's
+// place in the stage and leaves it as a box. K is padded to KB boxes of 64.
 #include "cluster.cuh"
 #include "connection_weights_launch.h"
 #include "tensor_copy.cuh"
@@ -24,14 +24,11 @@ constexpr int kGroups = kColumns / 64;  // warpgroups, each with a box of x, gra
 constexpr int kConsumers = kGroups * 128;
 constexpr int kStagesAtMost = 4;
 constexpr int kBlocks = 2;  // of a cluster: they add their parts of e^T x
-constexpr int kMultiplies = kTokens / 16;
 
-struct Matrices {
-  CUtensorMap x, grad_x, w1, e, dx;
-};
+}  // namespace
 
 template <int KB>
-struct Layout {
+struct InputHopperLayout {
   static constexpr int kGrad = kGroups * kBoxBytes;  // in a stage, after x
   static constexpr int kE = 2 * kGroups * kBoxBytes;
   static constexpr int kStageBytes = kE + KB * kBoxBytes;
@@ -39,6 +36,12 @@ struct Layout {
   static constexpr int bytes(int stages) {  // and to align it
     return 1024 + kW1Bytes + stages * kStageBytes;
   }
+};
+
+namespace {
+
+struct Matrices {
+  CUtensorMap x, grad_x, w1, e, dx;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -53,7 +56,7 @@ __device__ __forceinline__ void load_stages(const ConnectionWeightsInputBackward
                                             const Matrices& matrices, Barriers& barriers,
                                             uint32_t w1, int stages, int64_t token0, int64_t count,
                                             int64_t column0) {
-  using L = Layout<KB>;
+  using L = InputHopperLayout<KB>;
   const bool with_grad = p.grad_x != nullptr && p.dx != nullptr;
   barrier_expect(&barriers.w1, L::kW1Bytes);
   for (int g = 0; g < kGroups; ++g) {
@@ -81,8 +84,8 @@ __device__ __forceinline__ void load_stages(const ConnectionWeightsInputBackward
   }
 }
 
-// dx of a warpgroup's box out of e W1, in the place of grad_x. Eight words at a time are loaded before
-// the first is used.
+// dx of a warpgroup's box out of e W1, in the place of grad_x. Eight words at a time are loaded
+// before the first is used.
 template <typename T>
 __device__ __forceinline__ void finish_box(const unsigned char* x_box, unsigned char* grad_box,
                                            bool with_grad, const float (&product)[32],
@@ -166,8 +169,9 @@ __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackw
                                                unsigned char* shared, int stages, int64_t token0,
                                                int64_t count, int64_t column0,
                                                float (&outer)[32 * KB]) {
-  using L = Layout<KB>;
-  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler sees: one a warp
+  using L = InputHopperLayout<KB>;
+  const int group =
+      __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler sees: one a warp
   const int lane = threadIdx.x % 32;
   const uint64_t w1 = operand_rows_of_k(address_in_shared(shared) + group * KB * kBoxBytes);
   const bool want_dx = p.dx != nullptr;
@@ -203,7 +207,7 @@ __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackw
     }
     warpgroup_commit();
 #pragma unroll
-    for (int k = 0; k < kMultiplies; ++k) {
+    for (int k = 0; k < kTokens / 16; ++k) {
       warpgroup_multiply<T, 1, 1>(outer, x + k * kRowsStep, e_right + k * kRowsStep, 1);
     }
     warpgroup_commit();
@@ -281,11 +285,13 @@ template <typename T, int KB>
 cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice& device,
                    const Matrices& matrices, cudaStream_t stream) {
   int stages = kStagesAtMost;
-  while (Layout<KB>::bytes(stages) + static_cast<int>(sizeof(uint64_t)) * 16 > device.shared_bytes)
+  while (InputHopperLayout<KB>::bytes(stages) + static_cast<int>(sizeof(uint64_t)) * 16 >
+         device.shared_bytes)
     --stages;
   const int64_t slices = (p.shape.dim + kColumns - 1) / kColumns;
-  return launch_wide(weights_input_backward_hopper_kernel<T, KB>, device, slices * p.splits * kBlocks, kBlocks,
-                     kConsumers + 32, Layout<KB>::bytes(stages), stream, matrices, p, stages);
+  return launch_wide(weights_input_backward_hopper_kernel<T, KB>, device,
+                     slices * p.splits * kBlocks, kBlocks, kConsumers + 32,
+                     InputHopperLayout<KB>::bytes(stages), stream, matrices, p, stages);
 }
 
 template <typename T>
@@ -305,10 +311,12 @@ cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice&
 
 bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device) {
 #ifdef MUDDFORMER_SM90A
-  return device.hopper && padded_hidden(shape.hidden) <= 192 && shape.tokens <= INT_MAX / 2;
+  constexpr bool kBuilt = true;
 #else
-  return false;
+  constexpr bool kBuilt = false;
 #endif
+  return kBuilt && device.hopper && padded_hidden(shape.hidden) <= 192 &&
+         shape.tokens <= INT_MAX - kTokens;
 }
 
 int input_blocks(const ConnectionWeightsShape& shape, const WeightsDevice& device) {

@@ -79,7 +79,8 @@ cudaError_t weights_input_backward(const ConnectionWeightsInputBackward& p,
 bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device);
 cudaError_t weights_forward_hopper(const ConnectionWeightsForward& p, const WeightsDevice& device,
                                    cudaStream_t stream);
-int input_blocks(const ConnectionWeightsShape& shape, const WeightsDevice& device);  // that share a split
+int input_blocks(const ConnectionWeightsShape& shape,
+                 const WeightsDevice& device);  // that share a split
 cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& p,
                                           const WeightsDevice& device, cudaStream_t stream);
 

@@ -1,7 +1,7 @@
-// Copies of boxes between matrices in global memory and shared memory (cp.async.bulk.tensor, compute
-// capability 9.0). A box is 64 rows x 64 elements of 16 bits, in shared memory 64 rows of 128 bytes
-// in the swizzle of tensor_core.cuh; it must start at a multiple of 1 KB. What lies beyond the matrix
-// is read as zero, and not written.
+// Copies of boxes between matrices in global memory and shared memory (cp.async.bulk.tensor,
+// compute capability 9.0). A box is 64 rows x 64 elements of 16 bits, in shared memory 64 rows of
+// 128 bytes in the swizzle of tensor_core.cuh; it must start at a multiple of 1 KB. What lies
+// beyond the matrix is read as zero, and not written.
 #pragma once
 
 #include <cuda.h>
@@ -51,10 +51,10 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& map, in
 // The way back. The threads that wrote the box have each made a fence of the asynchronous proxy.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, int64_t column, int64_t row,
                                           uint32_t from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
-                   &map),
-               "r"(static_cast<int>(column)), "r"(static_cast<int>(row)), "r"(from)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+      "r"(static_cast<int>(column)), "r"(static_cast<int>(row)), "r"(from)
+      : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 

@@ -144,8 +144,7 @@ struct WeightsProblem {
     }
   }
   void download() {
-    for (Array<T>* a : {&dx, &dw1, &weights, &hidden, &e, &dw2, &dscale})
-      a->download();
+    for (Array<T>* a : {&dx, &dw1, &weights, &hidden, &e, &dw2, &dscale}) a->download();
     for (Array<float>* a : {&dprior, &factor, &coefficient}) a->download();
   }
   std::vector<std::vector<unsigned char>> results() {
@@ -155,8 +154,7 @@ struct WeightsProblem {
       const auto* begin = reinterpret_cast<const unsigned char*>(array.host().data());
       all.emplace_back(begin, begin + array.host().size() * sizeof(array.host()[0]));
     };
-    for (const Array<T>* a : {&dx, &dw1, &weights, &hidden, &e, &dw2, &dscale})
-      add(*a);
+    for (const Array<T>* a : {&dx, &dw1, &weights, &hidden, &e, &dw2, &dscale}) add(*a);
     for (const Array<float>* a : {&dprior, &factor, &coefficient}) add(*a);
     return all;
   }
@@ -244,7 +242,8 @@ void check_dx(const WeightsProblem<T>& p) {
   const Case& c = p.c;
   for (int64_t t = 0; t < c.tokens; ++t) {
     double coefficient = 0;
-    for (int slab = 0; slab < hidden_slabs(c.hidden); ++slab) coefficient += p.coefficient.at(slab, t);
+    for (int slab = 0; slab < hidden_slabs(c.hidden); ++slab)
+      coefficient += p.coefficient.at(slab, t);
     for (int64_t d = 0; d < c.dim; ++d) {
       Accurate dx;
       for (int k = 0; k < c.hidden; ++k) dx.add(p.e.at(t, k) * p.w1.at(k, d));
@@ -267,7 +266,8 @@ void check_hidden_backward(const WeightsProblem<T>& p) {
     for (int j = 0; j < c.outputs; ++j) dprior[j].add(da[j] = grad_output(p, t, j));
     Accurate coefficient;
     double all_slabs = 0;
-    for (int slab = 0; slab < hidden_slabs(c.hidden); ++slab) all_slabs += p.coefficient.at(slab, t);
+    for (int slab = 0; slab < hidden_slabs(c.hidden); ++slab)
+      all_slabs += p.coefficient.at(slab, t);
     for (int k = 0; k < c.hidden; ++k) {
       const double h = p.hidden.at(t, k), slope = gelu_slope(h, c.tanh), gelu = gelu_of(h, c.tanh);
       Accurate dg;
@@ -275,9 +275,9 @@ void check_hidden_backward(const WeightsProblem<T>& p) {
         dg.add(da[j] * p.w2.at(j, k));
         dw2[static_cast<size_t>(j) * c.hidden + k].add(da[j] * gelu);
       }
-      ASSERT_NO_FATAL_FAILURE(
-          expect_close<T>(p.e.at(t, k), r * slope * dg.value,
-                          1.2 * r * with_rounding<T>(dg, roundings), "e", t, k));
+      ASSERT_NO_FATAL_FAILURE(expect_close<T>(p.e.at(t, k), r * slope * dg.value,
+                                              1.2 * r * with_rounding<T>(dg, roundings), "e", t,
+                                              k));
       coefficient.add(p.e.at(t, k) * h * r / c.dim);
     }
     ASSERT_NO_FATAL_FAILURE(expect_close<float>(all_slabs, coefficient.value, coefficient.magnitude,

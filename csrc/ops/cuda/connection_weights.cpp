@@ -120,7 +120,8 @@ at::Tensor sum_rows(const at::Tensor& partials, const at::Tensor& like) {
   return sum;
 }
 
-// e with its coefficients, and what dW2 (undefined where it is not wanted) and dprior are the sums of.
+// e with its coefficients, and what dW2 (undefined where it is not wanted) and dprior are the sums
+// of.
 struct HiddenGradients {
   at::Tensor e, coefficient, w2_partials, prior_partials;
 };
@@ -159,13 +160,10 @@ HiddenGradients backward_of_hidden(const kernels::ConnectionWeightsShape& shape,
 }
 
 // dx (undefined where it is not wanted), and partials of e^T x (likewise).
-std::pair<at::Tensor, at::Tensor> backward_of_input(const kernels::ConnectionWeightsShape& shape,
-                                                    const at::Tensor& x,
-                                                    const std::optional<at::Tensor>& grad_x,
-                                                    const at::Tensor& w1,
-                                                    const std::optional<at::Tensor>& scale,
-                                                    const HiddenGradients& g, bool want_x,
-                                                    bool want_w1) {
+std::pair<at::Tensor, at::Tensor> backward_of_input(
+    const kernels::ConnectionWeightsShape& shape, const at::Tensor& x,
+    const std::optional<at::Tensor>& grad_x, const at::Tensor& w1,
+    const std::optional<at::Tensor>& scale, const HiddenGradients& g, bool want_x, bool want_w1) {
   int splits = 1;
   C10_CUDA_CHECK(kernels::input_backward_splits(shape, splits));
   const at::Tensor rows = aligned(x), first = scaled(w1, scale);
@@ -211,8 +209,7 @@ Gradients connection_weights_backward_cuda(
       backward_of_hidden(*shape, grad_weights, weights, w2, hidden, factor, want_w2);
   at::Tensor dx, w1_partials;
   if (want_x || want_w1) {
-    std::tie(dx, w1_partials) =
-        backward_of_input(*shape, x, grad_x, w1, scale, g, want_x, want_w1);
+    std::tie(dx, w1_partials) = backward_of_input(*shape, x, grad_x, w1, scale, g, want_x, want_w1);
   }
 
   const auto like = [](const at::Tensor& tensor, bool want) {
@@ -229,7 +226,9 @@ Gradients connection_weights_backward_cuda(
   const auto floats = [](const at::Tensor& t) {
     return t.defined() ? t.mutable_data_ptr<float>() : nullptr;
   };
-  const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  const auto data = [](const at::Tensor& t) {
+    return t.defined() ? t.mutable_data_ptr() : nullptr;
+  };
   kernels::ConnectionWeightsReduce reduce;
   reduce.shape = *shape;
   reduce.w1_partials = floats(w1_partials);
