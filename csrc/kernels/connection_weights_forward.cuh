@@ -1,4 +1,5 @@
-// Forward of the connection weights, one kernel:
+// Forward of the connection weights, one kernel for every GPU (Hopper has a faster form,
+// connection_weights_forward_hopper.cu):
 //
 //   r = rsqrt(mean(x^2) + eps),  h = r x W1^T,  A = GELU(h) W2^T + prior,  cap * tanh(A / cap)
 //

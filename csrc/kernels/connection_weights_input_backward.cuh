@@ -1,4 +1,5 @@
-// Backward of the connection weights, the rows of D: one read of x and grad_x, one write of dx.
+// Backward of the connection weights, the rows of D: one read of x and grad_x, one write of dx. For
+// every GPU; Hopper has a faster form (connection_weights_input_backward_hopper.cu).
 //
 //   dx = grad_x + e W1 - x coefficient,   partials of e^T x
 //

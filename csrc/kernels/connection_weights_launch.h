@@ -79,10 +79,10 @@ cudaError_t weights_input_backward(const ConnectionWeightsInputBackward& p,
 bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device);
 cudaError_t weights_forward_hopper(const ConnectionWeightsForward& p, const WeightsDevice& device,
                                    cudaStream_t stream);
-int input_blocks(const ConnectionWeightsShape& shape,
-                 const WeightsDevice& device);  // that share a split
 cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& p,
                                           const WeightsDevice& device, cudaStream_t stream);
+// Blocks that share a split of the tokens in the input's backward.
+int input_blocks(const ConnectionWeightsShape& shape, const WeightsDevice& device);
 
 // The hidden rows' backward: tokens and columns of K of a block, and blocks whose tokens are added
 // up before they leave the chip.
