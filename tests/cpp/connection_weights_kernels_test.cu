@@ -433,6 +433,49 @@ TYPED_TEST(ConnectionWeightsKernels, RepeatsBitForBit) {
   }
 }
 
+// What is not wanted is left alone, and the rest comes out the same.
+TYPED_TEST(ConnectionWeightsKernels, FrozenInputs) {
+  for (const bool plain : {false, true}) {
+    WeightsProblem<TypeParam> p({700, 392, 128, 36, false, 0, false});
+    ASSERT_NO_FATAL_FAILURE(p.launch(nullptr, 0, plain));
+    CUDA_OK(cudaDeviceSynchronize());
+    const auto all = p.results();
+    const auto input_backward = [&](void* dx, float* partials) {
+      return launch_connection_weights_input_backward(
+          {p.shape, p.x.data(), p.grad_x.data(), p.w1.data(), p.e.data(), p.coefficient.data(), dx,
+           partials, p.splits, plain},
+          nullptr);
+    };
+    p.dx.fill(8);
+    p.w1_partials->fill(8);
+    CUDA_OK(input_backward(p.dx.data(), nullptr));
+    p.dw1.fill(8);
+    CUDA_OK(input_backward(nullptr, p.w1_partials->data()));
+    ConnectionWeightsReduce reduce{};
+    reduce.shape = p.shape;
+    reduce.w1_partials = p.w1_partials->data();
+    reduce.splits = p.splits;
+    reduce.dw1 = p.dw1.data();
+    CUDA_OK(launch_connection_weights_reduce(reduce, nullptr));
+    CUDA_OK(cudaDeviceSynchronize());
+    EXPECT_EQ(all, p.results());
+
+    CUDA_OK(launch_connection_weights_hidden_backward(
+        {p.shape, p.grad_weights.data(), nullptr, p.w2.data(), p.hidden.data(), p.factor.data(),
+         p.e.data(), p.coefficient.data(), nullptr, p.prior_partials->data()},
+        nullptr));
+    reduce.w1_partials = nullptr;
+    reduce.prior_partials = p.prior_partials->data();
+    reduce.groups = p.groups;
+    reduce.dprior = p.dprior.data();
+    reduce.prior_float32 = true;
+    p.dprior.fill(8);
+    CUDA_OK(launch_connection_weights_reduce(reduce, nullptr));
+    CUDA_OK(cudaDeviceSynchronize());
+    EXPECT_EQ(all, p.results());
+  }
+}
+
 TYPED_TEST(ConnectionWeightsKernels, CapturedInAGraph) {
   WeightsProblem<TypeParam> p({300, 512, 64, 36, false, 0, true});
   ASSERT_NO_FATAL_FAILURE(p.launch(nullptr));
