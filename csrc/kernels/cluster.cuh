@@ -1,5 +1,5 @@
-// The barrier of a cluster of blocks, and loads from the shared memory of its other blocks; of
-// compute capability 9.0.
+// The barrier of a cluster of blocks, and access to the shared memory of its other blocks; kernels
+// that follow each other closely. Of compute capability 9.0.
 #pragma once
 
 #include "ring.cuh"
@@ -11,6 +11,15 @@ template <int CL>
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   if constexpr (CL > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+// The same where nothing is handed over that the other blocks will read: it does not wait for this
+// thread's stores.
+template <int CL>
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (CL > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -32,37 +41,51 @@ __device__ __forceinline__ void cluster_sync() {
   }
 }
 
-// Loads from the shared memory of the block of this rank in the cluster.
-__device__ __forceinline__ float load_of_rank(uint32_t address, int rank) {
+// Where an address in this block's shared memory is in that of the block of this rank.
+__device__ __forceinline__ uint32_t address_of_rank(uint32_t address, int rank) {
+  uint32_t there = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+#endif
+  return there;
+}
+
+// Loads from such an address.
+__device__ __forceinline__ float load_of_cluster(uint32_t address) {
   float v = 0;
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [there];\n"
-      "}"
-      : "=f"(v)
-      : "r"(address), "r"(rank)
-      : "memory");
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
 #endif
   return v;
 }
 
-__device__ __forceinline__ float4 load_four_of_rank(uint32_t address, int rank) {
+__device__ __forceinline__ float4 load_four_of_cluster(uint32_t address) {
   float4 v{};
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
-      "}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(rank)
-      : "memory");
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
 #endif
   return v;
+}
+
+// Stores to such an address.
+__device__ __forceinline__ void store_four_to_cluster(uint32_t address, const float4& v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+#endif
+}
+
+// For kernels launched while the one before may still run (launch_wide): lets the next one come to
+// the multiprocessors as soon as there is room, and waits until all that was launched before is
+// done and its results are there.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace muddformer::kernels

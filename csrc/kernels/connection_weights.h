@@ -50,9 +50,12 @@ struct ConnectionWeightsForward {
   void* hidden;        // h [N, K], or nullptr
   float* factor;       // r [N], or nullptr
   int cluster = 0;     // blocks that share a tile of tokens: 1, 2, 4; 0: as suits the device
+  bool plain = false;  // the kernel for every GPU, also where there is one for this GPU
 };
 
-// The rows of K: from grad_weights to e, and what dW2 and dprior need.
+// The rows of K: from grad_weights to e, and what dW2 and dprior are the sums of. The results come
+// in parts: the coefficient for each slab of 64 columns of K, dW2 and dprior for each group of
+// tokens.
 struct ConnectionWeightsHiddenBackward {
   ConnectionWeightsShape shape;
   const void* grad_weights;  // [N, C*S], need not be aligned
@@ -61,12 +64,12 @@ struct ConnectionWeightsHiddenBackward {
   const void* hidden;        // h [N, K]
   const float* factor;       // r [N]
   void* grad_hidden;         // e [N, K]
-  void* gelu;                // GELU(h) [N, K]
-  void* grad_outputs;        // dA [N, C*S], need not be aligned; nullptr: not wanted
-  float* coefficient;        // (r / D) sum_k e_k h_k [N]
-  float* prior_partials;     // [hidden_backward_blocks(N), C*S]: their sum over blocks is dprior
+  float* coefficient;        // (r / D) sum_k e_k h_k [hidden_slabs(K), N]
+  float* w2_partials;        // [groups, C*S, K], or nullptr: not wanted
+  float* prior_partials;     // [groups, C*S]
 };
-int64_t hidden_backward_blocks(int64_t tokens);
+int hidden_slabs(int hidden);
+cudaError_t hidden_backward_groups(int64_t tokens, int64_t& groups);  // on the current device
 
 // The rows of D: dx, and e^T x as a sum over `splits` partial matrices.
 struct ConnectionWeightsInputBackward {
@@ -75,25 +78,30 @@ struct ConnectionWeightsInputBackward {
   const void* grad_x;        // [N, D], or nullptr for zero
   const void* w1;            // [K, D]
   const void* grad_hidden;   // e [N, K]
-  const float* coefficient;  // [N]
+  const float* coefficient;  // [hidden_slabs(K), N]
   void* dx;                  // [N, D], or nullptr: not wanted
   float* w1_partials;        // [splits, K, D], or nullptr: not wanted
   int splits;                // of input_backward_splits()
+  bool plain = false;        // the kernel for every GPU, also where there is one for this GPU
 };
 cudaError_t input_backward_splits(const ConnectionWeightsShape& shape, int& splits);
 
-// Adds the partial matrices of e^T x, and makes of them dW1 and dscale.
+// Adds the partial matrices, and makes of them dW1, dscale, dW2 and dprior.
 struct ConnectionWeightsReduce {
-  DType dtype;
-  int64_t dim;
-  int hidden;
+  ConnectionWeightsShape shape;
+  const float* w1_partials;  // [splits, K, D], or nullptr: neither dW1 nor dscale
   int splits;
-  const float* w1_partials;  // [splits, K, D]
-  void* dw1;                 // [K, D]
-  const void* w1;            // [K, D] without the scale; used with scale_partials
-  const void* scale;         // [D], or nullptr
-  bool scale_float32;        // else of the dtype
-  float* scale_partials;     // [reduce_rows(K), D], or nullptr: their sum over rows is dscale
+  void* dw1;                    // [K, D]
+  const void* w1;               // [K, D] without the scale; used with scale_partials
+  const void* scale;            // [D], or nullptr
+  bool scale_float32;           // else of the dtype
+  float* scale_partials;        // [reduce_rows(K), D], or nullptr: their sum over rows is dscale
+  const float* w2_partials;     // [groups, C*S, K], or nullptr: no dW2
+  const float* prior_partials;  // [groups, C*S]
+  int64_t groups;
+  void* dw2;           // [C*S, K]
+  void* dprior;        // [C*S], or nullptr: not wanted
+  bool prior_float32;  // else of the dtype
 };
 int reduce_rows(int hidden);
 

@@ -1,4 +1,5 @@
-// Backward of the connection weights, the rows of D: one read of x and grad_x, one write of dx.
+// Backward of the connection weights, the rows of D: one read of x and grad_x, one write of dx. For
+// every GPU; Hopper has a faster form (connection_weights_input_backward_hopper.cu).
 //
 //   dx = grad_x + e W1 - x coefficient,   partials of e^T x
 //
@@ -10,6 +11,7 @@
 // stage and leaves it in whole vectors one step later.
 #pragma once
 
+#include "cluster.cuh"
 #include "connection_weights_gelu.cuh"
 #include "connection_weights_launch.h"
 #include "tensor_core.cuh"
@@ -93,11 +95,13 @@ __device__ __forceinline__ void input_gradient(const ConnectionWeightsInputBackw
   constexpr int kRows = Layout::kDxRows, kTiles = Layout::kDxColumns;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int wm = warp % Layout::kDxWarps, wn = warp / Layout::kDxWarps;
-  float coefficient[kRows][2];
+  float parts[NT / 2][kRows][2];  // of the coefficients, by slab; added up when they are used
 #pragma unroll
-  for (int i = 0; i < 2 * kRows; ++i) {
-    const int64_t token = token0 + wm * kRows * 16 + i / 2 * 16 + lane / 4 + i % 2 * 8;
-    coefficient[i / 2][i % 2] = token < p.shape.tokens ? p.coefficient[token] : 0;
+  for (int i = 0; i < NT / 2 * 2 * kRows; ++i) {
+    const int slab = i / 2 / kRows, m = i / 2 % kRows, half = i % 2;
+    const int64_t token = token0 + (wm * kRows + m) * 16 + lane / 4 + 8 * half;
+    parts[slab][m][half] =
+        token < p.shape.tokens ? p.coefficient[slab * p.shape.tokens + token] : 0;
   }
   const uint32_t e = address_in_shared(stage) + Layout::kE;
   float acc[kRows][kTiles][4] = {};
@@ -124,6 +128,9 @@ __device__ __forceinline__ void input_gradient(const ConnectionWeightsInputBackw
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = (wm * kRows + m) * 16 + lane / 4 + 8 * half;
+      float coefficient = 0;
+#pragma unroll
+      for (int slab = 0; slab < NT / 2; ++slab) coefficient += parts[slab][m][half];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const uint32_t place = swizzled(row, wn * kTiles + n, Layout::kRowBytes) + lane % 4 * 4;
@@ -132,8 +139,7 @@ __device__ __forceinline__ void input_gradient(const ConnectionWeightsInputBackw
         uint32_t* word = reinterpret_cast<uint32_t*>(stage + Layout::kGrad + place);
         if (p.grad_x != nullptr) unpack_word<T>(*word, grad);
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          grad[j] += acc[m][n][2 * half + j] - x[j] * coefficient[m][half];
+        for (int j = 0; j < 2; ++j) grad[j] += acc[m][n][2 * half + j] - x[j] * coefficient;
         *word = pack_word<T>(grad);
       }
     }
@@ -204,6 +210,7 @@ __global__ void __launch_bounds__(kWeightsThreads)
   const int64_t count = tiles * (split + 1) / p.splits - first;
   const auto token_of = [first](int64_t i) { return (first + i) * kInputTokens; };
 
+  wait_for_kernel_before();
   load_input_w1<T, NT, BD>(p, w1, column0);
   for (int s = 0; s < stages - 1; ++s) {
     if (s < count) {
@@ -265,7 +272,7 @@ cudaError_t input_backward_of(const ConnectionWeightsInputBackward& p, const Wei
   int stages = 4;
   while (stages > 2 && Layout::bytes(stages) > device.shared_bytes) --stages;
   const int64_t slices = (p.shape.dim + BD - 1) / BD;
-  return launch_wide(weights_input_backward_kernel<T, NT, BD>, slices * p.splits, 1,
+  return launch_wide(weights_input_backward_kernel<T, NT, BD>, device, slices * p.splits, 1,
                      kWeightsThreads, Layout::bytes(stages), stream, p, stages);
 }
 

@@ -13,6 +13,7 @@ namespace muddformer::kernels {
 
 struct WeightsDevice : Device {
   int shared_bytes;  // that a block may have when it asks for it
+  bool hopper;       // compute capability 9.0, which has instructions of its own
 };
 
 inline cudaError_t current_device(WeightsDevice& device) {
@@ -23,6 +24,14 @@ inline cudaError_t current_device(WeightsDevice& device) {
     error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                    index);
   }
+  int major = 0, minor = 0;
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+  }
+  device.hopper = major == 9 && minor == 0;
   return error;
 }
 
@@ -31,10 +40,12 @@ constexpr int padded_hidden(int hidden) {
   return (hidden + 63) / 64 * 64;
 }
 
-// Launches blocks with as much shared memory as they need, in clusters.
+// Launches blocks with as much shared memory as they need, in clusters. On devices that can, they
+// come while the kernel before may still run: each kernel calls wait_for_kernel_before() first.
 template <typename... Parameters, typename... Args>
-cudaError_t launch_wide(void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads,
-                        int shared_bytes, cudaStream_t stream, const Args&... args) {
+cudaError_t launch_wide(void (*kernel)(Parameters...), const WeightsDevice& device, int64_t blocks,
+                        int cluster, int threads, int shared_bytes, cudaStream_t stream,
+                        const Args&... args) {
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -44,11 +55,13 @@ cudaError_t launch_wide(void (*kernel)(Parameters...), int64_t blocks, int clust
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = !device.bulk_copy ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
@@ -56,10 +69,29 @@ template <typename T>
 cudaError_t weights_forward(const ConnectionWeightsForward& p, const WeightsDevice& device,
                             cudaStream_t stream);
 template <typename T>
-cudaError_t weights_hidden_backward(const ConnectionWeightsHiddenBackward& p, cudaStream_t stream);
+cudaError_t weights_hidden_backward(const ConnectionWeightsHiddenBackward& p,
+                                    const WeightsDevice& device, cudaStream_t stream);
 template <typename T>
 cudaError_t weights_input_backward(const ConnectionWeightsInputBackward& p,
                                    const WeightsDevice& device, cudaStream_t stream);
+
+// The same with the instructions of Hopper, for the shapes and devices that these take.
+bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device);
+cudaError_t weights_forward_hopper(const ConnectionWeightsForward& p, const WeightsDevice& device,
+                                   cudaStream_t stream);
+cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& p,
+                                          const WeightsDevice& device, cudaStream_t stream);
+// Blocks that share a split of the tokens in the input's backward.
+int input_blocks(const ConnectionWeightsShape& shape, const WeightsDevice& device);
+
+// The hidden rows' backward: tokens and columns of K of a block, and blocks whose tokens are added
+// up before they leave the chip.
+inline constexpr int kHiddenTokens = 64;
+inline constexpr int kSlab = 64;
+inline constexpr int kHiddenCluster = 2;  // four would leave multiprocessors idle
+constexpr int64_t hidden_backward_groups(int64_t tokens, int cluster) {
+  return (tokens + cluster * kHiddenTokens - 1) / (cluster * kHiddenTokens);
+}
 
 // Columns of D that a block of the input's backward owns.
 constexpr int input_columns(int hidden) {
@@ -74,12 +106,11 @@ constexpr int forward_shared_bytes(int hidden) {
       128 * padded * 4 + 128 / cluster * padded * 2 + (padded <= 192 ? 2 * 64 * padded * 2 : 0);
   return (stages > epilogue ? stages : epilogue) + 2048;
 }
-inline constexpr int kHiddenSumsBytes = 8 * kMaxOutputs * 4;  // of 8 warps
-constexpr int hidden_backward_shared_bytes(int hidden, int outputs) {
-  const int padded = padded_hidden(hidden);
-  const int operands = 64 * ((outputs + 63) / 64 * 128) + (outputs + 15) / 16 * 16 * padded * 2;
-  const int products = kHiddenSumsBytes + 64 * (padded + 4) * 4;
-  return operands > products ? operands : products;
+constexpr int hidden_backward_shared_bytes(int outputs) {
+  const int row = (outputs + 63) / 64 * 128, padded = (outputs + 15) / 16 * 16;
+  const int e_and_w2 = (kHiddenTokens + padded) * kSlab * 2, sums = padded * kSlab * 4;
+  return kHiddenTokens * (row + 16 + kSlab * 2) + kMaxOutputs * 4 +
+         (e_and_w2 > sums ? e_and_w2 : sums);
 }
 constexpr int input_backward_shared_bytes(int hidden) {
   const int padded = padded_hidden(hidden), row = input_columns(hidden) * 2;

@@ -120,28 +120,29 @@ at::Tensor sum_rows(const at::Tensor& partials, const at::Tensor& like) {
   return sum;
 }
 
-// e, its coefficients, and the gradients of W2 and the prior.
+// e with its coefficients, and what dW2 (undefined where it is not wanted) and dprior are the sums
+// of.
 struct HiddenGradients {
-  at::Tensor e, coefficient, dw2, dprior;
+  at::Tensor e, coefficient, w2_partials, prior_partials;
 };
 
 HiddenGradients backward_of_hidden(const kernels::ConnectionWeightsShape& shape,
                                    const at::Tensor& grad_weights,
                                    const std::optional<at::Tensor>& weights, const at::Tensor& w2,
-                                   const at::Tensor& prior, const at::Tensor& hidden,
-                                   const at::Tensor& factor, bool want_w2, bool want_prior) {
+                                   const at::Tensor& hidden, const at::Tensor& factor,
+                                   bool want_w2) {
   const int64_t tokens = shape.tokens, outputs = shape.outputs;
   const bool capped = shape.cap > 0;
-  const at::Tensor grad = grad_weights.contiguous().view({tokens, outputs});
-  const at::Tensor second = aligned(w2), h = aligned(hidden), r = factor.contiguous();
-  const at::Tensor a = capped ? weights->contiguous() : at::Tensor();
-  const at::Tensor da = capped && want_w2 ? at::empty_like(grad) : at::Tensor();
-  const auto narrow = hidden.options(), wide = hidden.options().dtype(at::kFloat);
+  const at::Tensor grad = grad_weights.contiguous(), second = aligned(w2), h = aligned(hidden);
+  const at::Tensor r = factor.contiguous(), a = capped ? weights->contiguous() : at::Tensor();
+  const auto wide = hidden.options().dtype(at::kFloat);
+  int64_t groups = 0;
+  C10_CUDA_CHECK(kernels::hidden_backward_groups(tokens, groups));
   HiddenGradients g;
-  g.e = at::empty({tokens, shape.hidden}, narrow);
-  g.coefficient = at::empty({tokens}, wide);
-  const at::Tensor gelu = at::empty({tokens, shape.hidden}, narrow);
-  const at::Tensor partials = at::empty({kernels::hidden_backward_blocks(tokens), outputs}, wide);
+  g.e = at::empty({tokens, shape.hidden}, hidden.options());
+  g.coefficient = at::empty({kernels::hidden_slabs(shape.hidden), tokens}, wide);
+  if (want_w2) g.w2_partials = at::empty({groups, outputs, shape.hidden}, wide);
+  g.prior_partials = at::empty({groups, outputs}, wide);
   kernels::ConnectionWeightsHiddenBackward args;
   args.shape = shape;
   args.grad_weights = grad.const_data_ptr();
@@ -150,15 +151,39 @@ HiddenGradients backward_of_hidden(const kernels::ConnectionWeightsShape& shape,
   args.hidden = h.const_data_ptr();
   args.factor = r.const_data_ptr<float>();
   args.grad_hidden = g.e.mutable_data_ptr();
-  args.gelu = gelu.mutable_data_ptr();
-  args.grad_outputs = da.defined() ? da.mutable_data_ptr() : nullptr;
   args.coefficient = g.coefficient.mutable_data_ptr<float>();
-  args.prior_partials = partials.mutable_data_ptr<float>();
+  args.w2_partials = want_w2 ? g.w2_partials.mutable_data_ptr<float>() : nullptr;
+  args.prior_partials = g.prior_partials.mutable_data_ptr<float>();
   C10_CUDA_CHECK(
       kernels::launch_connection_weights_hidden_backward(args, c10::cuda::getCurrentCUDAStream()));
-  if (want_w2) g.dw2 = (da.defined() ? da : grad).t().mm(gelu);
-  if (want_prior) g.dprior = sum_rows(partials, prior);
   return g;
+}
+
+// dx (undefined where it is not wanted), and partials of e^T x (likewise).
+std::pair<at::Tensor, at::Tensor> backward_of_input(
+    const kernels::ConnectionWeightsShape& shape, const at::Tensor& x,
+    const std::optional<at::Tensor>& grad_x, const at::Tensor& w1,
+    const std::optional<at::Tensor>& scale, const HiddenGradients& g, bool want_x, bool want_w1) {
+  int splits = 1;
+  C10_CUDA_CHECK(kernels::input_backward_splits(shape, splits));
+  const at::Tensor rows = aligned(x), first = scaled(w1, scale);
+  const at::Tensor incoming = grad_x.has_value() && want_x ? aligned(*grad_x) : at::Tensor();
+  at::Tensor dx, partials;
+  if (want_x) dx = at::empty(x.sizes(), x.options());
+  if (want_w1) partials = at::empty({splits, w1.size(0), w1.size(1)}, g.coefficient.options());
+  kernels::ConnectionWeightsInputBackward args;
+  args.shape = shape;
+  args.x = rows.const_data_ptr();
+  args.grad_x = incoming.defined() ? incoming.const_data_ptr() : nullptr;
+  args.w1 = first.const_data_ptr();
+  args.grad_hidden = g.e.const_data_ptr();
+  args.coefficient = g.coefficient.const_data_ptr<float>();
+  args.dx = want_x ? dx.mutable_data_ptr() : nullptr;
+  args.w1_partials = want_w1 ? partials.mutable_data_ptr<float>() : nullptr;
+  args.splits = splits;
+  C10_CUDA_CHECK(
+      kernels::launch_connection_weights_input_backward(args, c10::cuda::getCurrentCUDAStream()));
+  return {std::move(dx), std::move(partials)};
 }
 
 Gradients connection_weights_backward_cuda(
@@ -178,65 +203,55 @@ Gradients connection_weights_backward_cuda(
                                                    wanted);
   }
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const auto wide = x.options().dtype(at::kFloat);
-  const auto none = [&x] { return at::empty({0}, x.options()); };
-  HiddenGradients g = backward_of_hidden(*shape, grad_weights, weights, w2, prior, hidden, factor,
-                                         wanted[2], wanted[3]);
-  Gradients gradients{none(), none(), wanted[2] ? g.dw2 : none(), wanted[3] ? g.dprior : none(),
-                      none()};
-  const bool want_x = wanted[0], want_scale = wanted[4] && scale.has_value();
-  const bool want_w1 = wanted[1] || want_scale;
-  if (!want_x && !want_w1) return gradients;
-
-  int splits = 1;
-  C10_CUDA_CHECK(kernels::input_backward_splits(*shape, splits));
-  const at::Tensor rows = aligned(x), first = scaled(w1, scale);
-  const at::Tensor incoming = grad_x.has_value() && want_x ? aligned(*grad_x) : at::Tensor();
-  at::Tensor partials;
-  kernels::ConnectionWeightsInputBackward args;
-  args.shape = *shape;
-  args.x = rows.const_data_ptr();
-  args.grad_x = incoming.defined() ? incoming.const_data_ptr() : nullptr;
-  args.w1 = first.const_data_ptr();
-  args.grad_hidden = g.e.const_data_ptr();
-  args.coefficient = g.coefficient.const_data_ptr<float>();
-  args.dx = nullptr;
-  args.w1_partials = nullptr;
-  args.splits = splits;
-  if (want_x) {
-    std::get<0>(gradients) = at::empty(x.sizes(), x.options());
-    args.dx = std::get<0>(gradients).mutable_data_ptr();
+  const auto [want_x, want_dw1, want_w2, want_prior, may_want_scale] = wanted;
+  const bool want_scale = may_want_scale && scale.has_value(), want_w1 = want_dw1 || want_scale;
+  const HiddenGradients g =
+      backward_of_hidden(*shape, grad_weights, weights, w2, hidden, factor, want_w2);
+  at::Tensor dx, w1_partials;
+  if (want_x || want_w1) {
+    std::tie(dx, w1_partials) = backward_of_input(*shape, x, grad_x, w1, scale, g, want_x, want_w1);
   }
-  if (want_w1) {
-    partials = at::empty({splits, w1.size(0), w1.size(1)}, wide);
-    args.w1_partials = partials.mutable_data_ptr<float>();
-  }
-  C10_CUDA_CHECK(kernels::launch_connection_weights_input_backward(args, stream));
-  if (!want_w1) return gradients;
 
-  at::Tensor dw1 = at::empty(w1.sizes(), w1.options()), scale_partials;
+  const auto like = [](const at::Tensor& tensor, bool want) {
+    return want ? at::empty(tensor.sizes(), tensor.options()) : at::Tensor();
+  };
+  at::Tensor dw1 = like(w1, want_w1), dw2 = like(w2, want_w2), dprior = like(prior, want_prior);
   const at::Tensor plain_w1 = want_scale ? aligned(w1) : at::Tensor();
   const at::Tensor factors = scale.has_value() ? scale->contiguous() : at::Tensor();
+  at::Tensor scale_partials, dscale;
+  if (want_scale) {
+    scale_partials =
+        at::empty({kernels::reduce_rows(shape->hidden), shape->dim}, g.coefficient.options());
+  }
+  const auto floats = [](const at::Tensor& t) {
+    return t.defined() ? t.mutable_data_ptr<float>() : nullptr;
+  };
+  const auto data = [](const at::Tensor& t) {
+    return t.defined() ? t.mutable_data_ptr() : nullptr;
+  };
   kernels::ConnectionWeightsReduce reduce;
-  reduce.dtype = shape->dtype;
-  reduce.dim = shape->dim;
-  reduce.hidden = shape->hidden;
-  reduce.splits = splits;
-  reduce.w1_partials = args.w1_partials;
-  reduce.dw1 = dw1.mutable_data_ptr();
+  reduce.shape = *shape;
+  reduce.w1_partials = floats(w1_partials);
+  reduce.splits = want_w1 ? static_cast<int>(w1_partials.size(0)) : 0;
+  reduce.dw1 = data(dw1);
   reduce.w1 = want_scale ? plain_w1.const_data_ptr() : nullptr;
   reduce.scale = factors.defined() ? factors.const_data_ptr() : nullptr;
   reduce.scale_float32 = factors.defined() && factors.scalar_type() == at::kFloat;
-  reduce.scale_partials = nullptr;
-  if (want_scale) {
-    scale_partials = at::empty({kernels::reduce_rows(shape->hidden), shape->dim}, wide);
-    reduce.scale_partials = scale_partials.mutable_data_ptr<float>();
-  }
-  C10_CUDA_CHECK(kernels::launch_connection_weights_reduce(reduce, stream));
-  if (wanted[1]) std::get<1>(gradients) = dw1;
-  if (want_scale) std::get<4>(gradients) = sum_rows(scale_partials, *scale);
-  return gradients;
+  reduce.scale_partials = floats(scale_partials);
+  reduce.w2_partials = floats(g.w2_partials);
+  reduce.prior_partials = floats(g.prior_partials);
+  reduce.groups = g.prior_partials.size(0);
+  reduce.dw2 = data(dw2);
+  reduce.dprior = data(dprior);
+  reduce.prior_float32 = prior.scalar_type() == at::kFloat;
+  C10_CUDA_CHECK(
+      kernels::launch_connection_weights_reduce(reduce, c10::cuda::getCurrentCUDAStream()));
+  if (want_scale) dscale = sum_rows(scale_partials, *scale);
+
+  const auto given = [&x](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor : at::empty({0}, x.options());
+  };
+  return {given(dx), want_dw1 ? dw1 : given({}), given(dw2), given(dprior), given(dscale)};
 }
 
 }  // namespace
