@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def make_model(method: Method, shape: Shape, reference_path: Path | None = None)
         if reference_path is None:
             raise SystemExit("the model 'reference' needs --reference PATH")
         spec = importlib.util.spec_from_file_location("reference_model", reference_path)
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
         spec.loader.exec_module(module)
         return module.Model(VOCABULARY, shape.width, shape.layers, shape.heads, ffn=shape.feed_forward)
     fields = {
