@@ -41,6 +41,6 @@ def gradient_adds(loss: Tensor, width: int) -> int:
         node.register_hook(adds.leave)
         nodes += (new := {other for other, _ in node.next_functions if other is not None} - found)
         found |= new
-    with adds:
+    with adds, torch.autograd.set_multithreading_enabled(False):  # in this thread, where the mode is
         loss.backward()
     return adds.count
