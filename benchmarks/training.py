@@ -146,9 +146,8 @@ def make_model(method: Method, shape: Shape, reference_path: Path | None = None)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
-    """The blocks of a model of any form."""
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "forward")]
-    return next(m for m in found if not isinstance(m[0], DepthAggregation))
+    """The blocks of a model of any form: its first list of modules."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m))
 
 
 def _checkpoint_blocks(model: nn.Module, selective: bool, stack: contextlib.ExitStack) -> None:
