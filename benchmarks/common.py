@@ -116,9 +116,12 @@ def write_rows(rows: list[dict], path: Path | None, device: torch.device) -> Non
         "date": datetime.date.today().isoformat(),
     }
     new = not path.exists()
+    columns = [*rows[0], *context]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not new and (there := path.open().readline().rstrip("\n")) != ",".join(columns):
+        raise SystemExit(f"{path} has other columns than the new rows, {','.join(columns)}: it has {there}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *context], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows({**row, **context} for row in rows)

@@ -2,176 +2,165 @@
 
 bfloat16 autocast over float32 parameters, vocabulary 50304. Methods: a model and how it runs, joined by a dash.
     models: plain (our Transformer++), mudd (ours), prepost (ours with PrePostDANorm), 2x2 (ours, k x p = 2 x 2), naive
-    (the same MUDDFormer with its connections written in plain PyTorch), llama (Hugging Face's LlamaForCausalLM)
-    runs: compile (torch.compile of the whole model), block (of every block), eager
+    (the same MUDDFormer with its connections written in plain PyTorch), llama (Hugging Face's LlamaForCausalLM),
+    reference (Model of the file that --reference names); mudd+window=8 sets a field of the configuration
+    runs: compile (torch.compile of the whole model), graphs (the same in CUDA graphs, mode="reduce-overhead"), ckpt
+    (compiled, every block computed again in the backward), selective (likewise, but for matrix products and
+    attention), block (torch.compile of every block), eager
 
-    python benchmarks/train_step.py --models 12x1024 --batch 8 --csv benchmarks/results/h100_train_step.csv
+Every method runs in a process of its own with an empty compile cache, so that peak memory and the first step are its
+own. Its row is written when it is done: name first what matters most. A method that does not fit or runs out of time is
+a row that says so. Ratios "of_plain" are to plain-compile, those "of_twin" to the plain model run the same way;
+bound_rmw and bound_deferred are what the bytes of the connections, at the speed of a copy measured in the same process,
+allow at best beside plain-compile (benchmarks/training.py has the formulas, of these and of the FLOPs).
+
+    python benchmarks/train_step.py --models 24x1024:8 24x2048:4 --csv benchmarks/results/h100_train_step.csv
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from unittest import mock
+import traceback
+from pathlib import Path
 
 import torch
-from common import median_ms, parser, reference, write_rows
-from torch import Tensor, nn
+from common import copy_gb_per_s, median_ms, parser, write_rows
+from training import Method, Shape, connection_bytes, step_flops, training_step
 
-import muddformer.nn
-from muddformer import MUDDFormerConfig, build_model
-from muddformer.training.optim import parameter_groups
-
-VOCABULARY = 50304
-FORMS = {
-    "plain": {"dense": False},
-    "mudd": {},
-    "prepost": {"pre_norm": True, "post_norm": "residual"},
-    "2x2": {"source_stride": 2, "block_stride": 2},
-    "naive": {},
-}
+PEAK_FLOPS = 989e12  # of H100 and H200, dense bfloat16
+FIGURES = (
+    "parameters", "ms", "tokens_per_s", "mfu", "peak_gib", "first_step_s", "loss", "copy_gb_per_s", "bytes_rmw_ms",
+    "bytes_deferred_ms",
+)  # fmt: skip
+LEAST_SECONDS = 20  # a method is not begun with less time left
 
 
-def feed_forward(width: int) -> int:
-    """8/3 of the width, up to a multiple of 256."""
-    return (8 * width // 3 + 255) // 256 * 256
-
-
-def make_model(form: str, layers: int, width: int, length: int) -> nn.Module:
-    """A model that is called with token ids and targets and returns a loss or an output that has one."""
-    heads = width // 128 if width >= 2048 else width // 64
-    if form == "llama":
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=width,
-                intermediate_size=feed_forward(width),
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                max_position_embeddings=length,
-                attn_implementation="sdpa",
-                use_cache=False,
-            )
-        )
-    config = MUDDFormerConfig(
-        vocab_size=VOCABULARY,
-        block_size=length,
-        n_layer=layers,
-        dim=width,
-        n_head=heads,
-        intermediate_size=feed_forward(width),
-        use_qk_norm=True,
-        ffn_reallocation=False,
-        **FORMS[form],
-    )
-    return build_model(config)
-
-
-@contextlib.contextmanager
-def naive_connections(active: bool) -> Iterator[None]:
-    """Replaces the connections' operators by their formulation in plain PyTorch."""
-    if not active:
-        yield
-        return
-
-    def weights(x: Tensor, w1: Tensor, w2: Tensor, prior: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-        return reference.connection_weights(x, w1, w2, prior, **options), x
-
-    def aggregate(hiddens: list[Tensor], w: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        return reference.depth_aggregate(hiddens, w), hiddens
-
-    with (
-        mock.patch.object(muddformer.nn.ops, "connection_weights_chained", weights),
-        mock.patch.object(muddformer.nn.ops, "depth_aggregate_chained", aggregate),
-        mock.patch.object(muddformer.nn.DepthAggregation, "_fused_norms", lambda *_: None),
-    ):
-        yield
-
-
-def measure(
-    method: str, layers: int, width: int, batch: int, length: int, device: torch.device, seconds: float
-) -> dict[str, object]:
-    """The row of one method."""
-    form, run = method.split("-")
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    with torch.device(device):
-        model = make_model(form, layers, width, length)
-    parameters = sum(p.numel() for p in model.parameters())
-    torch.manual_seed(0)  # making the model drew numbers too, more of them with connections
-    ids, targets = (torch.randint(VOCABULARY, (batch, length), device=device) for _ in range(2))
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), 1e-5, (0.9, 0.95), fused=True)
-
-    def loss_of() -> Tensor:
-        return model(input_ids=ids, labels=ids).loss if form == "llama" else model(ids, targets)
-
-    call: Callable[[], Tensor] = loss_of
-    if run == "compile":
-        call = torch.compile(loss_of)
-    elif run == "block":
-        for layer in model.layers:
-            layer.compile()
-
-    def step() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = call()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    with naive_connections(form == "naive"):
+def measure(method: Method, shape: Shape, device: torch.device, seconds: float, reference: Path | None) -> dict:
+    """The figures of one method."""
+    cuda = device.type == "cuda"
+    speed = copy_gb_per_s(2**28 if cuda else 2**22, torch.bfloat16, device, 0.2)
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with training_step(method, shape, device, reference) as (model, step):
         begin = time.perf_counter()
         loss = step().item()
         first = time.perf_counter() - begin
         step()
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         ms = median_ms(step, device, seconds)
-    tokens = batch * length
-    # 6 a parameter that multiplies, and causal attention forward and backward.
-    flops = 6 * (parameters - VOCABULARY * width) * tokens + 6 * layers * width * length * tokens
+    chained, deferred = (size / speed / 1e6 for size in connection_bytes(model, shape))
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] if method.run == "graphs" else 0
     return {
-        "model": f"{layers}x{width}",
-        "method": method,
-        "batch": batch,
-        "length": length,
-        "parameters": parameters,
-        "ms": round(ms, 2),
-        "tokens_per_s": round(tokens / ms * 1e3),
-        "mfu": round(flops / ms / 1e-3 / 989e12, 3) if device.type == "cuda" else "",
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else "",
+        "status": f"{skipped} graphs run without a CUDA graph" if skipped else "ok",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "ms": round(ms, 3),
+        "tokens_per_s": round(shape.tokens / ms * 1e3),
+        "mfu": round(step_flops(model, shape) / ms / 1e-3 / PEAK_FLOPS, 3) if cuda else "",
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else "",
         "first_step_s": round(first, 1),
         "loss": round(loss, 4),
+        "copy_gb_per_s": round(speed),
+        "bytes_rmw_ms": round(chained, 3),
+        "bytes_deferred_ms": round(deferred, 3),
     }
+
+
+def measure_here(task: dict) -> None:
+    """The process of one method: prints its figures as JSON, or a status that says why there are none."""
+    method, shape, device = Method.parse(task["method"]), Shape(*task["shape"]), torch.device(task["device"])
+    try:
+        figures = measure(method, shape, device, task["seconds"], task["reference"] and Path(task["reference"]))
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
+            figures = {"status": "out of memory"}
+        else:
+            traceback.print_exc()
+            figures = {"status": f"failed: {type(error).__name__}: {(text.splitlines() or [''])[0][:200]}"}
+    print(json.dumps(figures))
+
+
+def measure_apart(task: dict, seconds: float) -> dict:
+    """Figures of a method from a process of its own, which is stopped when the seconds are over."""
+    with tempfile.TemporaryDirectory(prefix="muddformer-inductor-", ignore_cleanup_errors=True) as cache:
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", json.dumps(task)],
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=seconds,
+                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+            )
+        except subprocess.TimeoutExpired:
+            return {"status": f"stopped after {seconds:.0f} s"}
+    with contextlib.suppress(json.JSONDecodeError, IndexError):
+        return json.loads(done.stdout.splitlines()[-1])
+    return {"status": f"failed: the process ended with exit code {done.returncode}"}
+
+
+def ratio(part: float | None, whole: float | None) -> float | str:
+    return round(part / whole, 3) if part and whole else ""
+
+
+def comparisons(figures: dict, plain: dict, twin: dict) -> dict[str, object]:
+    """Throughput and memory beside the plain model's, and what bytes allow; empty where a figure is missing."""
+    row: dict[str, object] = {}
+    for name, other in (("plain", plain), ("twin", twin)):
+        row[f"throughput_of_{name}"] = ratio(other.get("ms"), figures.get("ms"))
+        row[f"memory_of_{name}"] = ratio(figures.get("peak_gib"), other.get("peak_gib"))
+    for kind in ("rmw", "deferred"):
+        ms, moved = plain.get("ms"), figures.get(f"bytes_{kind}_ms")
+        row[f"bound_{kind}"] = ratio(ms, ms + moved) if ms and moved else ""
+    return row
 
 
 def main() -> None:
     p = parser(__doc__.split("\n")[0])
-    p.add_argument("--models", nargs="+", default=["12x1024"], help="layers x width")
-    p.add_argument("--batch", type=int, default=8, help="sequences")
+    p.add_argument("--models", nargs="+", default=["12x1024:8"], help="layers x width : sequences")
+    p.add_argument("--batch", type=int, default=8, help="sequences, of models that name none")
     p.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    p.add_argument("--methods", nargs="+", default=["plain-compile", "mudd-compile"], help="model-run, see above")
+    p.add_argument("--methods", nargs="+", default=["plain-compile", "mudd-compile"], help="MODEL-RUN, see the file")
+    p.add_argument("--reference", type=Path, help="file with the class Model of the method reference")
+    p.add_argument("--timeout", type=float, default=300, help="seconds that one method may take")
+    p.add_argument("--minutes", type=float, default=60, help="minutes that all of it may take")
     args = p.parse_args()
-    device = torch.device(args.device)
-    for name in args.models:
-        layers, width = map(int, name.split("x"))
-        plain = None
-        for method in args.methods:
-            row = measure(method, layers, width, args.batch, args.length, device, args.seconds)
-            plain = row if method == "plain-compile" else plain
-            row["throughput_of_plain"] = round(plain["ms"] / row["ms"], 3) if plain else ""
-            memory = plain and plain["peak_gib"] and round(row["peak_gib"] / plain["peak_gib"], 3)
-            row["memory_of_plain"] = memory or ""
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            write_rows([row], args.csv, device)
+    end = time.monotonic() + 60 * args.minutes
+    shapes = [Shape.parse(text, args.batch, args.length) for text in args.models]
+    methods = [Method.parse(text) for text in args.methods]
+    if args.reference is None and any(method.form == "reference" for method in methods):
+        p.error("the model reference needs --reference PATH")
+    failed = False
+    for shape in shapes:
+        measured: dict[str, dict] = {}
+        for method in methods:
+            task = {"method": method.text, "shape": dataclasses.astuple(shape), "device": args.device}
+            task |= {"seconds": args.seconds, "reference": args.reference and str(args.reference)}
+            left = end - time.monotonic()
+            figures = {"status": f"not run: {max(left, 0):.0f} s left"}
+            if left >= LEAST_SECONDS:
+                figures = measure_apart(task, min(left, args.timeout))
+            measured[method.text] = figures
+            failed |= figures["status"].startswith("failed")
+            plain, twin = (measured.get(f"plain-{run}", {}) for run in ("compile", method.run))
+            row = {"model": str(shape), "method": method.text, "batch": shape.batch, "length": shape.length}
+            row |= {"status": figures["status"], **{name: figures.get(name, "") for name in FIGURES}}
+            row |= comparisons(figures, plain, twin)
+            print("  ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
+            write_rows([row], args.csv, torch.device(args.device))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--one"]:
+        measure_here(json.loads(sys.argv[2]))
+    else:
+        main()

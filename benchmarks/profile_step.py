@@ -1,0 +1,121 @@
+"""Where the time of a training step goes: the kernels of a plain step and of a MUDD step, by kind, so that every
+millisecond of the difference has a name.
+
+The rows are the kinds, in milliseconds of a step; "between kernels" is what the step takes beyond them. It also prints
+the longest kernels of both, and how many times autograd adds two gradients of hidden states for a layer: for a late
+layer no more often than for an early one, because the gradients of the history are chained (naively: once a source and
+way).
+
+    python benchmarks/profile_step.py --model 24x1024:8 --csv benchmarks/results/h100_profile_step.csv
+"""
+
+from __future__ import annotations
+
+import collections
+import gc
+import re
+
+import torch
+from common import median_ms, parser, write_rows
+from gradient_adds import gradient_adds  # tests/gradient_adds.py
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from training import VOCABULARY, Method, Shape, training_step
+
+STEPS = 5
+KINDS = {  # the first that matches the name of a kernel (on a CPU: of an operator)
+    "flush of deferred gradients": r"muddformer.*flush",
+    "aggregation forward": r"forward_(norm_)?(ring|vector|scalar)|muddformer::depth_aggregate(_norm)?(_chained)?$",
+    "aggregation backward": r"backward_(norm_)?(ring|vector|scalar)|sum_partials|muddformer::depth_aggregate.*backward",
+    "connection weights forward": r"connection_weights_forward|muddformer::connection_weights(_chained)?$",
+    "connection weights backward": r"weights_(hidden|input)_backward|muddformer.*(reduce_kernel|sum_rows_kernel)"
+    r"|muddformer::connection_weights.*backward",
+    "attention": r"flash|fmha|sdpa|efficient_attention|cudnn.*attention",
+    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|splitk|triton_tem|aten::(mm|addmm|bmm)$|mkldnn.*linear",
+    "optimizer": r"adam|multi_tensor_apply",
+    "loss": r"softmax|nll_loss|cross_entropy",
+    "norms and elementwise": r"triton_|cpp_fused|elementwise|_norm|at::native::reduce_kernel|embedding|cat",
+    "copies and fills": r"memcpy|memset|aten::(copy_|fill_|zero_)$",
+}
+REST = ("other kernels", "between kernels")
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), REST[0])
+
+
+def profiled(method: Method, shape: Shape, device: torch.device, seconds: float) -> tuple[float, dict[str, list]]:
+    """Milliseconds of a step, and of every kernel by name: [milliseconds, launches] a step."""
+    activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
+    with training_step(method, shape, device) as (_, step):
+        ms = median_ms(step, device, seconds)  # which warms up too
+        with profile(activities=activities) as found:
+            for _ in range(STEPS):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    kernels: dict[str, list] = collections.defaultdict(lambda: [0.0, 0.0])
+    for event in found.events():
+        if event.is_user_annotation or (device.type == "cuda" and event.device_type != DeviceType.CUDA):
+            continue  # an annotation encloses kernels that count themselves
+        us = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        kernels[event.name][0] += us / STEPS / 1e3
+        kernels[event.name][1] += 1 / STEPS
+    gc.collect()
+    return ms, kernels
+
+
+def by_kind(ms: float, kernels: dict[str, list]) -> dict[str, float]:
+    times = dict.fromkeys((*KINDS, *REST), 0.0)
+    for name, (time, _) in kernels.items():
+        times[kind_of(name)] += time
+    times[REST[1]] = ms - sum(times.values())
+    return times
+
+
+def additions_a_layer(method: Method, width: int, device: torch.device) -> list[float]:
+    """How many times the eager backward adds two gradients of hidden states, for a layer more: an early, a late one."""
+    counts = []
+    for layers in (3, 5, 7):
+        with training_step(method, Shape(layers, width, 1, 128), device) as (model, _):
+            ids = torch.randint(VOCABULARY, (1, 128), device=device)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(ids, ids)
+            counts.append(gradient_adds(loss, width))
+    return [(counts[1] - counts[0]) / 2, (counts[2] - counts[1]) / 2]
+
+
+def main() -> None:
+    p = parser(__doc__.split("\n")[0])
+    p.add_argument("--model", default="12x1024:8", help="layers x width : sequences")
+    p.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    p.add_argument("--methods", nargs=2, default=["plain-compile", "mudd-compile"], help="as in train_step.py")
+    args = p.parse_args()
+    device, shape = torch.device(args.device), Shape.parse(args.model, 8, args.length)
+    methods = [Method.parse(text) for text in args.methods]
+    times = []
+    for method in methods:
+        ms, kernels = profiled(method, shape, device, args.seconds)
+        times.append(by_kind(ms, kernels))
+        print(f"\n{method.text}, {shape}, {shape.batch} x {shape.length} tokens: {ms:.3f} ms; the longest kernels")
+        for name, (time, launches) in sorted(kernels.items(), key=lambda item: -item[1][0])[:15]:
+            print(f"{time:9.3f} ms {launches:7.1f} x  {kind_of(name):28} {name[:120]}")
+    rows = []
+    print(f"\n{'milliseconds of a step':30} {args.methods[0]:>16} {args.methods[1]:>16} {'difference':>12}")
+    for kind in (*times[0], "step"):
+        plain, mudd = (sum(t.values()) if kind == "step" else t[kind] for t in times)
+        print(f"{kind:30} {plain:16.3f} {mudd:16.3f} {mudd - plain:12.3f}")
+        row = {"model": str(shape), "batch": shape.batch, "length": shape.length, "methods": " ".join(args.methods)}
+        row |= {"category": kind, "plain_ms": round(plain, 3), "mudd_ms": round(mudd, 3)}
+        rows.append({**row, "difference_ms": round(mudd - plain, 3)})
+    write_rows(rows, args.csv, device)
+    print("\nadditions of two gradients of hidden states that an early and a late layer add to the eager backward:")
+    for model in (*(method.text.rpartition("-")[0] for method in methods), "naive"):
+        early, late = additions_a_layer(Method.parse(f"{model}-eager"), shape.width, device)
+        print(f"{model:16} {early:6.1f} {late:6.1f}")
+        if model != "naive" and late > early:
+            raise SystemExit(f"{model}: the gradients of its history are not chained")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What a training step must not do: drift from the naive formulation, add gradients, break or recompile its graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from gradient_adds import gradient_adds
+from reference import naive_connections
+from short_run import training_losses
+from test_models import make, scramble, some_ids
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import muddformer.nn
+from muddformer import MUDDFormer, MUDDFormerConfig
+
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+TINY = MUDDFormerConfig(
+    n_layer=4, dim=64, n_head=4, vocab_size=256, block_size=64, intermediate_size=128, ffn_reallocation=False
+)
+
+
+@contextlib.contextmanager
+def checkpointed(model: MUDDFormer, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every block is computed again in the backward: all of it ("full"), or not its matrix products and attention."""
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "gradient_checkpointing", True)
+        if kind == "selective":
+            contexts = functools.partial(create_selective_checkpoint_contexts, KEPT)
+            patch.setattr(muddformer.nn, "checkpoint", functools.partial(checkpoint, context_fn=contexts))
+        yield
+
+
+def gradients(model: MUDDFormer, call: Callable[..., Tensor], ids: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    call(ids, ids).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("variant", ["default", "pythia", "pre-post", "stride-2x2", "plain"])
+def test_selective_checkpointing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = scramble(make(variant)), some_ids()
+    expected = gradients(model, model, ids)
+    with checkpointed(model, "selective", monkeypatch):
+        torch.testing.assert_close(gradients(model, model, ids), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", ["full", "selective"])
+@pytest.mark.parametrize("variant", ["default", "pre-post", "plain"])
+def test_compiled_checkpointing(variant: str, kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model, ids = scramble(make(variant, n_layer=3)).to(device), some_ids().to(device)
+    expected = gradients(model, model, ids)
+    with checkpointed(model, kind, monkeypatch):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+        torch.testing.assert_close(gradients(model, compiled, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["default", "stride-2x2", "pre-post"])
+def test_gradients_of_the_history_are_chained(variant: str) -> None:
+    def adds(layers: int) -> int:
+        return gradient_adds(make(variant, n_layer=layers)(ids, ids), 32)
+
+    ids = some_ids()
+    # Two more layers cost as many additions wherever they come, though later ones read more hidden states.
+    assert adds(7) - adds(5) == adds(5) - adds(3)
+    with naive_connections():
+        assert adds(7) - adds(5) > adds(5) - adds(3)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("variant", ["default", "pre-post"])
+def test_training_compiles_once(variant: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = scramble(make(variant, n_layer=3)).to(device), some_ids().to(device)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(3):
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = compiled(ids, ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ids = ids.roll(1, 1)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.cuda
+@pytest.mark.compile
+@pytest.mark.parametrize("variant", ["default", "pre-post"])
+def test_cuda_graphs(variant: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = scramble(make(variant, n_layer=3)).cuda(), some_ids(4, 16).cuda()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(5):  # warm-up, recording, replays
+        ids = ids.roll(1, 1)
+        expected = gradients(model, model, ids)
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(gradients(model, compiled, ids), expected, rtol=1e-3, atol=1e-4)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"source_stride": 2, "block_stride": 2}], ids=["mudd", "2x2"])
+def test_follows_the_naive_formulation(changes: dict, device: torch.device) -> None:
+    config = TINY.replace(**changes)
+    fast, naive = (training_losses(config, steps=20, seed=0, naive=slow, device=device) for slow in (False, True))
+    torch.testing.assert_close(fast, naive, rtol=0, atol=1e-4)
+    assert fast[-1] < fast[0] - 1  # it learns
