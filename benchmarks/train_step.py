@@ -89,21 +89,25 @@ def measure_here(task: dict) -> None:
     print(json.dumps(figures))
 
 
-def measure_apart(task: dict, seconds: float) -> dict:
+def measure_apart(task: dict, seconds: float, kept_cache: Path | None) -> dict:
     """Figures of a method from a process of its own, which is stopped when the seconds are over."""
-    with tempfile.TemporaryDirectory(prefix="muddformer-inductor-", ignore_cleanup_errors=True) as cache:
+    with contextlib.ExitStack() as stack:
+        cache = kept_cache or stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="muddformer-inductor-", ignore_cleanup_errors=True)
+        )
         try:
             done = subprocess.run(
                 [sys.executable, __file__, "--one", json.dumps(task)],
                 stdout=subprocess.PIPE,
                 text=True,
                 timeout=seconds,
-                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
             )
         except subprocess.TimeoutExpired:
             return {"status": f"stopped after {seconds:.0f} s"}
     with contextlib.suppress(json.JSONDecodeError, IndexError):
-        return json.loads(done.stdout.splitlines()[-1])
+        figures = json.loads(done.stdout.splitlines()[-1])
+        return {**figures, "first_step_s": ""} if kept_cache else figures
     return {"status": f"failed: the process ended with exit code {done.returncode}"}
 
 
@@ -132,6 +136,7 @@ def main() -> None:
     p.add_argument("--reference", type=Path, help="file with the class Model of the method reference")
     p.add_argument("--timeout", type=float, default=300, help="seconds that one method may take")
     p.add_argument("--minutes", type=float, default=60, help="minutes that all of it may take")
+    p.add_argument("--cache", type=Path, help="compile cache to start from and to keep: no first step is reported then")
     args = p.parse_args()
     end = time.monotonic() + 60 * args.minutes
     shapes = [Shape.parse(text, args.batch, args.length) for text in args.models]
@@ -147,7 +152,7 @@ def main() -> None:
             left = end - time.monotonic()
             figures = {"status": f"not run: {max(left, 0):.0f} s left"}
             if left >= LEAST_SECONDS:
-                figures = measure_apart(task, min(left, args.timeout))
+                figures = measure_apart(task, min(left, args.timeout), args.cache)
             measured[method.text] = figures
             failed |= figures["status"].startswith("failed")
             plain, twin = (measured.get(f"plain-{run}", {}) for run in ("compile", method.run))

@@ -49,6 +49,8 @@ VARIANTS = {
     "pre-post-static": {"pre_norm": True, "post_norm": "residual", "dynamic": False},
     "pre-post-one-way": {"pre_norm": True, "post_norm": "all", "multiway": False},
     "shared-norms": {"separate_norms": False},
+    "flush-2": {"flush_interval": 2},
+    "flush-3-norms": {"flush_interval": 3, "pre_norm": True, "post_norm": "residual"},
     "narrow": {"expand_last": False, "round64": False},
     "no-qk-norm": {"use_qk_norm": False},
     "gqa": {"n_kv_heads": 2},

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -49,6 +50,15 @@ inline void check_post_norm(std::string_view value) {
 
 inline void check_gelu_approximate(std::string_view value) {
   check_choice("gelu_approximate", value, {"none", "tanh"});
+}
+
+// Refuses groups of aggregations that do not share their older hidden states.
+inline void check_flush_interval(std::optional<int64_t> interval, std::optional<int64_t> window) {
+  if (interval) check_integer("flush_interval", *interval, 1 << 16);
+  TORCH_CHECK_VALUE(!window || interval.value_or(1) == 1,
+                    "flush_interval must be left out or 1 with a window, because the aggregations "
+                    "of a group have to share their older hidden states, got flush_interval=",
+                    interval.value_or(1), " and window=", window.value_or(0));
 }
 
 // `ways` in the order of "qkvr", after checking that it is a part of it, not empty, no letter

@@ -73,6 +73,7 @@ void check_combinations(const MUDDFormerConfig& c) {
                     "ways must be 'qkvr' with multiway=false, because all streams share one "
                     "aggregate, got '",
                     c.ways, "'");
+  check_flush_interval(c.flush_interval, c.window);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ namespace muddformer {
 ///
 /// Fill the fields by name, `MUDDFormerConfig{.n_layer = 4, .n_head = 4, .dim = 256}`, and every
 /// user of it takes checked(): a copy whose values have been checked and whose optional fields
-/// (but `window` and `cap`) have been filled in.
+/// (but `window`, `cap` and `flush_interval`) have been filled in.
 struct MUDDFormerConfig {
   /// "muddformer" (Transformer++: RMSNorm, SwiGLU) or "muddpythia" (LayerNorm, GELU).
   std::string model_type = "muddformer";
@@ -83,11 +83,15 @@ struct MUDDFormerConfig {
   std::optional<double> cap = std::nullopt;
   /// "none" (erf form) or "tanh", in the generators and in the GELU FFN.
   std::string gelu_approximate = "none";
+  /// How a backward adds to the gradients of older hidden states: once in so many aggregations (1:
+  /// in each). Left out: on CUDA in groups that move the fewest bytes. Gradients differ by rounding
+  /// alone.
+  std::optional<int64_t> flush_interval = std::nullopt;
 
   bool operator==(const MUDDFormerConfig&) const = default;
 
-  /// A copy whose every field has been checked, and whose optional fields (but window and cap) have
-  /// a value.
+  /// A copy whose every field has been checked, and whose optional fields (but window, cap and
+  /// flush_interval) have a value.
   ///
   /// @throws c10::ValueError naming the field, what was expected and what came.
   MUDDFORMER_API MUDDFormerConfig checked() const;

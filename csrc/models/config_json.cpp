@@ -52,6 +52,7 @@ void for_each_field(Config& c, F&& f) {
   f("round64", c.round64);
   f("cap", c.cap);
   f("gelu_approximate", c.gelu_approximate);
+  f("flush_interval", c.flush_interval);
 }
 
 // A value as an error shows it; it may come from a file that holds anything.

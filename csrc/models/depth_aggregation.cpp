@@ -174,7 +174,8 @@ std::vector<at::Tensor> autocast_once(at::TensorList hiddens) {
 }  // namespace
 
 std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> DepthAggregationImpl::forward(
-    at::TensorList hiddens, const at::Tensor& given_prior, const std::vector<Norm>& stream_norms) {
+    at::TensorList hiddens, const at::Tensor& given_prior, const std::vector<Norm>& stream_norms,
+    const Deferral& deferral) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(hiddens.size()) == options.sources, "hiddens must be ",
                     options.sources, " tensors, got ", hiddens.size());
   const at::Tensor& a = given_prior.defined() ? given_prior : prior;
@@ -192,8 +193,8 @@ std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> DepthAggregationImpl
     for (const char way : *letters) way_norms.push_back(norms[kWays.find(way)]);
   }
   std::optional<Mixed> fused;
-  if (hiddens.back().is_cuda()) fused = mix_fused(hiddens, a, way_norms);
-  Mixed mixed = fused ? *std::move(fused) : mix(hiddens, a, way_norms);
+  if (hiddens.back().is_cuda()) fused = mix_fused(hiddens, a, way_norms, deferral);
+  Mixed mixed = fused ? *std::move(fused) : mix(hiddens, a, way_norms, deferral);
   if (letters == nullptr) return {std::move(mixed.streams), std::move(mixed.hiddens)};
   std::vector<at::Tensor> streams;
   for (size_t i = 0; i < count; ++i) {
@@ -208,11 +209,12 @@ std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> DepthAggregationImpl
 }
 
 DepthAggregationImpl::Mixed DepthAggregationImpl::mix(at::TensorList hiddens, const at::Tensor& a,
-                                                      const std::vector<Norm>& norms) {
+                                                      const std::vector<Norm>& norms,
+                                                      const Deferral& deferral) {
   auto [weights, newest] = connection_weights_of(hiddens.back(), a);
   std::vector<at::Tensor> sources = hiddens.vec();
   sources.back() = pre_norm ? pre_norm->forward(newest) : newest;
-  auto [mixed, handed_on] = depth_aggregate_chained(sources, weights);
+  auto [mixed, handed_on] = depth_aggregate_chained(sources, weights, deferral);
   if (!pre_norm) newest = handed_on.back();
   for (size_t way = 0; way < mixed.size(); ++way) {
     if (options.post_norm != "none") {
@@ -226,7 +228,8 @@ DepthAggregationImpl::Mixed DepthAggregationImpl::mix(at::TensorList hiddens, co
 }
 
 std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
-    at::TensorList hiddens, const at::Tensor& a, const std::vector<Norm>& norms) {
+    at::TensorList hiddens, const at::Tensor& a, const std::vector<Norm>& norms,
+    const Deferral& deferral) {
   const std::optional<NormArguments> arguments = norm_arguments(norms, hiddens.back());
   if (!arguments) return std::nullopt;
   const bool post = options.post_norm != "none";
@@ -265,7 +268,7 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
       arguments->kind == "none" ? "rms" : arguments->kind,
       arguments->kind == "none" ? options.eps : arguments->eps,
       post ? std::optional<at::Tensor>(newest) : std::nullopt,
-      post_norm ? std::optional<at::Tensor>(post_norm->weight) : std::nullopt);
+      post_norm ? std::optional<at::Tensor>(post_norm->weight) : std::nullopt, deferral);
   if (!pre_norm) newest = handed_on.back();
   return Mixed{std::move(streams), std::move(handed_on), std::move(newest)};
 }
@@ -309,6 +312,56 @@ std::map<int64_t, std::vector<int64_t>> aggregation_plan(int64_t layers, int64_t
     }
   }
   return plan;
+}
+
+std::vector<std::vector<int64_t>> flush_groups(const std::map<int64_t, std::vector<int64_t>>& plan,
+                                               const std::map<int64_t, int64_t>& ways,
+                                               std::optional<int64_t> interval) {
+  std::vector<int64_t> order;
+  for (const auto& [i, sources] : plan) order.push_back(i);
+  const auto count = static_cast<int64_t>(order.size());
+  const auto group_of = [&](int64_t begin, int64_t end) {
+    return std::vector<int64_t>(order.begin() + begin, order.begin() + end);
+  };
+  std::vector<std::vector<int64_t>> groups;
+  if (interval) {
+    check_integer("interval", *interval);
+    for (int64_t end = count; end > 0; end -= *interval) {
+      const int64_t begin = std::max<int64_t>(0, end - *interval);
+      if (end - begin > 1) groups.insert(groups.begin(), group_of(begin, end));
+    }
+    return groups;
+  }
+  // For the first 0, 1, .. aggregations: units saved, and where the last group begins, or -1. A
+  // unit is one pass over a [tokens, D]: each dX_j is read and written once and not by every
+  // aggregation, of which the gradients of all sums are read and all but the residual way's
+  // written.
+  std::vector<std::pair<int64_t, int64_t>> best = {{0, -1}};
+  for (int64_t end = 1; end <= count; ++end) {
+    std::pair<int64_t, int64_t> choice = {best.back().first, -1};
+    for (int64_t begin = 0; begin + 1 < end; ++begin) {
+      const std::vector<int64_t>& first = plan.at(order[begin]);
+      const auto old = static_cast<int64_t>(first.size()) - 1;
+      int64_t saved = 2 * old * (end - begin - 1), factors = 0;
+      bool common = true;
+      for (const int64_t i : group_of(begin, end)) {
+        const std::vector<int64_t>& sources = plan.at(i);
+        common = common && static_cast<int64_t>(sources.size()) >= old &&
+                 std::equal(first.begin(), first.begin() + old, sources.begin());
+        factors += ways.at(i);
+        saved -= 2 * ways.at(i) - 1;
+      }
+      const int64_t total = best[begin].first + saved;
+      if (common && factors <= 16 && saved > 0 && total > choice.first) choice = {total, begin};
+    }
+    best.push_back(choice);
+  }
+  for (int64_t end = count; end > 0;) {
+    const int64_t begin = best[end].second;
+    if (begin >= 0) groups.insert(groups.begin(), group_of(begin, end));
+    end = begin >= 0 ? begin : end - 1;
+  }
+  return groups;
 }
 
 }  // namespace muddformer

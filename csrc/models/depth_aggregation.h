@@ -15,6 +15,7 @@
 #include <variant>
 #include <vector>
 
+#include "../ops/deferred_flush.h"
 #include "layers.h"
 
 namespace muddformer {
@@ -72,13 +73,14 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
   /// @param stream_norms norms of the streams that are returned, an empty holder for a stream that
   ///   stays as it is; or none at all. On CUDA they cost no pass of their own
   ///   (depth_aggregate_norm_chained()).
+  /// @param deferral what defer_gradients() returned for this layer, if anything.
   /// @return (streams, hiddens): the streams, each [..., D], and the sources that later layers get
   ///   in place of those that came (their gradients are chained, and with pre_norm the newest is
   ///   now the normed one).
   /// @throws c10::ValueError for a wrong number of sources or norms, or a missing prior.
   std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
       at::TensorList hiddens, const at::Tensor& prior = {},
-      const std::vector<Norm>& stream_norms = {});
+      const std::vector<Norm>& stream_norms = {}, const Deferral& deferral = {});
 
   /// Number of ways C.
   int64_t num_ways() const;
@@ -101,11 +103,12 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
     std::vector<at::Tensor> streams, hiddens;
     at::Tensor newest;
   };
-  Mixed mix(at::TensorList hiddens, const at::Tensor& prior, const std::vector<Norm>& norms);
+  Mixed mix(at::TensorList hiddens, const at::Tensor& prior, const std::vector<Norm>& norms,
+            const Deferral& deferral);
   // The same on CUDA where the aggregation itself can make the norms, or the whole layer be one
   // launch; nothing where it cannot.
   std::optional<Mixed> mix_fused(at::TensorList hiddens, const at::Tensor& prior,
-                                 const std::vector<Norm>& norms);
+                                 const std::vector<Norm>& norms, const Deferral& deferral);
   // Connection weights [..., C, S], and x to be used from here on.
   std::tuple<at::Tensor, at::Tensor> connection_weights_of(const at::Tensor& x,
                                                            const at::Tensor& a);
@@ -126,5 +129,17 @@ TORCH_MODULE(DepthAggregation);
 MUDDFORMER_API std::map<int64_t, std::vector<int64_t>> aggregation_plan(
     int64_t layers, int64_t source_stride = 1, int64_t block_stride = 1,
     std::optional<int64_t> window = std::nullopt, bool last = true);
+
+/// Which aggregations add to the gradients of older hidden states together (defer_gradients()).
+///
+/// @param plan the sources of each aggregation, see aggregation_plan().
+/// @param ways number of ways C of each aggregation.
+/// @param interval aggregations of a group, counted from the last one; nullopt: the groups that
+///   move the fewest bytes, of at most 16 ways, what one pass of the CUDA kernel adds up.
+/// @return groups of two or more successive aggregations, in order. The older hidden states of a
+///   group are the sources of its first aggregation but the newest.
+MUDDFORMER_API std::vector<std::vector<int64_t>> flush_groups(
+    const std::map<int64_t, std::vector<int64_t>>& plan, const std::map<int64_t, int64_t>& ways,
+    std::optional<int64_t> interval = std::nullopt);
 
 }  // namespace muddformer

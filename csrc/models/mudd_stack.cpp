@@ -35,10 +35,32 @@ Connections::Connections(MUDDStackOptions given, int64_t layers, at::TensorOptio
   options.ways = check_ways(options.ways);
   TORCH_CHECK_VALUE(!options.dense || options.multiway || options.ways == kWays,
                     "ways must be 'qkvr' with multiway = false, got '", options.ways, "'");
+  check_flush_interval(options.flush_interval, options.window);
   if (!options.dense) return;
   const bool last = options.ways.find('r') != std::string::npos;
   plan =
       aggregation_plan(layers, options.source_stride, options.block_stride, options.window, last);
+  std::map<int64_t, int64_t> ways;
+  for (const auto& [i, sources] : plan) {
+    ways[i] = i == layers_ || !options.multiway ? 1 : static_cast<int64_t>(options.ways.size());
+  }
+  for (const std::vector<int64_t>& layers_of_group :
+       flush_groups(plan, ways, options.flush_interval)) {
+    FlushGroup& group = flush_groups_[layers_of_group.front()];
+    group.layers = layers_of_group;
+    for (const int64_t i : layers_of_group) {
+      group.ways.push_back(ways[i]);
+      group.sources.push_back(static_cast<int64_t>(plan[i].size()));
+    }
+  }
+}
+
+bool Connections::defers(at::TensorList older) const {
+  if (older.empty() || !at::GradMode::is_enabled()) return false;
+  const at::ScalarType dtype = older[0].scalar_type();
+  const bool fast = older[0].is_cuda() && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
+                    older[0].size(-1) % 8 == 0;
+  return fast || options.flush_interval.has_value();
 }
 
 void Connections::reset(torch::nn::Module& owner) {
@@ -120,6 +142,7 @@ at::Tensor Connections::run(const at::Tensor& x0,
                             c10::function_ref<at::Tensor(int64_t, at::TensorList, bool)> block,
                             c10::function_ref<std::vector<Norm>(int64_t)> stream_norms) const {
   std::vector<at::Tensor> history(joins_.size()), streams = {x0};
+  std::map<int64_t, Deferral> deferrals;
   bool normed = false;
   // Adds X_i to the history if any aggregation reads it.
   const auto join = [&](size_t i, const at::Tensor& x) {
@@ -147,12 +170,20 @@ at::Tensor Connections::run(const at::Tensor& x0,
     const std::vector<int64_t>& numbers = (aggregation++)->second;
     std::vector<at::Tensor> sources;
     for (const int64_t j : numbers) sources.push_back(history[static_cast<size_t>(j)]);
-    sources.back() = std::move(x);
+    sources.pop_back();
+    if (const auto group = flush_groups_.find(i); group != flush_groups_.end() && defers(sources)) {
+      const auto& [layers, ways, counts] = group->second;
+      auto [older, opened] = defer_gradients(sources, ways, counts);
+      sources = std::move(older);
+      for (size_t k = 0; k < layers.size(); ++k) deferrals[layers[k]] = std::move(opened[k]);
+    }
+    sources.push_back(std::move(x));
     std::vector<Norm> norms;
     if (options.multiway && i < layers_) norms = stream_norms(i);
     normed = !norms.empty();
-    auto [mixed, handed_on] =
-        dynamic_dense->ptr<DepthAggregationImpl>(n)->forward(sources, (*dense_bs)[n], norms);
+    auto [mixed, handed_on] = dynamic_dense->ptr<DepthAggregationImpl>(n)->forward(
+        sources, (*dense_bs)[n], norms, deferrals[i]);
+    deferrals.erase(i);
     streams = std::move(mixed);
     std::fill(history.begin(), history.end(), at::Tensor());
     for (size_t s = 0; s < numbers.size(); ++s) {

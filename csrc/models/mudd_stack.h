@@ -40,6 +40,9 @@ struct MUDDStackOptions {
   double eps = 1e-6;
   std::string gelu_approximate = "none";
   std::optional<double> cap = std::nullopt;
+  /// Aggregations that add to the gradients of older hidden states together, see flush_groups().
+  /// Left out: on CUDA in bfloat16 and float16 the groups that move the fewest bytes; 1: none.
+  std::optional<int64_t> flush_interval = std::nullopt;
 };
 
 /// The priors [C, S] of all aggregations, as parameters "0", "1", ...
@@ -103,6 +106,14 @@ class MUDDFORMER_API Connections {
   at::TensorOptions tensor_options_;
   // Whether X_j joins the history by itself, not as the newest of an aggregation.
   std::vector<bool> joins_;
+  // By the first aggregation of a group: all of them, and their numbers of ways and of sources.
+  struct FlushGroup {
+    std::vector<int64_t> layers, ways, sources;
+  };
+  std::map<int64_t, FlushGroup> flush_groups_;
+
+  // Whether a group of aggregations defers the gradients of these hidden states.
+  bool defers(at::TensorList older) const;
 };
 
 /// Runs a list of blocks with MUDD connections, in place of a loop over them.

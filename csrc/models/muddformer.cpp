@@ -27,6 +27,7 @@ MUDDStackOptions connections_of(const MUDDFormerConfig& c) {
   o.eps = *c.norm_eps;
   o.gelu_approximate = c.gelu_approximate;
   o.cap = c.cap;
+  o.flush_interval = c.flush_interval;
   return o;
 }
 

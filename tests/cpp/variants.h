@@ -86,6 +86,11 @@ inline std::vector<Variant> variants() {
     c.block_stride = 3;
     c.multiway = false;
   });
+  add("flush_2", [](C& c) { c.flush_interval = 2; });
+  add("flush_3_prepost", [&](C& c) {
+    c.flush_interval = 3;
+    pre_post(c);
+  });
   add("window_1", [](C& c) { c.window = 1; });
   add("window_2_stride_2", [](C& c) {
     c.window = 2;
