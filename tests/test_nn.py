@@ -111,7 +111,7 @@ def test_static_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     from muddformer import ops
 
-    monkeypatch.setattr(ops, "depth_aggregate_chained", lambda h, w: seen.append(w) or (list(h), list(h)))
+    monkeypatch.setattr(ops, "depth_aggregate_chained", lambda h, w, deferral: seen.append(w) or (list(h), list(h)))
     DepthAggregation(6, 2, 2, dynamic=False)([torch.randn(3, 5, 6)] * 2)
     assert seen[0].shape == (3, 5, 2, 2) and seen[0].stride() == (0, 0, 2, 1)
 
