@@ -106,6 +106,11 @@ class Chain(torch.nn.Module):
         return sum((h.float() if h.dtype != torch.float64 else h).square().mean() for h in hiddens)
 
 
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Of two tensors, as a fraction of the length of the expected one."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
 def chain_inputs(width: int, device: torch.device, dtype: torch.dtype, tokens: int = 6) -> tuple[Tensor, list[Tensor]]:
     def make(*shape: int) -> Tensor:
         return (torch.randn(shape, device=device, dtype=torch.float64) / 2).to(dtype).requires_grad_()
@@ -133,7 +138,8 @@ def test_groups_give_the_gradients_of_single_layers(
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         results.append(first)
     for a, b, w in zip(*results, strict=True):
-        assert relative_error(a, w) <= max(2 * relative_error(b, w), 2 * tolerance(dtype))
+        # Of all entries together: with few of them the largest error is a matter of luck.
+        assert distance(a, w) <= max(2 * distance(b, w), 2 * tolerance(dtype))
 
 
 @pytest.mark.parametrize("norms,base", [("none", False), ("rms", True)])

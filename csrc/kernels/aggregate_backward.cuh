@@ -23,7 +23,6 @@
 #include "aggregate_launch.h"
 #include "plan.h"
 #include "ring.cuh"
-#include "tensor_core.cuh"
 #include "vector.cuh"
 #include "warp_sums.cuh"
 
@@ -82,47 +81,7 @@ __device__ __forceinline__ uint4 chain(const uint4& x_bits, const uint4& grad_bi
   return make_uint4(result[0], result[1], result[2], result[3]);
 }
 
-// dY of this warp goes where tensor_ways_bytes() has room for it.
-template <int C>
-__device__ __forceinline__ void keep_ways(unsigned char* own_ways, const uint4 (&dy)[C]) {
-  __syncwarp();  // the last ones have been read
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    *reinterpret_cast<uint4*>(own_ways + c * kWayPitch + threadIdx.x % 32 * 16) = dy[c];
-  }
-  __syncwarp();
-}
-
-// The C dot products of two sources over the warp's columns, added to sums or put there. rows: the
-// warp's part of the first source's row; vectors: how many of its 32 vectors there are. A sum over
-// columns may take them in any order: a lane fetches 16 bytes and gives them to two products.
-template <typename T, int C>
-__device__ __forceinline__ void dot_pair(const unsigned char* own_ways, const unsigned char* rows,
-                                         int row_bytes, int vectors, float* sums, int sources,
-                                         bool two, bool add) {
-  const int lane = threadIdx.x % 32;
-  const int row = lane / 4;
-  float even[4] = {};
-  float odd[4] = {};
-#pragma unroll
-  for (int step = 0; step < 8; ++step) {
-    const int vector = step * 4 + lane % 4;
-    uint4 way{};
-    uint4 source{};
-    if (row < C) way = *reinterpret_cast<const uint4*>(own_ways + row * kWayPitch + vector * 16);
-    if (row < 2 && vector < vectors) {
-      source = *reinterpret_cast<const uint4*>(rows + row * row_bytes + vector * 16);
-    }
-    multiply_add<T>(even, {way.x, 0, way.y, 0}, source.x, source.y);
-    multiply_add<T>(odd, {way.z, 0, way.w, 0}, source.z, source.w);
-  }
-  if (row >= C || lane % 4 != 0) return;
-  float* to = sums + row * sources;
-  to[0] = even[0] + odd[0] + (add ? to[0] : 0.0f);
-  if (two) to[1] = even[1] + odd[1] + (add ? to[1] : 0.0f);
-}
-
-// What this thread adds to the C dot products of a source, without the tensor cores.
+// What this thread adds to the C dot products of a source whose gradient is deferred.
 template <typename T, int C>
 __device__ __forceinline__ void dot_ways(const uint4& x_bits, const uint4 (&dy_bits)[C],
                                          float* dots) {
@@ -171,43 +130,6 @@ __device__ __forceinline__ void store_dw(const BackwardArgs<T, C>& args, int64_t
   }
 }
 
-#if __CUDA_ARCH__ >= 900
-// Takes the deferred sources, two a stage, out of the ring.
-template <typename T, int C>
-__device__ __forceinline__ void take_deferred(const BackwardArgs<T, C>& args, RingBarriers& ring,
-                                              RingPlace& stage, const unsigned char* shared,
-                                              int consumers, unsigned char* own_ways,
-                                              const uint4 (&dy)[C], int first_column,
-                                              float* own_sums) {
-  const int row_bytes = consumers * 16;
-  const bool add = first_column != 0;
-  const int vectors = (args.dim - first_column) / kVector<T>;
-  if (sizeof(T) == 2 && args.deferred > 0) keep_ways<C>(own_ways, dy);
-  for (int j = 0; j < args.deferred; j += 2) {
-    const unsigned char* from = shared + stage.index * 2 * row_bytes;
-    const bool two = j + 1 < args.deferred;
-    barrier_wait(&ring.full[stage.index], stage.phase);
-    if constexpr (sizeof(T) == 2) {
-      const int first = threadIdx.x / 32 * 32;
-      dot_pair<T, C>(own_ways, from + first * 16, row_bytes, vectors - first, own_sums + j,
-                     args.sources, two, add);
-    } else {
-      for (int i = 0; i < (two ? 2 : 1); ++i) {
-        uint4 x{};
-        float dots[C];
-        if (static_cast<int>(threadIdx.x) < vectors) {
-          x = *reinterpret_cast<const uint4*>(from + i * row_bytes + threadIdx.x * 16);
-        }
-        dot_ways<T, C>(x, dy, dots);
-        keep_dots<C>(dots, own_sums, args.sources, j + i, add);
-      }
-    }
-    release(&ring.empty[stage.index]);
-    stage.advance(args.stages);
-  }
-}
-#endif
-
 template <typename T, int C>
 __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
     backward_ring(const __grid_constant__ BackwardArgs<T, C> args) {
@@ -221,9 +143,7 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
   const int sources = args.sources;
   const int64_t token = blockIdx.x;
   const int64_t row = token * args.dim;
-  unsigned char* ways = shared + args.stages * stage_bytes;
-  float* weights = reinterpret_cast<float*>(
-      ways + tensor_ways_bytes(C, consumers, args.deferred > 0 && sizeof(T) == 2));
+  float* weights = reinterpret_cast<float*>(shared + args.stages * stage_bytes);
   float* sums = weights + sources * kWaysPadded<C>;
   RingPlace stage;
 
@@ -264,7 +184,6 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
   load_weights<C>(weights, args.w + token * args.w_stride, args.way_stride, sources, consumers);
   sync_consumers(consumers);
   float* own_sums = sums + threadIdx.x / 32 * C * sources;
-  unsigned char* own_ways = ways + threadIdx.x / 32 * C * kWayPitch;
   for (int first_column = 0; first_column < args.dim; first_column += chunk) {
     const int column = first_column + threadIdx.x * kVector<T>;
     const bool active = column < args.dim;
@@ -285,7 +204,21 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
               active && c + 1 < C && args.dy[(c + 1) % C] != nullptr, dy[c], second);
       if (c + 1 < C) dy[(c + 1) % C] = second;
     }
-    take_deferred<T, C>(args, ring, stage, shared, consumers, own_ways, dy, first_column, own_sums);
+    for (int j = 0; j < args.deferred; ++j) {
+      uint4 x{};
+      float dots[C];
+      if (j % 2 == 0) barrier_wait(&ring.full[stage.index], stage.phase);
+      if (active) {
+        x = *reinterpret_cast<const uint4*>(shared + stage.index * stage_bytes + j % 2 * row_bytes +
+                                            threadIdx.x * 16);
+      }
+      if (j % 2 != 0 || j + 1 == args.deferred) {
+        release(&ring.empty[stage.index]);
+        stage.advance(args.stages);
+      }
+      dot_ways<T, C>(x, dy, dots);
+      keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
+    }
     for (int j = args.deferred; j < sources; ++j) {
       uint4 x;
       uint4 grad;
@@ -388,10 +321,9 @@ cudaError_t backward_sources(const AggregateBackward& p, int first_source, int s
   }
   const int stage_bytes = 2 * columns.threads * 16;
   const int sums_bytes = columns.threads / 32 * C * sources * static_cast<int>(sizeof(float));
-  const int ways_bytes = tensor_ways_bytes(C, columns.threads, args.deferred > 0 && sizeof(T) == 2);
   args.stages = ring_stages(columns.threads, stage_bytes, kBackwardBytesInFlight);
   return launch_ring(backward_ring<T, C>, args, p.tokens, columns.threads, stage_bytes,
-                     ways_bytes + weights_bytes<C>(sources) + sums_bytes, stream);
+                     weights_bytes<C>(sources) + sums_bytes, stream);
 }
 
 // The launches of one dtype, for up to four ways.

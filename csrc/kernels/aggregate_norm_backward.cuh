@@ -51,9 +51,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const int norm_floats = args.slots * args.dim;
   const int weights_size = sources * kWaysPadded<C>;
   const int sums_size = consumers / 32 * C * sources;
-  unsigned char* ways = shared + args.stages * stage_bytes;
-  float* partial = reinterpret_cast<float*>(
-      ways + tensor_ways_bytes(C, consumers, args.deferred > 0 && sizeof(T) == 2));
+  float* partial = reinterpret_cast<float*>(shared + args.stages * stage_bytes);
   float* norms = partial + norm_floats;
   float* weights = norms + (args.shared_norms ? norm_floats : 0);  // of two tokens
   float* sums = weights + 2 * weights_size;                        // of two tokens
@@ -171,7 +169,6 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     }
   };
   const float scale = 1.0f / static_cast<float>(args.dim);
-  unsigned char* own_ways = ways + warp * C * kWayPitch;
   RingPlace stage;
   RingPlace buffer;
   for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
@@ -292,8 +289,21 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       if (active && args.base_grad != nullptr) {
         store_once(args.base_grad + row + column, pack<T>(base));
       }
-      take_deferred<T, C>(args, ring, stage, shared, consumers, own_ways, dv, first_column,
-                          own_sums);
+      for (int j = 0; j < args.deferred; ++j) {
+        uint4 x{};
+        float dots[C];
+        if (j % 2 == 0) barrier_wait(&ring.full[stage.index], stage.phase);
+        if (active) {
+          x = *reinterpret_cast<const uint4*>(shared + stage.index * stage_bytes +
+                                              j % 2 * row_bytes + threadIdx.x * 16);
+        }
+        if (j % 2 != 0 || j + 1 == args.deferred) {
+          release(&ring.empty[stage.index]);
+          stage.advance(args.stages);
+        }
+        dot_ways<T, C>(x, dv, dots);
+        keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
+      }
       for (int j = args.deferred; j < sources; ++j) {
         uint4 x;
         uint4 grad;

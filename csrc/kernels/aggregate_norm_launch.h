@@ -49,9 +49,7 @@ struct NormLayout {
     stages = ring_stages(columns.threads, stage_bytes, kNormBytesInFlight, kNormBlocks);
     const int by_threads = kNormBlocks * kNormThreads / (columns.threads + 64);
     const int padded = p.ways == 3 ? 4 : p.ways;  // kWaysPadded
-    const bool tensor_ways = p.dtype != DType::Float32 && p.grad_out[0] == nullptr;
     const int64_t small =
-        tensor_ways_bytes(p.ways, columns.threads, tensor_ways) +
         4 * (2 * p.sources * padded + 2 * columns.threads / 32 * p.ways * p.sources) +
         (p.dim / vector + 3) / 4 * 4;
     const int64_t norms = 4 * NormSlots(p).count * p.dim;

@@ -30,15 +30,6 @@ constexpr Columns split_columns(int vectors) {
 inline constexpr int kForwardBytesInFlight = 64 * 1024;  // of a multiprocessor
 inline constexpr int kBackwardBytesInFlight = 48 * 1024;
 
-// A warp of a backward keeps its 32 vectors of each way for the tensor cores, if deferred sources
-// need them: then their dot products take hardly any instructions. Two neighbouring rows lie in
-// different banks.
-inline constexpr int kWayPitch = 32 * 16 + 64;
-
-__host__ __device__ constexpr int tensor_ways_bytes(int ways, int consumers, bool needed) {
-  return needed ? consumers / 32 * ways * kWayPitch : 0;
-}
-
 // Stages of a block, such that the blocks of a multiprocessor have about bytes_in_flight under way
 // together. More is slower: it only makes the memory switch more often between more places.
 constexpr int ring_stages(int consumers, int stage_bytes, int bytes_in_flight,
