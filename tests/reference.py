@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muddformer.nn import DepthAggregation
+from muddformer.nn import DepthAggregation, MUDDStack
 
 
 def depth_aggregate(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
@@ -111,6 +111,9 @@ def depth_aggregation(
 
 @contextlib.contextmanager
 def naive_connections(active: bool = True) -> Iterator[None]:
-    """While it lasts, every layer of connections computes by :func:`depth_aggregation`."""
-    with mock.patch.object(DepthAggregation, "forward", depth_aggregation) if active else contextlib.nullcontext():
+    """While it lasts, every layer of connections computes by :func:`depth_aggregation`, and no gradient is deferred."""
+    with contextlib.ExitStack() as stack:
+        if active:
+            stack.enter_context(mock.patch.object(DepthAggregation, "forward", depth_aggregation))
+            stack.enter_context(mock.patch.object(MUDDStack, "_defers", lambda *_: False))
         yield

@@ -116,7 +116,11 @@ def test_cuda_graphs(variant: str) -> None:
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"source_stride": 2, "block_stride": 2}], ids=["mudd", "2x2"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"flush_interval": 3}, {"source_stride": 2, "block_stride": 2}],
+    ids=["mudd", "deferred", "2x2"],
+)
 def test_follows_the_naive_formulation(changes: dict, device: torch.device) -> None:
     config = TINY.replace(**changes)
     fast, naive = (training_losses(config, steps=20, seed=0, naive=slow, device=device) for slow in (False, True))
