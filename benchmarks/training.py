@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from common import reference
@@ -150,17 +149,14 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m))
 
 
-def _checkpoint_blocks(model: nn.Module, selective: bool, stack: contextlib.ExitStack) -> None:
+def _checkpoint_blocks(model: nn.Module, selective: bool) -> None:
     """Activation checkpointing of every block, as each kind of model has it."""
     options = {"context_fn": selective_contexts} if selective else {}
     if hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
     elif isinstance(model, muddformer.nn.MUDDStack):
         model.gradient_checkpointing = True
-        if selective:
-            stack.enter_context(
-                mock.patch.object(muddformer.nn, "checkpoint", functools.partial(checkpoint, **options))
-            )
+        model.checkpoint_context_fn = options.get("context_fn")
     else:
         for block in _blocks(model):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
@@ -197,13 +193,12 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(reference.naive_connections(method.form == "naive"))
+    with reference.naive_connections(method.form == "naive"):
         if method.run == "block":
             for block in _blocks(model):
                 block.compile()
         elif method.run in ("ckpt", "selective"):
-            _checkpoint_blocks(model, method.run == "selective", stack)
+            _checkpoint_blocks(model, method.run == "selective")
         yield model, step
 
 

@@ -7,7 +7,7 @@ B, T: batch and sequence length (any leading shape); D: model width; S: number o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -446,6 +446,8 @@ class MUDDStack(nn.Module):
     Attributes:
         gradient_checkpointing: set it to True to recompute every block in the backward of a training step instead of
             keeping its activations (torch.utils.checkpoint; the history of hidden states is kept).
+        checkpoint_context_fn: with ``gradient_checkpointing``: what torch.utils.checkpoint takes as ``context_fn``, for
+            selective checkpointing (torch.utils.checkpoint.create_selective_checkpoint_contexts). None: keep nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -478,6 +480,7 @@ class MUDDStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.multiway = multiway
         self.gradient_checkpointing = False
+        self.checkpoint_context_fn: Callable[[], Any] | None = None
         ways = check_ways("ways", ways)
         if dense and not multiway and ways != WAYS:
             raise ValueError(f"ways must be {WAYS!r} with multiway=False, got {ways!r}")
@@ -612,5 +615,6 @@ class MUDDStack(nn.Module):
 
     def _call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False, **kwargs)
+            options = {} if self.checkpoint_context_fn is None else {"context_fn": self.checkpoint_context_fn}
+            return checkpoint(layer, *args, use_reentrant=False, **options, **kwargs)
         return layer(*args, **kwargs)

@@ -14,9 +14,8 @@ from reference import naive_connections
 from short_run import training_losses
 from test_models import make, scramble, some_ids
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-import muddformer.nn
 from muddformer import MUDDFormer, MUDDFormerConfig
 
 KEPT = [
@@ -32,14 +31,13 @@ TINY = MUDDFormerConfig(
 
 
 @contextlib.contextmanager
-def checkpointed(model: MUDDFormer, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def checkpointed(model: MUDDFormer, kind: str) -> Iterator[None]:
     """Every block is computed again in the backward: all of it ("full"), or not its matrix products and attention."""
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "gradient_checkpointing", True)
-        if kind == "selective":
-            contexts = functools.partial(create_selective_checkpoint_contexts, KEPT)
-            patch.setattr(muddformer.nn, "checkpoint", functools.partial(checkpoint, context_fn=contexts))
-        yield
+    model.gradient_checkpointing = True
+    if kind == "selective":
+        model.checkpoint_context_fn = functools.partial(create_selective_checkpoint_contexts, KEPT)
+    yield
+    model.gradient_checkpointing, model.checkpoint_context_fn = False, None
 
 
 def gradients(model: MUDDFormer, call: Callable[..., Tensor], ids: Tensor) -> list[Tensor]:
@@ -49,21 +47,21 @@ def gradients(model: MUDDFormer, call: Callable[..., Tensor], ids: Tensor) -> li
 
 
 @pytest.mark.parametrize("variant", ["default", "pythia", "pre-post", "stride-2x2", "plain"])
-def test_selective_checkpointing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selective_checkpointing(variant: str) -> None:
     model, ids = scramble(make(variant)), some_ids()
     expected = gradients(model, model, ids)
-    with checkpointed(model, "selective", monkeypatch):
+    with checkpointed(model, "selective"):
         torch.testing.assert_close(gradients(model, model, ids), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("kind", ["full", "selective"])
 @pytest.mark.parametrize("variant", ["default", "pre-post", "plain"])
-def test_compiled_checkpointing(variant: str, kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_checkpointing(variant: str, kind: str, device: torch.device) -> None:
     torch._dynamo.reset()
     model, ids = scramble(make(variant, n_layer=3)).to(device), some_ids().to(device)
     expected = gradients(model, model, ids)
-    with checkpointed(model, kind, monkeypatch):
+    with checkpointed(model, kind):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
         torch.testing.assert_close(gradients(model, compiled, ids), expected, rtol=1e-4, atol=1e-5)
 
