@@ -80,7 +80,7 @@ valgrind: tests-cpp
 		|| { echo "valgrind is missing: install the package valgrind." >&2; exit 1; }
 	OMP_NUM_THREADS=1 valgrind --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
 		--suppressions=tests/cpp/valgrind.supp $(call cmake_build,tests-cpp)/muddformer_tests \
-		--gtest_filter='Config*:Safetensors*:Checkpoint*:Tokenizer*:Generate*:MUDDFormer*:KVCache*:*/Models.*/default'
+		--gtest_filter='Config*:Safetensors*:Checkpoint*:TokenDecoder*:Generate*:MUDDFormer*:KVCache*:*/Models.*/default'
 
 gtest:
 	@printf '#include <gtest/gtest.h>\n' | $(CXX) -E -x c++ - >/dev/null 2>&1 \

@@ -7,6 +7,7 @@
 #include <torch/cuda.h>
 #include <torch/torch.h>
 
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -178,6 +179,10 @@ struct LayerCase {
   const char* post_norm;
   const char* ways;
 };
+
+std::ostream& operator<<(std::ostream& out, const LayerCase& layer) {
+  return out << layer.name;
+}
 
 class CudaLayers : public testing::TestWithParam<LayerCase> {};
 
