@@ -220,7 +220,8 @@ class MUDDFormerConfig:
         if self.ffn_reallocation and min(self.ffn_widths) < 1:
             raise ValueError(
                 f"intermediate_size is too small for ffn_reallocation, which rounds widths to multiples of 128: "
-                f"got {self.intermediate_size}, which leaves a block with a width of 0"
+                f"got {self.intermediate_size}, which leaves a block with a width of 0 (more than 128, or "
+                f"ffn_reallocation=False)"
             )
         if not self.multiway and self.ways != WAYS:
             raise ValueError(

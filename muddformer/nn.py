@@ -477,7 +477,10 @@ class MUDDStack(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList | nn.Sequential):
+            raise TypeError(f"layers must be a list of modules, got one {type(layers).__name__}")
         self.layers = nn.ModuleList(layers)
+        self.dim = check_integer("dim", dim)
         self.multiway = multiway
         self.gradient_checkpointing = False
         self.checkpoint_context_fn: Callable[[], Any] | None = None
@@ -556,8 +559,11 @@ class MUDDStack(nn.Module):
 
         Raises:
             TypeError: if a block returns anything but a tensor.
+            ValueError: if x has another width than dim, or a block returns another shape than that of its input.
             RuntimeError: if a block changes its input in place, which the history still holds.
         """
+        if x.shape[-1:] != (self.dim,) and self.plan:
+            raise ValueError(f"x must have shape [..., dim] with dim={self.dim}, got {list(x.shape)}")
         history: dict[int, Tensor] = {}
         streams, call = [x], {}
         aggregations = iter(zip(self.plan.values(), self.dynamic_dense, self.dense_bs, strict=True))
@@ -570,6 +576,10 @@ class MUDDStack(nn.Module):
             x = self._call(layer, *streams, *args, **call, **kwargs)
             if not isinstance(x, Tensor):
                 raise TypeError(f"block {i - 1} must return one tensor, got {type(x).__name__}")
+            if x.shape != streams[0].shape:
+                raise ValueError(
+                    f"block {i - 1} must return the shape of its input {list(streams[0].shape)}, got {list(x.shape)}"
+                )
             if _versions(streams) != versions:
                 raise RuntimeError(
                     f"block {i - 1} changes its input in place, but later blocks read this hidden state too: "

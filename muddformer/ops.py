@@ -40,6 +40,12 @@ class Deferral(NamedTuple):
     count: int
 
 
+def _check_list(hiddens: object) -> None:
+    """The dispatcher has no clear word for a tensor in the place of a list of tensors."""
+    if isinstance(hiddens, Tensor):
+        raise TypeError(f"hiddens: expected a list of tensors, got one tensor of shape {list(hiddens.shape)}")
+
+
 def depth_aggregate(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Weighted sums of hidden states over depth: ``Y_c = sum_j weights[..., c, j, None] * hiddens[j]``.
 
@@ -56,6 +62,7 @@ def depth_aggregate(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     Gradients flow to every hidden state and to the weights. In a stack of layers prefer
     :func:`depth_aggregate_chained`: here autograd adds the S gradients of every layer one by one.
     """
+    _check_list(hiddens)
     return torch.ops.muddformer.depth_aggregate(hiddens, weights)
 
 
@@ -74,6 +81,7 @@ def depth_aggregate_chained(
         everything that comes later. The backward then receives the gradient which later layers have already
         accumulated, and returns it plus its own term from one pass over the history.
     """
+    _check_list(hiddens)
     deferred = () if deferral is None else deferral
     streams, hiddens = torch.ops.muddformer.depth_aggregate_chained(hiddens, weights, *deferred)
     return streams, hiddens
@@ -100,6 +108,10 @@ def defer_gradients(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
+    _check_list(hiddens)
+    for i, layer in enumerate(layers):
+        if not (isinstance(layer, tuple) and [type(n) for n in layer] == [int, int]):
+            raise TypeError(f"layers[{i}]: expected a tuple (C, S) of two integers, got {layer!r}")
     ways, sources = [c for c, _ in layers], [s for _, s in layers]
     handed_on, tickets = torch.ops.muddformer.defer_gradients(hiddens, ways, sources)
     deferrals, first = [], 0
@@ -145,6 +157,7 @@ def depth_aggregate_norm_chained(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
+    _check_list(hiddens)
     biases = [None] * len(norm_weights) if norm_biases is None else norm_biases
     streams, hiddens = torch.ops.muddformer.depth_aggregate_norm_chained(
         hiddens, weights, norm_weights, biases, norm, eps, base, post_weight, *(() if deferral is None else deferral)

@@ -302,6 +302,8 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
     model = {"n_layer": 2, "n_head": 2, "dim": 32}
     return {
         "no hiddens": (lambda: defer([], [(3, 2)]), ValueError, "hiddens: expected at least one"),
+        "one tensor": (lambda: defer(x, [(3, 2)]), TypeError, "hiddens: expected a list of tensors"),
+        "bare numbers": (lambda: defer([x], [3]), TypeError, r"layers\[0\]: expected a tuple \(C, S\)"),
         "no layers": (lambda: defer([x], []), ValueError, "ways: expected a number for each layer"),
         "no ways": (lambda: defer([x], [(0, 2)]), ValueError, r"ways\[0\]: expected at least 1"),
         "few sources": (lambda: defer([x, x], [(3, 1)]), ValueError, r"sources\[0\]: expected at least 2"),

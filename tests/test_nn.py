@@ -270,6 +270,16 @@ def test_blocks_that_change_their_input_are_refused(options: dict) -> None:
         stack(torch.randn(2, 3, 8))
 
 
+def test_wrong_widths_name_what_is_wrong() -> None:
+    stack = MUDDStack([torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)], 8)
+    with pytest.raises(ValueError, match=r"x must have shape \[..., dim\] with dim=8, got \[2, 7\]"):
+        stack(torch.randn(2, 7))
+    with pytest.raises(ValueError, match=r"block 1 must return the shape of its input \[2, 8\], got \[2, 4\]"):
+        stack(torch.randn(2, 8))
+    with pytest.raises(TypeError, match="layers must be a list of modules, got one Linear"):
+        MUDDStack(torch.nn.Linear(8, 8), 8)
+
+
 def test_autocast_with_parameters_of_another_low_precision() -> None:
     da = DepthAggregation(16, 2, dtype=torch.float16)
     with torch.autocast("cpu", dtype=torch.bfloat16):

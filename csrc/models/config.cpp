@@ -64,10 +64,12 @@ void check_combinations(const MUDDFormerConfig& c) {
                     c.block_size, " positions of ", rotary, " entries, more than 2**30 numbers");
   if (c.ffn_reallocation) {
     const std::vector<int64_t> widths = c.ffn_widths();
-    TORCH_CHECK_VALUE(*std::min_element(widths.begin(), widths.end()) >= 1,
-                      "intermediate_size is too small for ffn_reallocation, which rounds widths to "
-                      "multiples of 128: got ",
-                      *c.intermediate_size, ", which leaves a block with a width of 0");
+    TORCH_CHECK_VALUE(
+        *std::min_element(widths.begin(), widths.end()) >= 1,
+        "intermediate_size is too small for ffn_reallocation, which rounds widths to "
+        "multiples of 128: got ",
+        *c.intermediate_size,
+        ", which leaves a block with a width of 0 (more than 128, or ffn_reallocation=false)");
   }
   TORCH_CHECK_VALUE(c.multiway || c.ways == kWays,
                     "ways must be 'qkvr' with multiway=false, because all streams share one "

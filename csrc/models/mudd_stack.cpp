@@ -141,6 +141,8 @@ std::vector<int64_t> versions(at::TensorList tensors) {
 at::Tensor Connections::run(const at::Tensor& x0,
                             c10::function_ref<at::Tensor(int64_t, at::TensorList, bool)> block,
                             c10::function_ref<std::vector<Norm>(int64_t)> stream_norms) const {
+  TORCH_CHECK_VALUE(plan.empty() || (x0.dim() >= 1 && x0.size(-1) == options.dim),
+                    "x must have shape [..., dim] with dim = ", options.dim, ", got ", x0.sizes());
   std::vector<at::Tensor> history(joins_.size()), streams = {x0};
   std::map<int64_t, Deferral> deferrals;
   bool normed = false;
@@ -157,6 +159,9 @@ at::Tensor Connections::run(const at::Tensor& x0,
     const std::vector<int64_t> before = versions(streams);
     at::Tensor x = block(i - 1, streams, normed);
     TORCH_CHECK_TYPE(x.defined(), "block ", i - 1, " must return a tensor, got an undefined one");
+    TORCH_CHECK_VALUE(x.sizes() == streams[0].sizes(), "block ", i - 1,
+                      " must return the shape of its input ", streams[0].sizes(), ", got ",
+                      x.sizes());
     TORCH_CHECK(versions(streams) == before, "block ", i - 1,
                 " changes its input in place, but later blocks read this hidden state too: "
                 "write x = x + f(x) instead of x += f(x)");

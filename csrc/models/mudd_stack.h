@@ -88,7 +88,9 @@ class MUDDFORMER_API Connections {
   ///   empty holder for one without. The aggregation makes them, and normed is true then. An empty
   ///   list: the block does so itself.
   /// @return the residual way's aggregate after the last block [..., D].
-  /// @throws c10::Error if a block changes its input in place, which the history still holds.
+  /// @throws c10::ValueError if x has another width than dim, or a block returns another shape than
+  ///   that of its input; c10::Error if a block changes its input in place, which the history still
+  ///   holds.
   at::Tensor run(const at::Tensor& x,
                  c10::function_ref<at::Tensor(int64_t, at::TensorList, bool)> block,
                  c10::function_ref<std::vector<Norm>(int64_t)> stream_norms) const;

@@ -103,7 +103,7 @@ void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const a
   TORCH_CHECK_VALUE(w2.dim() == 2 && w2.sym_size(0) == prior.sym_size(0) * prior.sym_size(1) &&
                         w2.sym_size(1) == w1.sym_size(0),
                     "w2: expected shape [C*S, K] = [", prior.sym_size(0) * prior.sym_size(1), ", ",
-                    w1.sym_size(0), "], got ", w2.sym_sizes());
+                    w1.sym_size(0), "], got ", w2.sym_sizes(), " with prior ", prior.sym_sizes());
   if (scale.has_value()) {
     check_dtype_or_float32(*scale, {"scale"}, x);
     TORCH_CHECK_VALUE(scale->dim() == 1 && scale->sym_size(0) == x.sym_size(-1),

@@ -222,6 +222,13 @@ TEST(FlushGroups, AreThoseOfPython) {
   EXPECT_THROW(groups(12, {}, 0), c10::ValueError);
 }
 
+TEST(MUDDStackErrors, NameTheWidth) {
+  torch::nn::Sequential blocks(torch::nn::Linear(8, 8), torch::nn::Linear(8, 4));
+  MUDDStack stack(blocks, MUDDStackOptions{.dim = 8});
+  EXPECT_THROW(stack->forward(torch::randn({2, 7})), c10::ValueError);
+  EXPECT_THROW(stack->forward(torch::randn({2, 8})), c10::ValueError);
+}
+
 struct InPlaceImpl : torch::nn::Module {
   Tensor forward(Tensor x) { return x += 1; }
 };
