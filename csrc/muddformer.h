@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ops/connection_weights.h"
+#include "ops/deferred_flush.h"
 #include "ops/depth_aggregate.h"
 #include "ops/depth_aggregate_norm.h"
 #include "ops/depth_aggregation_step.h"

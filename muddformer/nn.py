@@ -394,6 +394,7 @@ def flush_groups(
     """
     order = list(plan)
     if interval is not None:
+        check_integer("interval", interval)
         groups = [order[max(0, end - interval) : end] for end in range(len(order), 0, -interval)]
         return [group for group in reversed(groups) if len(group) > 1]
     best: list[tuple[int, list[list[int]]]] = [(0, [])]  # for the first 0, 1, .. aggregations: units saved, groups
@@ -496,7 +497,7 @@ class MUDDStack(nn.Module):
                 window=window,
                 last="r" in ways,
             )
-        self.flush_interval = None if flush_interval is None else check_integer("flush_interval", flush_interval)
+        self.flush_interval = None if flush_interval is None else check_integer("flush_interval", flush_interval, 2**16)
         check_flush_interval(flush_interval, window)
         self.dense_bs = nn.ParameterList()
         self.dynamic_dense = nn.ModuleList()
@@ -604,8 +605,10 @@ class MUDDStack(nn.Module):
         """Whether a group of aggregations defers the gradients of these hidden states."""
         if not older or not torch.is_grad_enabled():
             return False
-        fast = older[0].is_cuda and older[0].dtype in (torch.bfloat16, torch.float16) and older[0].shape[-1] % 8 == 0
-        return fast or self.flush_interval is not None
+        if self.flush_interval is not None or not older[0].is_cuda or older[0].shape[-1] % 8 != 0:
+            return self.flush_interval is not None
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else older[0].dtype
+        return dtype in (torch.bfloat16, torch.float16)
 
     def _stream_norms(self, i: int, x: Tensor) -> list[nn.Module | None] | None:
         """The norms of the streams of block i, from 0, if the aggregation before it can take them over."""

@@ -32,7 +32,7 @@ class Deferral(NamedTuple):
     """What one layer of a group is given, see :func:`defer_gradients`.
 
     Attributes:
-        tickets: placeholders of no size in memory, whose gradients carry what the layer defers.
+        tickets: placeholders of no size in memory, whose gradients carry what the layer defers. Each is for one call.
         count: number of the layer's first hidden states whose gradients are deferred.
     """
 
@@ -94,8 +94,8 @@ def defer_gradients(
 
     ``dX_j = G_j + sum_i sum_c weights_i[..., c, j] * dV_{i,c}`` over the layers i of the group and their ways c, dV
     being the gradient of a way's sum over its sources. Without a group each layer's backward reads and writes every
-    dX_j. The gradients are the same but for rounding, which happens once a group. It pays on CUDA in bfloat16 and
-    float16 (``torch.ops.muddformer.deferred_flush``) where 2 S (layers - 1) is more than 2 C - 1 of every layer.
+    dX_j. The gradients are the same but for rounding, which happens once a group (of at most 16 ways). It pays on CUDA
+    in bfloat16 and float16 where ``2 len(hiddens) (len(layers) - 1)`` is more than the sum of 2 C - 1 over the layers.
 
     Args:
         hiddens: the older hidden states [..., D], which all layers of the group mix first, in this order.
@@ -103,7 +103,8 @@ def defer_gradients(
 
     Returns:
         ``(hiddens, deferrals)``: the hidden states to be used from here on, and for each layer what it is called with.
-        Every layer is to be called once.
+        Every layer is to be called once. The hidden states that were given get their whole gradients; those which are
+        returned, here and by the layers of the group, have only a part of theirs, as hooks would see.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

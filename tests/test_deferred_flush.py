@@ -41,6 +41,7 @@ def flush_arguments(
     weights[-1] = weights[-1][..., :1, :].expand(weights[-1].shape)
     if len(leading) == 2:
         sums[0] = make(*leading[::-1], width).transpose(0, 1)
+        grads[0] = make(*leading[::-1], width).transpose(0, 1)
     return grads, sums, weights
 
 
@@ -53,6 +54,7 @@ def test_flush(sizes: Any, device: torch.device, dtype: torch.dtype) -> None:
     for result, expected in zip(results, reference.deferred_flush(*wide), strict=True):
         assert result.dtype == dtype
         assert relative_error(result, expected) <= tolerance(dtype)
+        assert result.is_contiguous()  # as the meta kernel says
     again = torch.ops.muddformer.deferred_flush(grads, sums, weights)
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
@@ -71,6 +73,23 @@ def test_opcheck(sizes: Any, device: torch.device) -> None:
         (streams, [], hiddens, weights[0].float(), old),
         test_utils=utils,
     )
+
+
+@pytest.mark.parametrize("norm,base", [("rms", False), ("layer", True)])
+def test_opcheck_of_the_norm_backward(norm: str, base: bool, device: torch.device) -> None:
+    hiddens = [torch.randn(2, 3, 16, device=device) for _ in range(4)]
+    weights, scale = torch.randn(2, 3, 3, 4, device=device), torch.rand(16, device=device) + 0.5
+    arguments = (hiddens, weights, [scale, None, None], [None] * 3, norm, 1e-5)
+    arguments += (hiddens[-1], scale) if base else (None, None)
+    saved = torch.ops.muddformer.depth_aggregate_norm_forward(*arguments)
+    grads = [torch.randn(3, 2, 16, device=device).transpose(0, 1) for _ in range(3)]
+    backward = torch.ops.muddformer.depth_aggregate_norm_backward.default
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for deferred in (1, 3, 4):
+        opcheck(backward, (grads, [], *arguments, *saved, deferred), test_utils=utils)
+        left = backward(grads, [], *arguments, *saved, deferred)[-1]
+        assert [x.numel() > 0 for x in left] == [True, False, base]
+        assert all(x.is_contiguous() for x in left)
 
 
 class Chain(torch.nn.Module):
@@ -186,6 +205,13 @@ def test_autocast(device: torch.device) -> None:
     assert {t.dtype for t in [*older, *streams, *handed_on, *deferrals[0].tickets]} == {torch.bfloat16}
     sum(s.float().sum() for s in streams).backward()
     assert x.grad.dtype == weights[1].grad.dtype == torch.float32
+    grads = []
+    for grouped, low in ((True, True), (False, True), (False, False)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            loss = Chain(16, "rms", True, grouped).to(device)(x, weights)
+        grads.append(torch.autograd.grad(loss, [x, *weights]))
+    for a, b, w in zip(*grads, strict=True):
+        assert distance(a, w.double()) <= max(2 * distance(b, w.double()), 2 * tolerance(torch.bfloat16))
 
 
 @pytest.mark.compile
@@ -201,6 +227,19 @@ def test_compiles_without_a_break_or_recompiling(norms: str, base: bool, device:
             actual = torch.autograd.grad(compiled(x, weights), [x, *weights])
         for a, b in zip(actual, expected, strict=True):
             assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("norms,base", [("none", False), ("rms", True)])
+def test_compiled_autograd(norms: str, base: bool, device: torch.device) -> None:
+    torch._dynamo.reset()
+    x, weights = chain_inputs(16, device, torch.float32)
+    chain = Chain(16, norms, base, grouped=True).to(device)
+    expected = torch.autograd.grad(chain(x, weights), [x, *weights])
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        chain(x, weights).backward()
+    for a, b in zip([x, *weights], expected, strict=True):
+        assert relative_error(a.grad, b) < 1e-5
 
 
 def test_flush_groups() -> None:

@@ -5,7 +5,8 @@
 // for the hidden states j that several layers i of aggregation have in common: instead of adding
 // its term to every dX_j at once, each layer leaves its factors, the gradients dV of its sums and
 // its weights, and all terms are added in one pass. tokens (N), dim (D), sources (S, index j),
-// ways (C_i, index c). Sums are float32, rounded once; the launcher only enqueues kernels.
+// ways (C_i, index c). Sums are float32, rounded once for every 16 factors; the launcher
+// only enqueues kernels.
 #pragma once
 
 #include "aggregate.h"

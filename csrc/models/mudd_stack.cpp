@@ -1,5 +1,6 @@
 #include "mudd_stack.h"
 
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -57,7 +58,9 @@ Connections::Connections(MUDDStackOptions given, int64_t layers, at::TensorOptio
 
 bool Connections::defers(at::TensorList older) const {
   if (older.empty() || !at::GradMode::is_enabled()) return false;
-  const at::ScalarType dtype = older[0].scalar_type();
+  const at::ScalarType dtype = at::autocast::is_autocast_enabled(older[0].device().type())
+                                   ? at::autocast::get_autocast_dtype(older[0].device().type())
+                                   : older[0].scalar_type();
   const bool fast = older[0].is_cuda() && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
                     older[0].size(-1) % 8 == 0;
   return fast || options.flush_interval.has_value();

@@ -88,6 +88,14 @@ void check_connection_weights_backward(const at::Tensor& grad_weights,
                                        const at::Tensor& hidden, const at::Tensor& factor,
                                        std::optional<double> cap);
 
+// Whether way c has a norm: one of its own, or, the last one, the post norm.
+inline bool has_norm(const c10::List<std::optional<at::Tensor>>& norm_weights,
+                     const std::optional<at::Tensor>& post_weight, int64_t c) {
+  const std::optional<at::Tensor> weight = norm_weights.get(c);
+  return (weight.has_value() && weight->defined()) ||
+         (post_weight.has_value() && c + 1 == static_cast<int64_t>(norm_weights.size()));
+}
+
 // float32 for everything but float64: the type that products and sums are accumulated in.
 inline at::ScalarType accumulation_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;

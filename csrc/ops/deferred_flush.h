@@ -5,8 +5,9 @@
 //
 // over the layers i of a group and their ways c. dV_{i,c} is the gradient of way c's sum over the
 // sources. The older hidden states are those which all layers of the group mix first, in the same
-// order; nothing needs dX_j before the backward leaves the group. A layer then reads X_j (for the
-// gradient of its weights) but does not read and write dX_j.
+// order; nothing may need dX_j before the backward leaves the group: what defer_gradients() and the
+// layers hand on has only a part of its gradient, what it was given has all of it. A layer then
+// reads X_j (for the gradient of its weights) but does not read and write dX_j.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,7 +20,8 @@
 
 namespace muddformer {
 
-/// What a layer of a group is given, see defer_gradients(). One without tickets defers nothing.
+/// What a layer of a group is given, see defer_gradients(): unchanged, and to one call. One without
+/// tickets defers nothing.
 struct Deferral {
   /// Placeholders of no size in memory, whose gradients carry dV_c [..., D] of the C ways and the
   /// weights [..., C, S].

@@ -17,8 +17,8 @@ inline std::vector<at::Tensor> deferred_flush_composition(
   std::vector<at::Tensor> sums;
   for (size_t j = 0; j < grad_hiddens.size(); ++j) {
     const at::Tensor grad = grad_hiddens.get(j).value_or(at::Tensor());
-    sums.push_back(grad.defined() ? grad.to(wide, /*non_blocking=*/false, /*copy=*/true)
-                                  : at::zeros(like.sizes(), like.options().dtype(wide)));
+    sums.push_back(at::zeros(like.sizes(), like.options().dtype(wide)));
+    if (grad.defined()) sums.back().copy_(grad);
   }
   size_t factor = 0;
   for (const at::Tensor& layer : weights) {

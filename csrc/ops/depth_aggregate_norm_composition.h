@@ -120,7 +120,7 @@ depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
     grad_norm_biases.push_back(way.bias.defined() ? rows_sum(dy, way.bias) : none());
     if (base.has_value()) grad_base.add_(way.post ? dy : dv);
     grad_sums.push_back(dv.to(dtype));
-    left.push_back(deferred > 0 && way.weight.defined() ? *grad_sums.get(c) : none());
+    left.push_back(deferred > 0 && way.weight.defined() ? grad_sums.get(c)->contiguous() : none());
   }
   auto [grads, grad_weights] =
       depth_aggregate_backward(grad_sums, grad_hiddens, hiddens, weights, deferred);

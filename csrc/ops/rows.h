@@ -75,6 +75,14 @@ inline Rows contiguous_rows_of(const c10::List<std::optional<at::Tensor>>& tenso
   return rows_of(contiguous, count);
 }
 
+// The first `count` tensors without autograd's edges: their gradients are deferred, and an edge
+// that never brings one is more than compiled autograd can add up.
+inline std::vector<at::Tensor> without_edges(at::TensorList tensors, int64_t count) {
+  std::vector<at::Tensor> result = tensors.vec();
+  for (int64_t j = 0; j < count; ++j) result[j] = result[j].detach();
+  return result;
+}
+
 // Undefined tensors as none, as the dispatcher knows them.
 inline c10::List<std::optional<at::Tensor>> optional_tensors(at::TensorList tensors) {
   c10::List<std::optional<at::Tensor>> list;

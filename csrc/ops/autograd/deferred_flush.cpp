@@ -9,8 +9,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "../checks.h"
 #include "../rows.h"
 

@@ -87,7 +87,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_def
     return {depth_aggregate(hiddens, weights), hiddens.vec()};
   }
   check_all_defined(hiddens, weights);
-  variable_list streams = DepthAggregate<true>::apply(hiddens, weights, tickets, deferred);
+  variable_list streams = DepthAggregate<true>::apply(
+      at::TensorList(without_edges(hiddens, deferred)), weights, tickets, deferred);
   const auto young = static_cast<int64_t>(hiddens.size()) - deferred;
   std::vector<at::Tensor> handed_on = hiddens.vec();
   std::move(streams.end() - young, streams.end(), handed_on.begin() + deferred);

@@ -131,8 +131,7 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     result.resize(count - tickets - 1);  // no gradients of the other arguments
     if (tickets != 0) {
       for (int64_t c = 0; c < ways; ++c) {
-        const bool normed =
-            norms.weights.get(c).has_value() || (norms.post_weight.has_value() && c + 1 == ways);
+        const bool normed = has_norm(norms.weights, norms.post_weight, c);
         result.push_back(normed ? grad_sums[c] : grad_outputs[c]);
       }
       result.push_back(list[sources]);
@@ -170,9 +169,9 @@ depth_aggregate_norm_deferred_composite(at::TensorList hiddens, const at::Tensor
                                                      norm, eps, base, post_weight)),
             hiddens.vec()};
   }
-  variable_list streams =
-      DepthAggregateNorm::apply(hiddens, weights, at::TensorList(norm_tensors), weight_mask,
-                                bias_mask, base.has_value(), norm, eps, tickets, deferred);
+  variable_list streams = DepthAggregateNorm::apply(
+      at::TensorList(without_edges(hiddens, deferred)), weights, at::TensorList(norm_tensors),
+      weight_mask, bias_mask, base.has_value(), norm, eps, tickets, deferred);
   const auto young = static_cast<int64_t>(hiddens.size()) - deferred;
   std::vector<at::Tensor> handed_on = hiddens.vec();
   std::move(streams.end() - young, streams.end(), handed_on.begin() + deferred);

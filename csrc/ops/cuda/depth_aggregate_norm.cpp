@@ -136,8 +136,7 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
     std::vector<at::Tensor> grad_sums;  // for the flush of the deferred gradients
     std::vector<void*> sum_grads;
     for (int64_t c = 0; c < ways; ++c) {
-      const bool normed = value_or_undefined(norm_weights, c).defined() ||
-                          (post_weight.has_value() && c + 1 == ways);
+      const bool normed = has_norm(norm_weights, post_weight, c);
       grad_sums.push_back(deferred > 0 && normed ? empty_like(like) : none());
       sum_grads.push_back(deferred > 0 && normed ? grad_sums.back().data_ptr() : nullptr);
     }

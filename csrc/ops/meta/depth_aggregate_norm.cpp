@@ -61,8 +61,7 @@ depth_aggregate_norm_backward_meta(const OptionalTensors& grad_outputs,
   for (size_t j = deferred; j < hiddens.size(); ++j) grads.push_back(empty_of(like));
   std::vector<at::Tensor> grad_sums;
   for (size_t c = 0; c < norm_weights.size(); ++c) {
-    const bool post = post_weight.has_value() && c + 1 == norm_weights.size();
-    const bool normed = post || norm_weights.get(c).has_value();
+    const bool normed = has_norm(norm_weights, post_weight, static_cast<int64_t>(c));
     grad_sums.push_back(deferred > 0 && normed ? empty_of(like) : at::empty({0}, like.options()));
   }
   const auto optional = [&](const std::optional<at::Tensor>& tensor) {
