@@ -20,10 +20,7 @@ inline cudaError_t current_device(WeightsDevice& device) {
   int index = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error == cudaSuccess) error = current_device(static_cast<Device&>(device));
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                   index);
-  }
+  if (error == cudaSuccess) error = shared_memory_limit(device.shared_bytes);
   int major = 0, minor = 0;
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);

@@ -30,8 +30,9 @@ constexpr int kWeightsRowBytes = 2 * kSources;
 constexpr int kWeightsBytes = kFactors * kWeightsRowBytes;
 constexpr int kWarps = 4;
 
-constexpr int shared_size(int buffers) {
-  return kWarps * (kWeightsBytes + (1 + buffers) * kTileBytes);
+// Shared memory of a warp.
+__host__ __device__ constexpr int warp_bytes(int buffers) {
+  return kWeightsBytes + (1 + buffers) * kTileBytes;
 }
 
 template <typename T>
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int64_t place = token * args.dim + column;
   const bool active = column < args.dim;
 
-  unsigned char* const factors = shared + warp * (kWeightsBytes + (1 + args.buffers) * kTileBytes);
+  unsigned char* const factors = shared + warp * warp_bytes(args.buffers);
   unsigned char* const tiles = factors + kTileBytes;
   unsigned char* const weights = tiles + args.buffers * kTileBytes;
   const uint32_t factors_at = address_in_shared(factors);
@@ -183,8 +184,8 @@ cudaError_t flush(const DeferredFlush& p, const void* const* grad_in, int first_
   int limit = 0;
   cudaError_t error = shared_memory_limit(limit);
   if (error != cudaSuccess) return error;
-  args.buffers = args.sources > kTile && shared_size(2) <= limit ? 2 : 1;
-  const int shared_bytes = shared_size(args.buffers);
+  args.buffers = args.sources > kTile && kWarps * warp_bytes(2) <= limit ? 2 : 1;
+  const int shared_bytes = kWarps * warp_bytes(args.buffers);
   error = cudaFuncSetAttribute(flush_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                shared_bytes);
   if (error != cudaSuccess) return error;
