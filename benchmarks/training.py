@@ -141,7 +141,7 @@ def make_model(method: Method, shape: Shape, reference_path: Path | None = None)
         "use_qk_norm": True,
         "ffn_reallocation": False,
     }
-    return build_model(MUDDFormerConfig(**fields, **{**FORMS[method.form], **method.fields}))
+    return build_model(MUDDFormerConfig(**{**fields, **FORMS[method.form], **method.fields}))
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

@@ -445,8 +445,9 @@ class MUDDStack(nn.Module):
             :func:`flush_groups`. None: on CUDA in bfloat16 and float16 the groups that move the fewest bytes; 1: none.
 
     Attributes:
-        gradient_checkpointing: set it to True to recompute every block in the backward of a training step instead of
-            keeping its activations (torch.utils.checkpoint; the history of hidden states is kept).
+        gradient_checkpointing: set it to True to recompute every block, with the aggregation before it, in the backward
+            of a training step instead of keeping its activations (torch.utils.checkpoint; the history of hidden states
+            is kept).
         checkpoint_context_fn: with ``gradient_checkpointing``: what torch.utils.checkpoint takes as ``context_fn``, for
             selective checkpointing (torch.utils.checkpoint.create_selective_checkpoint_contexts). None: keep nothing.
 
@@ -566,40 +567,61 @@ class MUDDStack(nn.Module):
         if x.shape[-1:] != (self.dim,) and self.plan:
             raise ValueError(f"x must have shape [..., dim] with dim={self.dim}, got {list(x.shape)}")
         history: dict[int, Tensor] = {}
-        streams, call = [x], {}
         aggregations = iter(zip(self.plan.values(), self.dynamic_dense, self.dense_bs, strict=True))
         deferrals: dict[int, ops.Deferral] = {}
+        # Of the aggregation before the next block: itself and its arguments but for X_i.
+        mix: tuple[DepthAggregation, list[Tensor], Tensor, Any, ops.Deferral | None] | None = None
         self._join(history, 0, x)
-        for i, layer in enumerate(self.layers, start=1):
-            if self.multiway and len(streams) == 1:
-                streams = streams * len(WAYS)
-            versions = _versions(streams)
-            x = self._call(layer, *streams, *args, **call, **kwargs)
-            if not isinstance(x, Tensor):
-                raise TypeError(f"block {i - 1} must return one tensor, got {type(x).__name__}")
-            if x.shape != streams[0].shape:
-                raise ValueError(
-                    f"block {i - 1} must return the shape of its input {list(streams[0].shape)}, got {list(x.shape)}"
-                )
-            if _versions(streams) != versions:
-                raise RuntimeError(
-                    f"block {i - 1} changes its input in place, but later blocks read this hidden state too: "
-                    "write x = x + f(x) instead of x += f(x)"
-                )
-            if i not in self.plan:
-                self._join(history, i, x)
-                streams, call = [x], {}
+        for i, layer in enumerate(self.layers):
+            x, hiddens = self._checkpointed(self._block, i, layer, mix, x, args, kwargs)
+            if mix is not None:
+                history = dict(zip(self.plan[i], hiddens, strict=True))
+            mix = None
+            if i + 1 not in self.plan:
+                self._join(history, i + 1, x)
                 continue
             sources, da, prior = next(aggregations)
-            norms = self._stream_norms(i, x)
             older = [history[j] for j in sources[:-1]]
-            if i in self.flush_groups and self._defers(older):
-                older, opened = ops.defer_gradients(older, list(self.flush_groups[i].values()))
-                deferrals = dict(zip(self.flush_groups[i], opened, strict=True))
-            streams, hiddens = da([*older, x], prior, norms, deferrals.pop(i, None))
-            call = {} if norms is None else {"normed": True}
-            history = dict(zip(sources, hiddens, strict=True))
-        return streams[-1]
+            if i + 1 in self.flush_groups and self._defers(older):
+                older, opened = ops.defer_gradients(older, list(self.flush_groups[i + 1].values()))
+                deferrals = dict(zip(self.flush_groups[i + 1], opened, strict=True))
+            mix = da, older, prior, self._stream_norms(i + 1, x), deferrals.pop(i + 1, None)
+        return self._streams(mix, x)[0][-1]
+
+    def _streams(self, mix: tuple | None, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The streams made of X_i and earlier hidden states, and these, handed on."""
+        if mix is None:
+            return [x], []
+        da, older, prior, norms, deferral = mix
+        return da([*older, x], prior, norms, deferral)
+
+    def _block(
+        self,
+        i: int,
+        layer: nn.Module,
+        mix: tuple | None,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Block i, from 0, and the aggregation that makes its streams: X_(i+1), and the sources, handed on."""
+        streams, hiddens = self._streams(mix, x)
+        if mix is not None and mix[3] is not None:
+            kwargs = {**kwargs, "normed": True}
+        if self.multiway and len(streams) == 1:
+            streams = streams * len(WAYS)
+        versions = _versions(streams)
+        y = layer(*streams, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"block {i} must return one tensor, got {type(y).__name__}")
+        if y.shape != x.shape:
+            raise ValueError(f"block {i} must return the shape of its input {list(x.shape)}, got {list(y.shape)}")
+        if _versions(streams) != versions:
+            raise RuntimeError(
+                f"block {i} changes its input in place, but later blocks read this hidden state too: "
+                "write x = x + f(x) instead of x += f(x)"
+            )
+        return y, hiddens
 
     def _defers(self, older: Sequence[Tensor]) -> bool:
         """Whether a group of aggregations defers the gradients of these hidden states."""
@@ -626,8 +648,11 @@ class MUDDStack(nn.Module):
         if str(i) in self.source_norms:
             history[i] = self.source_norms[str(i)](x)
 
-    def _call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
+        # The aggregation is computed again too: that is one read of the history, and the streams need not be kept.
+        # Without it, torch.compile would also take every hidden state for something to compute again, block by block
+        # from the first, because no checkpointed region reads it.
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             options = {} if self.checkpoint_context_fn is None else {"context_fn": self.checkpoint_context_fn}
-            return checkpoint(layer, *args, use_reentrant=False, **options, **kwargs)
-        return layer(*args, **kwargs)
+            return checkpoint(function, *args, use_reentrant=False, **options)
+        return function(*args)

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from gradient_adds import gradient_adds
 from op_samples import relative_error
 from reference import naive_connections
 from short_run import training_losses
 from test_models import make, scramble, some_ids
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from muddformer import MUDDFormer, MUDDFormerConfig
@@ -64,6 +66,44 @@ def test_compiled_checkpointing(variant: str, kind: str, device: torch.device) -
     with checkpointed(model, kind):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
         torch.testing.assert_close(gradients(model, compiled, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def most_live_bytes(graph: torch.fx.Graph) -> int:
+    """The most that results of a graph take at any time, if each is freed after its last use; views take nothing."""
+
+    def size(node: torch.fx.Node) -> int:
+        value = node.meta.get("val")
+        return int(value.numel() * value.element_size()) if isinstance(value, Tensor) and not value._is_view() else 0
+
+    last_use = {used: i for i, node in enumerate(graph.nodes) for used in node.all_input_nodes}
+    live = most = 0
+    for i, node in enumerate(graph.nodes):
+        live += size(node)
+        most = max(most, live)
+        live -= sum(size(used) for used in node.all_input_nodes if last_use[used] == i)
+    return most
+
+
+@pytest.mark.compile
+def test_compiled_checkpointing_computes_block_by_block() -> None:
+    def backward_bytes(layers: int) -> int:
+        torch._dynamo.reset()
+        model = make("default", n_layer=layers)
+        graphs: list[torch.fx.Graph] = []
+
+        def keep(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., list[Tensor]]:
+            graphs.append(module.graph)
+            return make_boxed_func(module.forward)
+
+        backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+        with checkpointed(model, "full"):
+            torch.compile(model, fullgraph=True, backend=backend, dynamic=False)(ids, ids).backward()
+        return most_live_bytes(graphs[1])
+
+    ids = some_ids(32, 24)
+    hidden_state = ids.numel() * make("default").config.dim * 4
+    # A layer more is its hidden state, gradients and parameters more; the activations of a block would be 37.
+    assert backward_bytes(9) - backward_bytes(5) < 4 * 16 * hidden_state
 
 
 @pytest.mark.parametrize("variant", ["default", "stride-2x2", "pre-post"])

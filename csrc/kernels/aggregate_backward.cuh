@@ -81,6 +81,21 @@ __device__ __forceinline__ uint4 chain(const uint4& x_bits, const uint4& grad_bi
   return make_uint4(result[0], result[1], result[2], result[3]);
 }
 
+// Adds up the dot products of a source over the warp. sums: [C][S] of this warp; later chunks of a
+// row add to it.
+template <int C>
+__device__ __forceinline__ void keep_dots(float (&dots)[C], float* sums, int sources, int j,
+                                          bool add) {
+  const int lane = threadIdx.x % 32;
+  const int first = warp_sums<C>(dots, lane);
+  if (lane % kSharers<C> != 0) return;
+#pragma unroll
+  for (int i = 0; i < C >> kHalvings<C>; ++i) {
+    float& sum = sums[(first + i) * sources + j];
+    sum = add ? sum + dots[i] : dots[i];
+  }
+}
+
 // What this thread adds to the C dot products of a source whose gradient is deferred.
 template <typename T, int C>
 __device__ __forceinline__ void dot_ways(const uint4& x_bits, const uint4 (&dy_bits)[C],
@@ -101,20 +116,42 @@ __device__ __forceinline__ void dot_ways(const uint4& x_bits, const uint4 (&dy_b
   }
 }
 
-// Adds up the dot products of a source over the warp. sums: [C][S] of this warp; later chunks of a
-// row add to it.
-template <int C>
-__device__ __forceinline__ void keep_dots(float (&dots)[C], float* sums, int sources, int j,
-                                          bool add) {
+#if __CUDA_ARCH__ >= 900
+// Takes the deferred sources of a chunk of columns out of the ring: their dot products alone, for
+// which the two sources of a stage are added up over the warp together (one by one, the wait for
+// the shuffles was longer than that for the memory).
+template <typename T, int C>
+__device__ __forceinline__ void take_deferred(RingBarriers& ring, RingPlace& stage, int stages,
+                                              const unsigned char* shared, int row_bytes,
+                                              bool active, const uint4 (&dy_bits)[C], int deferred,
+                                              int sources, float* sums, bool add) {
+  constexpr int kDots = 2 * C;
   const int lane = threadIdx.x % 32;
-  const int first = warp_sums<C>(dots, lane);
-  if (lane % kSharers<C> != 0) return;
+  for (int j = 0; j < deferred; j += 2) {
+    const unsigned char* from = shared + stage.index * 2 * row_bytes + threadIdx.x * 16;
+    uint4 x[2] = {};
+    barrier_wait(&ring.full[stage.index], stage.phase);
+    if (active) {
+      x[0] = *reinterpret_cast<const uint4*>(from);
+      if (j + 1 < deferred) x[1] = *reinterpret_cast<const uint4*>(from + row_bytes);
+    }
+    release(&ring.empty[stage.index]);
+    stage.advance(stages);
+    float dots[kDots];
+    dot_ways<T, C>(x[0], dy_bits, dots);
+    dot_ways<T, C>(x[1], dy_bits, dots + C);
+    const int first = warp_sums<kDots>(dots, lane);
+    if (lane % kSharers<kDots> != 0) continue;
 #pragma unroll
-  for (int i = 0; i < C >> kHalvings<C>; ++i) {
-    float& sum = sums[(first + i) * sources + j];
-    sum = add ? sum + dots[i] : dots[i];
+    for (int i = 0; i < kDots >> kHalvings<kDots>; ++i) {
+      const int source = j + (first + i) / C;
+      if (source >= deferred) continue;
+      float& sum = sums[(first + i) % C * sources + source];
+      sum = add ? sum + dots[i] : dots[i];
+    }
   }
 }
+#endif
 
 // dw of a token from the sums of the warps, by some threads.
 template <typename T, int C>
@@ -204,21 +241,8 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
               active && c + 1 < C && args.dy[(c + 1) % C] != nullptr, dy[c], second);
       if (c + 1 < C) dy[(c + 1) % C] = second;
     }
-    for (int j = 0; j < args.deferred; ++j) {
-      uint4 x{};
-      float dots[C];
-      if (j % 2 == 0) barrier_wait(&ring.full[stage.index], stage.phase);
-      if (active) {
-        x = *reinterpret_cast<const uint4*>(shared + stage.index * stage_bytes + j % 2 * row_bytes +
-                                            threadIdx.x * 16);
-      }
-      if (j % 2 != 0 || j + 1 == args.deferred) {
-        release(&ring.empty[stage.index]);
-        stage.advance(args.stages);
-      }
-      dot_ways<T, C>(x, dy, dots);
-      keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
-    }
+    take_deferred<T, C>(ring, stage, args.stages, shared, row_bytes, active, dy, args.deferred,
+                        sources, own_sums, first_column != 0);
     for (int j = args.deferred; j < sources; ++j) {
       uint4 x;
       uint4 grad;

@@ -289,21 +289,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       if (active && args.base_grad != nullptr) {
         store_once(args.base_grad + row + column, pack<T>(base));
       }
-      for (int j = 0; j < args.deferred; ++j) {
-        uint4 x{};
-        float dots[C];
-        if (j % 2 == 0) barrier_wait(&ring.full[stage.index], stage.phase);
-        if (active) {
-          x = *reinterpret_cast<const uint4*>(shared + stage.index * stage_bytes +
-                                              j % 2 * row_bytes + threadIdx.x * 16);
-        }
-        if (j % 2 != 0 || j + 1 == args.deferred) {
-          release(&ring.empty[stage.index]);
-          stage.advance(args.stages);
-        }
-        dot_ways<T, C>(x, dv, dots);
-        keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
-      }
+      take_deferred<T, C>(ring, stage, args.stages, shared, row_bytes, active, dv, args.deferred,
+                          sources, own_sums, first_column != 0);
       for (int j = args.deferred; j < sources; ++j) {
         uint4 x;
         uint4 grad;

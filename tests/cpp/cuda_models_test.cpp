@@ -7,6 +7,7 @@
 #include <torch/cuda.h>
 #include <torch/torch.h>
 
+#include <map>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -77,16 +78,37 @@ double floor_of(at::ScalarType dtype) {
 }
 
 // The distance of `got` from `exact` (float64, CPU) is at most `factor` times that of `composed`,
-// the same computation in the same dtype on the CPU, and a floor.
+// the same computation in the same dtype on the CPU, and `floor` of the norm.
 void expect_near(const std::string& name, const Tensor& got, const Tensor& composed,
-                 const Tensor& exact, double factor) {
+                 const Tensor& exact, double factor, double floor) {
   ASSERT_TRUE(got.defined()) << name;
   EXPECT_TRUE(got.is_cuda()) << name;
   EXPECT_EQ(got.sizes(), exact.sizes()) << name;
   const double norm = exact.norm().item<double>();
-  const double limit =
-      factor * distance(composed, exact) + floor_of(composed.scalar_type()) * norm + 1e-12;
+  const double limit = factor * distance(composed, exact) + floor * norm + 1e-12;
   EXPECT_LE(distance(got, exact), limit) << name << ", norm " << norm;
+}
+
+void expect_near(const std::string& name, const Tensor& got, const Tensor& composed,
+                 const Tensor& exact, double factor) {
+  expect_near(name, got, composed, exact, factor, floor_of(composed.scalar_type()));
+}
+
+// A model's gradients by name. Those of the static weights are one entry: each is a few sums that
+// cancel over all tokens, so that the error of one alone is near zero by chance.
+std::map<std::string, Tensor> gradients(const MUDDFormer& model) {
+  std::map<std::string, Tensor> named;
+  std::vector<Tensor> static_weights;
+  for (const auto& item : model->named_parameters()) {
+    const Tensor& gradient = item.value().grad();
+    if (item.key().starts_with("dense_bs.") && gradient.defined()) {
+      static_weights.push_back(gradient.flatten());
+    } else {
+      named[item.key()] = gradient;
+    }
+  }
+  if (!static_weights.empty()) named["dense_bs"] = at::cat(static_weights);
+  return named;
 }
 
 class CudaModels : public testing::TestWithParam<at::ScalarType> {
@@ -118,11 +140,11 @@ TEST_P(CudaModels, LossLogitsAndGradients) {
     return loss;
   };
   for_each_variant([&] {
-    expect_near("loss", pass(model), pass(composed), pass(exact), 2);
-    const auto theirs = composed->named_parameters(), wanted = exact->named_parameters();
-    for (const auto& item : model->named_parameters()) {
-      const std::string& name = item.key();
-      expect_near(name, item.value().grad(), theirs[name].grad(), wanted[name].grad(), 3);
+    // A float32 mean over tokens: what rounding the logits leaves of it is small and random.
+    expect_near("loss", pass(model), pass(composed), pass(exact), 2, floor_of(GetParam()) / 64);
+    auto theirs = gradients(composed), wanted = gradients(exact);
+    for (const auto& [name, gradient] : gradients(model)) {
+      expect_near(name, gradient, theirs[name], wanted[name], 3);
     }
     const Tensor logits = model->forward(ids.cuda());
     EXPECT_EQ(logits.scalar_type(), GetParam());
@@ -288,11 +310,10 @@ TEST(CudaAutocast, TrainsAndDecodes) {
     loss.backward();
     loss_of(exact, at::kCPU).backward();
     loss_of(narrow, at::kCPU).backward();
-    const auto theirs = narrow->named_parameters(), wanted = exact->named_parameters();
-    for (const auto& item : model->named_parameters()) {
-      const std::string& name = item.key();
-      EXPECT_EQ(item.value().grad().scalar_type(), at::kFloat) << name;
-      expect_near(name, item.value().grad(), theirs[name].grad(), wanted[name].grad(), 3);
+    auto theirs = gradients(narrow), wanted = gradients(exact);
+    for (const auto& [name, gradient] : gradients(model)) {
+      EXPECT_EQ(gradient.scalar_type(), at::kFloat) << name;
+      expect_near(name, gradient, theirs[name], wanted[name], 3);
     }
     const Autocast guard;
     EXPECT_EQ(generate(model, ids.cuda(), {.max_new_tokens = 5}).size(1), 45);
