@@ -71,7 +71,9 @@ def step_bars(name: str) -> None:
                 for j, model in enumerate(models):
                     bound = at[(*model, "mudd-compile")].get(f"bound_{kind}")
                     if bound:
-                        axis.hlines(float(bound), j + 0.2, j + 0.46, "black", style, None if j else label, linewidth=1)
+                        axis.hlines(
+                            float(bound), j + 0.2, j + 0.46, "black", style, label=None if j else label, linewidth=1
+                        )
         axis.set_xticks(range(len(models)), [f"{size}, batch {batch}" for size, batch in models], fontsize=7.5)
         axis.set_title("throughput" if quantity == "throughput" else "peak memory", fontsize=9)
         axis.set_ylabel("plain twin = 1")
