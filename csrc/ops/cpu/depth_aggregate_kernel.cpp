@@ -7,24 +7,33 @@
 // sources, one or two at a time: their gradients are finished and their C dot products are taken in
 // the same pass. As many streams as sources are more than the hardware follows, so the same place
 // of the next token is prefetched.
+//
+// Histories that fit the caches are bound by instructions, stores above all (AMD's Zen 4 takes two
+// cycles for one of 64 bytes), so sums must live in registers. Compilers keep an array there where
+// every index is a constant early on and no loop constructs it: hence ForcedUnroll and zeros().
 #include "depth_aggregate_kernel.h"
 
 #include <ATen/cpu/vec/functional.h>
+#include <c10/util/Unroll.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 namespace muddformer::cpu {
 namespace {
 
 using at::vec::Vectorized;
+using c10::ForcedUnroll;
 
 template <typename scalar_t>
 using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-// kPack vectors of the accumulation type hold as many elements as one vector of scalar_t.
+// kVectors vectors of the accumulation type hold as many elements as one vector of scalar_t, a
+// pack: a whole one, or the `count` elements that are left of a row.
 template <typename scalar_t>
 struct Pack {
   using Vec = Vectorized<accumulate_t<scalar_t>>;
@@ -32,9 +41,10 @@ struct Pack {
   static constexpr int kVectors = kReduced ? 2 : 1;
   static constexpr int kElements = Vectorized<scalar_t>::size();
 
+  template <bool kWhole>
   static inline void load(const scalar_t* from, int64_t count, Vec* to) {
-    const auto loaded = count == kElements ? Vectorized<scalar_t>::loadu(from)
-                                           : Vectorized<scalar_t>::loadu(from, count);
+    const auto loaded =
+        kWhole ? Vectorized<scalar_t>::loadu(from) : Vectorized<scalar_t>::loadu(from, count);
     if constexpr (kReduced) {
       std::tie(to[0], to[1]) = at::vec::convert_to_float<scalar_t>(loaded);
     } else {
@@ -50,9 +60,10 @@ struct Pack {
     }
   }
 
+  template <bool kWhole>
   static inline void store(const Vec* from, scalar_t* to, int64_t count) {
     const Vectorized<scalar_t> packed = pack(from);
-    if (count == kElements) {
+    if constexpr (kWhole) {
       packed.store(to);
     } else {
       packed.store(to, count);
@@ -60,12 +71,24 @@ struct Pack {
   }
 };
 
+template <typename Vec, size_t kCount>
+inline std::array<Vec, kCount> zeros() {
+  return []<size_t... i>(std::index_sequence<i...>) {
+    return std::array<Vec, kCount>{(static_cast<void>(i), Vec(0))...};
+  }(std::make_index_sequence<kCount>());
+}
+
 // One line of the next token's row into the second-level cache; harmless past the end.
 inline void prefetch(const void* address) {
   __builtin_prefetch(address, /*rw=*/0, /*locality=*/2);
 }
 
 constexpr int kLine = 64;
+
+template <typename scalar_t>
+inline void prefetch_elements(const scalar_t* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLine / int64_t{sizeof(scalar_t)}) prefetch(from + i);
+}
 
 // A store past the caches, for results that are read much later; `to` is aligned to the vector.
 template <typename V, typename T>
@@ -85,6 +108,11 @@ inline void store_past_caches(const V& v, T* to) {
 
 template <typename T>
 inline T horizontal_sum(const Vectorized<T>& v) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) {
+    return at::vec::vec_reduce_all<float>([](const auto& a, const auto& b) { return a + b; }, v);
+  }
+#endif
   alignas(64) T lanes[Vectorized<T>::size()];
   v.store(lanes);
   for (int width = Vectorized<T>::size() / 2; width > 0; width /= 2) {
@@ -105,61 +133,60 @@ inline void load_weights(const Args& args, int64_t t, accumulate_t<scalar_t>* to
   }
 }
 
-// One strip of kPacks packs (the last one may be partial) of kWays ways, starting at way `first`.
-// rows: row t of every source.
-template <typename scalar_t, int kWays, int kPacks>
+// One strip of kPacks packs of kWays ways, starting at way `first`. rows: row t of every source.
+template <typename scalar_t, int kWays, int kPacks, bool kWhole>
 inline void forward_strip(const AggregateForward& args, const scalar_t* const* rows,
                           const accumulate_t<scalar_t>* weights, int64_t first, int64_t t,
-                          int64_t d, int64_t last_count) {
+                          int64_t d, int64_t count) {
   using P = Pack<scalar_t>;
   using Vec = typename P::Vec;
   constexpr int kVectors = kPacks * P::kVectors;
-  Vec sums[kWays][kVectors];
-  for (auto& way : sums) {
-    for (Vec& v : way) v = Vec(0);
-  }
+  constexpr int64_t kFollowed = 8;  // streams that the hardware prefetches better alone
+  constexpr ForcedUnroll<kWays> each_way;
+  constexpr ForcedUnroll<kPacks> each_pack;
+  constexpr ForcedUnroll<kVectors> each_vector;
+  auto sums = zeros<Vec, kWays * kVectors>();
   for (int64_t j = 0; j < args.sources; ++j) {
     const scalar_t* row = rows[j] + d;
     Vec x[kVectors];
-    const char* next = reinterpret_cast<const char*>(row + args.x_stride[j]);
-    for (int64_t b = 0; b < kPacks * P::kElements * int64_t{sizeof(scalar_t)}; b += kLine) {
-      prefetch(next + b);
-    }
-    for (int p = 0; p < kPacks; ++p) {
-      P::load(row + p * P::kElements, p + 1 < kPacks ? P::kElements : last_count,
-              x + p * P::kVectors);
-    }
-    for (int c = 0; c < kWays; ++c) {
+    if (args.sources > kFollowed) prefetch_elements(row + args.x_stride[j], kPacks * P::kElements);
+    each_pack([&](auto p) {
+      P::template load<kWhole>(row + p * P::kElements, count, x + p * P::kVectors);
+    });
+    each_way([&](auto c) {
       const Vec w(weights[(first + c) * args.sources + j]);
-      for (int v = 0; v < kVectors; ++v) sums[c][v] = at::vec::fmadd(w, x[v], sums[c][v]);
-    }
+      each_vector([&](auto v) {
+        Vec& sum = sums[c * kVectors + v];
+        sum = at::vec::fmadd(w, x[v], sum);
+      });
+    });
   }
-  for (int c = 0; c < kWays; ++c) {
+  each_way([&](auto c) {
     scalar_t* row = static_cast<scalar_t*>(args.y[first + c]) + t * args.width + d;
-    for (int p = 0; p < kPacks; ++p) {
-      P::store(sums[c] + p * P::kVectors, row + p * P::kElements,
-               p + 1 < kPacks ? P::kElements : last_count);
-    }
-  }
+    each_pack([&](auto p) {
+      P::template store<kWhole>(&sums[c * kVectors + p * P::kVectors], row + p * P::kElements,
+                                count);
+    });
+  });
 }
 
-template <typename scalar_t, int kPacks>
+template <typename scalar_t, int kPacks, bool kWhole = true>
 inline void forward_strip_all_ways(const AggregateForward& args, const scalar_t* const* rows,
                                    const accumulate_t<scalar_t>* weights, int64_t t, int64_t d,
-                                   int64_t last_count) {
+                                   int64_t count = 0) {
   int64_t c = 0;
   for (; c + 4 <= args.ways; c += 4) {
-    forward_strip<scalar_t, 4, kPacks>(args, rows, weights, c, t, d, last_count);
+    forward_strip<scalar_t, 4, kPacks, kWhole>(args, rows, weights, c, t, d, count);
   }
   switch (args.ways - c) {
     case 3:
-      forward_strip<scalar_t, 3, kPacks>(args, rows, weights, c, t, d, last_count);
+      forward_strip<scalar_t, 3, kPacks, kWhole>(args, rows, weights, c, t, d, count);
       break;
     case 2:
-      forward_strip<scalar_t, 2, kPacks>(args, rows, weights, c, t, d, last_count);
+      forward_strip<scalar_t, 2, kPacks, kWhole>(args, rows, weights, c, t, d, count);
       break;
     case 1:
-      forward_strip<scalar_t, 1, kPacks>(args, rows, weights, c, t, d, last_count);
+      forward_strip<scalar_t, 1, kPacks, kWhole>(args, rows, weights, c, t, d, count);
       break;
     default:
       break;
@@ -182,24 +209,29 @@ void forward(const AggregateForward& args, int64_t begin, int64_t end, void* scr
     }
     int64_t d = 0;
     for (; d + kStrip <= args.width; d += kStrip) {
-      forward_strip_all_ways<scalar_t, kPacks>(args, rows, weights, t, d, P::kElements);
+      forward_strip_all_ways<scalar_t, kPacks>(args, rows, weights, t, d);
     }
-    for (; d < args.width; d += P::kElements) {
-      const int64_t count = std::min<int64_t>(P::kElements, args.width - d);
-      forward_strip_all_ways<scalar_t, 1>(args, rows, weights, t, d, count);
+    for (; d + P::kElements <= args.width; d += P::kElements) {
+      forward_strip_all_ways<scalar_t, 1>(args, rows, weights, t, d);
+    }
+    if (d < args.width) {
+      forward_strip_all_ways<scalar_t, 1, false>(args, rows, weights, t, d, args.width - d);
     }
   }
 }
 
-// Ways first..first+kWays-1 of sources j..j+kSources-1 of token t. With more than one group of
-// ways, the gradients of the sources stay in `partial` between the groups, so that they are rounded
-// once.
+// Ways first..first+kWays-1 of sources j..j+kSources-1 of token t. dy: row t of every gradient of
+// an output. With more than one group of ways, the gradients of the sources stay in `partial`
+// between the groups, so that they are rounded once.
 template <typename scalar_t, int kWays, int kSources>
 inline void backward_rows(const AggregateBackward& args, const accumulate_t<scalar_t>* weights,
-                          const accumulate_t<scalar_t>* dy, int64_t dy_stride, int64_t first,
-                          int64_t t, int64_t j, accumulate_t<scalar_t>* partial) {
+                          const accumulate_t<scalar_t>* const* dy, int64_t first, int64_t t,
+                          int64_t j, accumulate_t<scalar_t>* partial, int64_t partial_stride) {
   using P = Pack<scalar_t>;
   using Vec = typename P::Vec;
+  constexpr ForcedUnroll<kSources> each_source;
+  constexpr ForcedUnroll<kWays> each_way;
+  constexpr ForcedUnroll<P::kVectors> each_vector;
   const int64_t width = args.width;
   const bool is_first = first == 0;
   const bool is_last = first + kWays == args.ways;
@@ -207,84 +239,86 @@ inline void backward_rows(const AggregateBackward& args, const accumulate_t<scal
   const scalar_t* in_row[kSources];
   scalar_t* out_row[kSources];
   Vec w[kSources][kWays];
-  Vec sums[kSources][kWays][P::kVectors];
-  for (int s = 0; s < kSources; ++s) {
+  each_source([&](auto s) {
     x_row[s] = static_cast<const scalar_t*>(args.x[j + s]) + t * args.x_stride[j + s];
     in_row[s] = static_cast<const scalar_t*>(args.grad_hiddens[j + s]);
     if (in_row[s] != nullptr) in_row[s] += t * args.grad_hidden_stride[j + s];
     out_row[s] = static_cast<scalar_t*>(args.grad_x[j + s]) + t * width;
-    for (int c = 0; c < kWays; ++c) {
-      w[s][c] = Vec(weights[(first + c) * args.sources + j + s]);
-      for (Vec& v : sums[s][c]) v = Vec(0);
-    }
-  }
-  for (int64_t d = 0; d < width; d += P::kElements) {
-    const int64_t count = std::min<int64_t>(P::kElements, width - d);
+    each_way([&](auto c) { w[s][c] = Vec(weights[(first + c) * args.sources + j + s]); });
+  });
+  auto sums = zeros<Vec, kSources * kWays * P::kVectors>();
+  const auto add_pack = [&](auto whole, int64_t d, int64_t count) {
+    constexpr bool kWhole = decltype(whole)::value;
     Vec x[kSources][P::kVectors];
     Vec dx[kSources][P::kVectors];
-    for (int s = 0; s < kSources; ++s) {
+    each_source([&](auto s) {
       prefetch(x_row[s] + d + args.x_stride[j + s]);
-      P::load(x_row[s] + d, count, x[s]);
+      P::template load<kWhole>(x_row[s] + d, count, x[s]);
       if (!is_first) {
-        for (int v = 0; v < P::kVectors; ++v) {
-          dx[s][v] = Vec::loadu(partial + s * dy_stride + d + v * Vec::size());
-        }
+        each_vector([&](auto v) {
+          dx[s][v] = Vec::loadu(partial + s * partial_stride + d + v * Vec::size());
+        });
       } else if (in_row[s] != nullptr) {
         prefetch(in_row[s] + d + args.grad_hidden_stride[j + s]);
-        P::load(in_row[s] + d, count, dx[s]);
+        P::template load<kWhole>(in_row[s] + d, count, dx[s]);
       } else {
-        for (Vec& v : dx[s]) v = Vec(0);
+        each_vector([&](auto v) { dx[s][v] = Vec(0); });
       }
-    }
-    for (int c = 0; c < kWays; ++c) {
-      for (int v = 0; v < P::kVectors; ++v) {
-        const Vec g = Vec::loadu(dy + (first + c) * dy_stride + d + v * Vec::size());
-        for (int s = 0; s < kSources; ++s) {
-          sums[s][c][v] = at::vec::fmadd(g, x[s][v], sums[s][c][v]);
+    });
+    each_way([&](auto c) {
+      each_vector([&](auto v) {
+        const accumulate_t<scalar_t>* from = dy[first + c] + d + v * Vec::size();
+        const Vec g = kWhole || P::kReduced ? Vec::loadu(from) : Vec::loadu(from, count);
+        each_source([&](auto s) {
+          Vec& sum = sums[(s * kWays + c) * P::kVectors + v];
+          sum = at::vec::fmadd(g, x[s][v], sum);
           dx[s][v] = at::vec::fmadd(w[s][c], g, dx[s][v]);
-        }
-      }
-    }
-    for (int s = 0; s < kSources; ++s) {
+        });
+      });
+    });
+    each_source([&](auto s) {
       if (is_last && args.past_caches) {
         store_past_caches(P::pack(dx[s]), out_row[s] + d);
       } else if (is_last) {
-        P::store(dx[s], out_row[s] + d, count);
+        P::template store<kWhole>(dx[s], out_row[s] + d, count);
       } else {
-        for (int v = 0; v < P::kVectors; ++v) {
-          dx[s][v].store(partial + s * dy_stride + d + v * Vec::size());
-        }
+        each_vector(
+            [&](auto v) { dx[s][v].store(partial + s * partial_stride + d + v * Vec::size()); });
       }
-    }
-  }
+    });
+  };
+  int64_t d = 0;
+  for (; d + P::kElements <= width; d += P::kElements) add_pack(std::true_type(), d, P::kElements);
+  if (d < width) add_pack(std::false_type(), d, width - d);
   scalar_t* grad_weights = static_cast<scalar_t*>(args.grad_weights) + t * args.ways * args.sources;
-  for (int s = 0; s < kSources; ++s) {
-    for (int c = 0; c < kWays; ++c) {
-      Vec sum = sums[s][c][0];
-      if constexpr (P::kVectors == 2) sum = sum + sums[s][c][1];
+  each_source([&](auto s) {
+    each_way([&](auto c) {
+      const int i = (s * kWays + c) * P::kVectors;
+      Vec sum = sums[i];
+      if constexpr (P::kVectors == 2) sum = sum + sums[i + 1];
       grad_weights[(first + c) * args.sources + j + s] = static_cast<scalar_t>(horizontal_sum(sum));
-    }
-  }
+    });
+  });
 }
 
 template <typename scalar_t, int kSources>
 inline void backward_rows_all_ways(const AggregateBackward& args,
                                    const accumulate_t<scalar_t>* weights,
-                                   const accumulate_t<scalar_t>* dy, int64_t dy_stride, int64_t t,
-                                   int64_t j, accumulate_t<scalar_t>* partial) {
+                                   const accumulate_t<scalar_t>* const* dy, int64_t t, int64_t j,
+                                   accumulate_t<scalar_t>* partial, int64_t partial_stride) {
   int64_t c = 0;
   for (; c + 4 <= args.ways; c += 4) {
-    backward_rows<scalar_t, 4, kSources>(args, weights, dy, dy_stride, c, t, j, partial);
+    backward_rows<scalar_t, 4, kSources>(args, weights, dy, c, t, j, partial, partial_stride);
   }
   switch (args.ways - c) {
     case 3:
-      backward_rows<scalar_t, 3, kSources>(args, weights, dy, dy_stride, c, t, j, partial);
+      backward_rows<scalar_t, 3, kSources>(args, weights, dy, c, t, j, partial, partial_stride);
       break;
     case 2:
-      backward_rows<scalar_t, 2, kSources>(args, weights, dy, dy_stride, c, t, j, partial);
+      backward_rows<scalar_t, 2, kSources>(args, weights, dy, c, t, j, partial, partial_stride);
       break;
     case 1:
-      backward_rows<scalar_t, 1, kSources>(args, weights, dy, dy_stride, c, t, j, partial);
+      backward_rows<scalar_t, 1, kSources>(args, weights, dy, c, t, j, partial, partial_stride);
       break;
     default:
       break;
@@ -297,33 +331,47 @@ void backward(const AggregateBackward& args, int64_t begin, int64_t end, void* s
   using acc_t = accumulate_t<scalar_t>;
   // Two sources a pass where there are 32 registers: each gradient row is read half as often.
   constexpr int kSources = sizeof(Vectorized<float>) == 64 ? 2 : 1;
-  // Rows of the scratch are padded with zeros to whole vectors.
-  const int64_t dy_stride = (args.width + kRowPadding - 1) / kRowPadding * kRowPadding;
-  auto* dy = static_cast<acc_t*>(scratch);
-  auto* partial = dy + args.ways * dy_stride;
-  auto* weights = partial + kSources * dy_stride;
-  std::fill_n(dy, args.ways * dy_stride, acc_t(0));
+  // Rows of the scratch are padded to whole vectors.
+  const int64_t stride = (args.width + kRowPadding - 1) / kRowPadding * kRowPadding;
+  auto* zero = static_cast<acc_t*>(scratch);
+  auto* converted = zero + stride;
+  auto* partial = converted + (P::kReduced ? args.ways * stride : 0);
+  auto** dy = reinterpret_cast<const acc_t**>(partial + kSources * stride);
+  auto* weights = reinterpret_cast<acc_t*>(dy + args.ways);
+  std::fill_n(zero, partial - zero, acc_t(0));
   for (int64_t t = begin; t < end; ++t) {
     load_weights<scalar_t>(args, t, weights);
     for (int64_t c = 0; c < args.ways; ++c) {
-      if (args.grad_outputs[c] == nullptr) continue;
+      if (args.grad_outputs[c] == nullptr) {
+        dy[c] = zero;
+        continue;
+      }
       const scalar_t* row =
           static_cast<const scalar_t*>(args.grad_outputs[c]) + t * args.grad_output_stride[c];
-      for (int64_t d = 0; d < args.width; d += P::kElements) {
-        typename P::Vec loaded[P::kVectors];
-        prefetch(row + d + args.grad_output_stride[c]);
-        P::load(row + d, std::min<int64_t>(P::kElements, args.width - d), loaded);
-        for (int v = 0; v < P::kVectors; ++v) {
-          loaded[v].store(dy + c * dy_stride + d + v * P::Vec::size());
+      prefetch_elements(row + args.grad_output_stride[c], args.width);
+      if constexpr (P::kReduced) {
+        acc_t* to = converted + c * stride;
+        dy[c] = to;
+        const auto convert = [&](auto whole, int64_t d, int64_t count) {
+          typename P::Vec loaded[P::kVectors];
+          P::template load<decltype(whole)::value>(row + d, count, loaded);
+          for (int v = 0; v < P::kVectors; ++v) loaded[v].store(to + d + v * P::Vec::size());
+        };
+        int64_t d = 0;
+        for (; d + P::kElements <= args.width; d += P::kElements) {
+          convert(std::true_type(), d, P::kElements);
         }
+        if (d < args.width) convert(std::false_type(), d, args.width - d);
+      } else {
+        dy[c] = row;
       }
     }
     int64_t j = 0;
     for (; j + kSources <= args.sources; j += kSources) {
-      backward_rows_all_ways<scalar_t, kSources>(args, weights, dy, dy_stride, t, j, partial);
+      backward_rows_all_ways<scalar_t, kSources>(args, weights, dy, t, j, partial, stride);
     }
     for (; j < args.sources; ++j) {
-      backward_rows_all_ways<scalar_t, 1>(args, weights, dy, dy_stride, t, j, partial);
+      backward_rows_all_ways<scalar_t, 1>(args, weights, dy, t, j, partial, stride);
     }
   }
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)

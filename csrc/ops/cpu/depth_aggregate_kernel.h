@@ -53,11 +53,12 @@ constexpr int64_t kRowAlignment = 64;
 // Rows of scratch are padded to a multiple of this many elements, at least one vector.
 constexpr int64_t kRowPadding = 32;
 
-// Backward: the C rows of gradients and two partial sums in the accumulation type, then the weights
-// of a token. Forward: pointers to the S rows of a token, then its weights.
+// Backward: a row of zeros, C rows of converted gradients where they are not in the accumulation
+// type and two of partial sums, then pointers to C rows and the weights of a token. Forward:
+// pointers to the S rows of a token, then its weights.
 inline int64_t scratch_bytes(int64_t sources, int64_t ways, int64_t width) {
   return static_cast<int64_t>(sizeof(double)) *
-         ((ways + 2) * (width + kRowPadding) + (ways + 1) * sources);
+         ((ways + 2) * (width + kRowPadding) + (ways + 1) * (sources + 1));
 }
 
 extern const AggregateKernels aggregate_kernels_default;
