@@ -8,7 +8,7 @@ B, T: batch and sequence length (any leading shape); D: model width; S: number o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -419,6 +419,16 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
     return [] if torch.compiler.is_compiling() else [-1 if x.is_inference() else x._version for x in tensors]
 
 
+class _Mix(NamedTuple):
+    """The aggregation before a block, and its arguments but for X_i, which comes last among the sources."""
+
+    aggregation: DepthAggregation
+    older: list[Tensor]
+    prior: Tensor
+    stream_norms: list[nn.Module | None] | None
+    deferral: ops.Deferral | None
+
+
 class MUDDStack(nn.Module):
     """Runs a list of blocks with MUDD connections, in place of a loop ``for block in blocks: x = block(x)``.
 
@@ -569,8 +579,7 @@ class MUDDStack(nn.Module):
         history: dict[int, Tensor] = {}
         aggregations = iter(zip(self.plan.values(), self.dynamic_dense, self.dense_bs, strict=True))
         deferrals: dict[int, ops.Deferral] = {}
-        # Of the aggregation before the next block: itself and its arguments but for X_i.
-        mix: tuple[DepthAggregation, list[Tensor], Tensor, Any, ops.Deferral | None] | None = None
+        mix: _Mix | None = None  # before the next block
         self._join(history, 0, x)
         for i, layer in enumerate(self.layers):
             x, hiddens = self._checkpointed(self._block, i, layer, mix, x, args, kwargs)
@@ -585,28 +594,28 @@ class MUDDStack(nn.Module):
             if i + 1 in self.flush_groups and self._defers(older):
                 older, opened = ops.defer_gradients(older, list(self.flush_groups[i + 1].values()))
                 deferrals = dict(zip(self.flush_groups[i + 1], opened, strict=True))
-            mix = da, older, prior, self._stream_norms(i + 1, x), deferrals.pop(i + 1, None)
+            mix = _Mix(da, older, prior, self._stream_norms(i + 1, x), deferrals.pop(i + 1, None))
         return self._streams(mix, x)[0][-1]
 
-    def _streams(self, mix: tuple | None, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    @staticmethod
+    def _streams(mix: _Mix | None, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The streams made of X_i and earlier hidden states, and these, handed on."""
         if mix is None:
             return [x], []
-        da, older, prior, norms, deferral = mix
-        return da([*older, x], prior, norms, deferral)
+        return mix.aggregation([*mix.older, x], mix.prior, mix.stream_norms, mix.deferral)
 
     def _block(
         self,
         i: int,
         layer: nn.Module,
-        mix: tuple | None,
+        mix: _Mix | None,
         x: Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, list[Tensor]]:
         """Block i, from 0, and the aggregation that makes its streams: X_(i+1), and the sources, handed on."""
         streams, hiddens = self._streams(mix, x)
-        if mix is not None and mix[3] is not None:
+        if mix is not None and mix.stream_norms is not None:
             kwargs = {**kwargs, "normed": True}
         if self.multiway and len(streams) == 1:
             streams = streams * len(WAYS)

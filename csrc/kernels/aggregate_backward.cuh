@@ -81,17 +81,21 @@ __device__ __forceinline__ uint4 chain(const uint4& x_bits, const uint4& grad_bi
   return make_uint4(result[0], result[1], result[2], result[3]);
 }
 
-// Adds up the dot products of a source over the warp. sums: [C][S] of this warp; later chunks of a
-// row add to it.
-template <int C>
-__device__ __forceinline__ void keep_dots(float (&dots)[C], float* sums, int sources, int j,
-                                          bool add) {
+// Adds up the dot products of some sources, j and later ones before `end`, over the warp. sums:
+// [C][S] of this warp; later chunks of a row add to it.
+template <int C, int kSources>
+__device__ __forceinline__ void keep_dots(float (&dots)[kSources * C], float* sums, int sources,
+                                          int j, int end, bool add) {
+  constexpr int kDots = kSources * C;
   const int lane = threadIdx.x % 32;
-  const int first = warp_sums<C>(dots, lane);
-  if (lane % kSharers<C> != 0) return;
+  const int first = warp_sums<kDots>(dots, lane);
+  if (lane % kSharers<kDots> != 0) return;
 #pragma unroll
-  for (int i = 0; i < C >> kHalvings<C>; ++i) {
-    float& sum = sums[(first + i) * sources + j];
+  for (int i = 0; i < kDots >> kHalvings<kDots>; ++i) {
+    const int source = kSources == 1 ? j : j + (first + i) / C;
+    const int way = kSources == 1 ? first + i : (first + i) % C;
+    if (kSources > 1 && source >= end) continue;
+    float& sum = sums[way * sources + source];
     sum = add ? sum + dots[i] : dots[i];
   }
 }
@@ -125,8 +129,6 @@ __device__ __forceinline__ void take_deferred(RingBarriers& ring, RingPlace& sta
                                               const unsigned char* shared, int row_bytes,
                                               bool active, const uint4 (&dy_bits)[C], int deferred,
                                               int sources, float* sums, bool add) {
-  constexpr int kDots = 2 * C;
-  const int lane = threadIdx.x % 32;
   for (int j = 0; j < deferred; j += 2) {
     const unsigned char* from = shared + stage.index * 2 * row_bytes + threadIdx.x * 16;
     uint4 x[2] = {};
@@ -137,18 +139,10 @@ __device__ __forceinline__ void take_deferred(RingBarriers& ring, RingPlace& sta
     }
     release(&ring.empty[stage.index]);
     stage.advance(stages);
-    float dots[kDots];
+    float dots[2 * C];
     dot_ways<T, C>(x[0], dy_bits, dots);
     dot_ways<T, C>(x[1], dy_bits, dots + C);
-    const int first = warp_sums<kDots>(dots, lane);
-    if (lane % kSharers<kDots> != 0) continue;
-#pragma unroll
-    for (int i = 0; i < kDots >> kHalvings<kDots>; ++i) {
-      const int source = j + (first + i) / C;
-      if (source >= deferred) continue;
-      float& sum = sums[(first + i) % C * sources + source];
-      sum = add ? sum + dots[i] : dots[i];
-    }
+    keep_dots<C, 2>(dots, sums, sources, j, deferred, add);
   }
 }
 #endif
@@ -250,7 +244,7 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
       receive(active, active && args.grad_in[j] != nullptr, x, grad);
       grad = chain<T, C>(x, grad, dy, weights + j * kWaysPadded<C>, dots);
       if (active && args.grad_out[j] != nullptr) store_once(args.grad_out[j] + row + column, grad);
-      keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
+      keep_dots<C, 1>(dots, own_sums, sources, j, sources, first_column != 0);
     }
   }
   sync_consumers(consumers);
@@ -290,7 +284,7 @@ __global__ void __launch_bounds__(kMaxConsumers, 3)
       if (active && args.grad_out[j] != nullptr) {
         store_once(args.grad_out[j] + row + column, result);
       }
-      keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
+      keep_dots<C, 1>(dots, own_sums, sources, j, sources, first_column != 0);
     };
     int j = 0;
     for (; j + kAhead <= sources; j += kAhead) {

@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         if (active && args.grad_out[j] != nullptr) {
           store_once(args.grad_out[j] + row + column, grad);
         }
-        keep_dots<C>(dots, own_sums, sources, j, first_column != 0);
+        keep_dots<C, 1>(dots, own_sums, sources, j, sources, first_column != 0);
       }
     }
     barrier_arrive(&tokens.sums[buffer.index]);

@@ -71,6 +71,14 @@ struct Pack {
   }
 };
 
+// Calls f(whole, d, count) for every pack of a row, whole being a constant: d is its first element.
+template <typename P, typename F>
+inline void for_each_pack(int64_t width, const F& f) {
+  int64_t d = 0;
+  for (; d + P::kElements <= width; d += P::kElements) f(std::true_type(), d, P::kElements);
+  if (d < width) f(std::false_type(), d, width - d);
+}
+
 template <typename Vec, size_t kCount>
 inline std::array<Vec, kCount> zeros() {
   return []<size_t... i>(std::index_sequence<i...>) {
@@ -247,7 +255,7 @@ inline void backward_rows(const AggregateBackward& args, const accumulate_t<scal
     each_way([&](auto c) { w[s][c] = Vec(weights[(first + c) * args.sources + j + s]); });
   });
   auto sums = zeros<Vec, kSources * kWays * P::kVectors>();
-  const auto add_pack = [&](auto whole, int64_t d, int64_t count) {
+  for_each_pack<P>(width, [&](auto whole, int64_t d, int64_t count) {
     constexpr bool kWhole = decltype(whole)::value;
     Vec x[kSources][P::kVectors];
     Vec dx[kSources][P::kVectors];
@@ -286,10 +294,7 @@ inline void backward_rows(const AggregateBackward& args, const accumulate_t<scal
             [&](auto v) { dx[s][v].store(partial + s * partial_stride + d + v * Vec::size()); });
       }
     });
-  };
-  int64_t d = 0;
-  for (; d + P::kElements <= width; d += P::kElements) add_pack(std::true_type(), d, P::kElements);
-  if (d < width) add_pack(std::false_type(), d, width - d);
+  });
   scalar_t* grad_weights = static_cast<scalar_t*>(args.grad_weights) + t * args.ways * args.sources;
   each_source([&](auto s) {
     each_way([&](auto c) {
@@ -352,16 +357,11 @@ void backward(const AggregateBackward& args, int64_t begin, int64_t end, void* s
       if constexpr (P::kReduced) {
         acc_t* to = converted + c * stride;
         dy[c] = to;
-        const auto convert = [&](auto whole, int64_t d, int64_t count) {
+        for_each_pack<P>(args.width, [&](auto whole, int64_t d, int64_t count) {
           typename P::Vec loaded[P::kVectors];
           P::template load<decltype(whole)::value>(row + d, count, loaded);
           for (int v = 0; v < P::kVectors; ++v) loaded[v].store(to + d + v * P::Vec::size());
-        };
-        int64_t d = 0;
-        for (; d + P::kElements <= args.width; d += P::kElements) {
-          convert(std::true_type(), d, P::kElements);
-        }
-        if (d < args.width) convert(std::false_type(), d, args.width - d);
+        });
       } else {
         dy[c] = row;
       }
