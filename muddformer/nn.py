@@ -250,14 +250,13 @@ class DepthAggregation(nn.Module):
     ) -> tuple[list[Tensor], Sequence[Tensor], Tensor]:
         """The streams of the ways, the hidden states to be used from here on, and X_i likewise."""
         weights, newest = self._weights(hiddens[-1], prior)
-        normed = newest if self.pre_norm is None else self.pre_norm(newest)
-        hiddens = [*hiddens[:-1], normed]
         fused = self._fused_norms(norms, newest) if self._has_fused_kernel(newest) else None
         if fused is not None:
-            base = None if self.post_norms is None else newest
-            mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, base=base, deferral=deferral, **fused)
+            hiddens = [*hiddens[:-1], newest]
+            mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, deferral=deferral, **fused)
             return mixed, hiddens, newest if self.pre_norm is not None else hiddens[-1]
-        mixed, hiddens = ops.depth_aggregate_chained(hiddens, weights, deferral)
+        normed = newest if self.pre_norm is None else self.pre_norm(newest)
+        mixed, hiddens = ops.depth_aggregate_chained([*hiddens[:-1], normed], weights, deferral)
         if self.pre_norm is None:
             newest = hiddens[-1]
         if self.post_norms is not None:
@@ -308,15 +307,16 @@ class DepthAggregation(nn.Module):
         kind = norm_kind(norms, x)
         if kind is None and any(norm is not None for norm in norms):
             return None
-        if post is not None and (norm_kind([post], x) is None or (kind is not None and kind[1] != post.eps)):
-            return None
-        if kind is None and self.post_norms is None:
+        for own in (self.pre_norm, post):
+            if own is not None and (norm_kind([own], x) is None or (kind is not None and kind[1] != own.eps)):
+                return None
+        if kind is None and self.pre_norm is None and self.post_norms is None:
             return None
         norm, eps = kind or ("rms", self.eps)
         # The operator takes parameters of one dtype; autocast sees to that itself.
         parameters = [None if x is None else x.weight for x in norms], [getattr(x, "bias", None) for x in norms]
-        post_weight = None if post is None else post.weight
-        dtypes = {p.dtype for p in (*parameters[0], *parameters[1], post_weight) if p is not None}
+        pre_weight, post_weight = (None if own is None else own.weight for own in (self.pre_norm, post))
+        dtypes = {p.dtype for p in (*parameters[0], *parameters[1], pre_weight, post_weight) if p is not None}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
             return None
         return {
@@ -324,6 +324,8 @@ class DepthAggregation(nn.Module):
             "norm_biases": parameters[1],
             "norm": norm,
             "eps": eps,
+            "add_newest": self.post_norms is not None,
+            "pre_weight": pre_weight,
             "post_weight": post_weight,
         }
 

@@ -50,16 +50,22 @@ def depth_aggregate_norm(
     *,
     norm: str = "rms",
     eps: float = 1e-6,
-    base: Tensor | None = None,
+    add_newest: bool = False,
+    pre_weight: Tensor | None = None,
     post_weight: Tensor | None = None,
-) -> list[Tensor]:
-    """Y_c = norm_c(base + mix_c); the last way is base + RMSNorm(mix_c) * post_weight if there is a post weight."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Y_c = norm_c(base + mix_c), the last way base + RMSNorm(mix_c) * post_weight if there is a post weight; base is
+    the newest hidden state or 0. And the hidden states: the newest is normed first if there is a pre weight.
+    """
+    newest = hiddens[-1]
+    shape = newest.shape[-1:]
+    if pre_weight is not None:
+        hiddens = [*hiddens[:-1], F.rms_norm(newest, shape, pre_weight.to(newest.dtype), eps)]
     streams = depth_aggregate(hiddens, weights)
-    shape = hiddens[0].shape[-1:]
     if post_weight is not None:
-        streams[-1] = F.rms_norm(streams[-1], shape, post_weight.to(base.dtype), eps)
-    if base is not None:
-        streams = [base + y for y in streams]
+        streams[-1] = F.rms_norm(streams[-1], shape, post_weight.to(newest.dtype), eps)
+    if add_newest:
+        streams = [newest + y for y in streams]
     for c, (weight, bias) in enumerate(zip(norm_weights, norm_biases, strict=True)):
         if weight is not None:
             weight, y = weight.to(streams[c].dtype), streams[c]
@@ -67,7 +73,7 @@ def depth_aggregate_norm(
             streams[c] = (
                 F.rms_norm(y, shape, weight, eps) if norm == "rms" else F.layer_norm(y, shape, weight, bias, eps)
             )
-    return streams
+    return streams, list(hiddens)
 
 
 def deferred_flush(

@@ -75,30 +75,31 @@ def test_opcheck(sizes: Any, device: torch.device) -> None:
     )
 
 
-@pytest.mark.parametrize("norm,base", [("rms", False), ("layer", True)])
-def test_opcheck_of_the_norm_backward(norm: str, base: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("norm,prepost", [("rms", False), ("layer", True)])
+def test_opcheck_of_the_norm_backward(norm: str, prepost: bool, device: torch.device) -> None:
     hiddens = [torch.randn(2, 3, 16, device=device) for _ in range(4)]
     weights, scale = torch.randn(2, 3, 3, 4, device=device), torch.rand(16, device=device) + 0.5
     arguments = (hiddens, weights, [scale, None, None], [None] * 3, norm, 1e-5)
-    arguments += (hiddens[-1], scale) if base else (None, None)
-    saved = torch.ops.muddformer.depth_aggregate_norm_forward(*arguments)
+    arguments += (True, scale, scale) if prepost else (False, None, None)
+    outputs, _, *saved = torch.ops.muddformer.depth_aggregate_norm_forward(*arguments)
     grads = [torch.randn(3, 2, 16, device=device).transpose(0, 1) for _ in range(3)]
     backward = torch.ops.muddformer.depth_aggregate_norm_backward.default
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for deferred in (1, 3, 4):
-        opcheck(backward, (grads, [], *arguments, *saved, deferred), test_utils=utils)
-        left = backward(grads, [], *arguments, *saved, deferred)[-1]
-        assert [x.numel() > 0 for x in left] == [True, False, base]
+    for deferred in (1, 3, *([] if prepost else [4])):
+        opcheck(backward, (grads, [], *arguments, outputs, *saved, deferred), test_utils=utils)
+        left = backward(grads, [], *arguments, outputs, *saved, deferred)[-1]
+        assert [x.numel() > 0 for x in left] == [True, False, prepost]
         assert all(x.is_contiguous() for x in left)
 
 
 class Chain(torch.nn.Module):
     """Five layers of aggregation and norms of their streams; the last three are a group, where there is one."""
 
-    def __init__(self, width: int, norms: str, base: bool, grouped: bool | None) -> None:
+    def __init__(self, width: int, norms: str, prepost: bool, grouped: bool | None) -> None:
         super().__init__()
-        self.norms, self.base, self.grouped = norms, base, grouped
+        self.norms, self.prepost, self.grouped = norms, prepost, grouped
         self.scale = torch.nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.pre = torch.nn.Parameter(torch.linspace(1.5, 0.5, width))
         self.post = torch.nn.Parameter(torch.linspace(-1.0, 1.0, width))
 
     def layer(self, hiddens: list[Tensor], weights: Tensor, deferral: ops.Deferral | None) -> Any:
@@ -109,8 +110,9 @@ class Chain(torch.nn.Module):
             weights,
             [self.scale, None, None],
             norm=self.norms,
-            base=hiddens[-1] if self.base else None,
-            post_weight=self.post if self.base else None,
+            add_newest=self.prepost,
+            pre_weight=self.pre if self.prepost else None,
+            post_weight=self.post if self.prepost else None,
             deferral=deferral,
         )
 
@@ -137,11 +139,11 @@ def chain_inputs(width: int, device: torch.device, dtype: torch.dtype, tokens: i
     return make(tokens, width), [make(tokens, 3, i + 1) for i in range(5)]
 
 
-@pytest.mark.parametrize("norms,base", [("none", False), ("rms", False), ("layer", True), ("rms", True)])
+@pytest.mark.parametrize("norms,prepost", [("none", False), ("rms", False), ("layer", True), ("rms", True)])
 @pytest.mark.parametrize("width", [13, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_groups_give_the_gradients_of_single_layers(
-    norms: str, base: bool, width: int, device: torch.device, dtype: torch.dtype
+    norms: str, prepost: bool, width: int, device: torch.device, dtype: torch.dtype
 ) -> None:
     x, weights = chain_inputs(width, device, dtype)
     wide = x.detach().double().requires_grad_(), [w.detach().double().requires_grad_() for w in weights]
@@ -149,8 +151,13 @@ def test_groups_give_the_gradients_of_single_layers(
     for grouped in (True, False, None):  # None: single layers in float64
         if grouped is None:
             x, weights = wide
-        chain = Chain(width, norms, base, grouped).to(device, x.dtype)
-        inputs = [x, *weights, *([] if norms == "none" else [chain.scale]), *([chain.post] if base else [])]
+        chain = Chain(width, norms, prepost, grouped).to(device, x.dtype)
+        inputs = [
+            x,
+            *weights,
+            *([] if norms == "none" else [chain.scale]),
+            *([chain.pre, chain.post] if prepost else []),
+        ]
         loss = chain(x, weights)
         first = torch.autograd.grad(loss, inputs, retain_graph=True)
         again = torch.autograd.grad(loss, inputs)
@@ -161,10 +168,10 @@ def test_groups_give_the_gradients_of_single_layers(
         assert distance(a, w) <= max(2 * distance(b, w), 2 * tolerance(dtype))
 
 
-@pytest.mark.parametrize("norms,base", [("none", False), ("rms", True)])
-def test_gradcheck(norms: str, base: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("norms,prepost", [("none", False), ("rms", True)])
+def test_gradcheck(norms: str, prepost: bool, device: torch.device) -> None:
     x, weights = chain_inputs(8, device, torch.float64, tokens=2)
-    chain = Chain(8, norms, base, grouped=True).to(device, torch.float64)
+    chain = Chain(8, norms, prepost, grouped=True).to(device, torch.float64)
     assert torch.autograd.gradcheck(lambda x, *weights: chain(x, list(weights)), (x, *weights))
 
 
@@ -215,10 +222,10 @@ def test_autocast(device: torch.device) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("norms,base", [("none", False), ("rms", True)])
-def test_compiles_without_a_break_or_recompiling(norms: str, base: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("norms,prepost", [("none", False), ("rms", True)])
+def test_compiles_without_a_break_or_recompiling(norms: str, prepost: bool, device: torch.device) -> None:
     torch._dynamo.reset()
-    chain = Chain(16, norms, base, grouped=True).to(device)
+    chain = Chain(16, norms, prepost, grouped=True).to(device)
     compiled = torch.compile(chain, fullgraph=True, dynamic=True)
     for tokens in (6, 10, 14):
         x, weights = chain_inputs(16, device, torch.float32, tokens)
@@ -230,11 +237,11 @@ def test_compiles_without_a_break_or_recompiling(norms: str, base: bool, device:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("norms,base", [("none", False), ("rms", True)])
-def test_compiled_autograd(norms: str, base: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("norms,prepost", [("none", False), ("rms", True)])
+def test_compiled_autograd(norms: str, prepost: bool, device: torch.device) -> None:
     torch._dynamo.reset()
     x, weights = chain_inputs(16, device, torch.float32)
-    chain = Chain(16, norms, base, grouped=True).to(device)
+    chain = Chain(16, norms, prepost, grouped=True).to(device)
     expected = torch.autograd.grad(chain(x, weights), [x, *weights])
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         chain(x, weights).backward()
@@ -340,6 +347,17 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
 
     model = {"n_layer": 2, "n_head": 2, "dim": 32}
     return {
+        "newest": (
+            lambda: ops.depth_aggregate_norm_chained(
+                [x],
+                w[..., :1],
+                [None] * 3,
+                add_newest=True,
+                deferral=ops.Deferral(defer([x], [(3, 1)])[1][0].tickets, 1),
+            ),
+            ValueError,
+            "deferred: expected fewer than the 1 hidden states",
+        ),
         "no hiddens": (lambda: defer([], [(3, 2)]), ValueError, "hiddens: expected at least one"),
         "one tensor": (lambda: defer(x, [(3, 2)]), TypeError, "hiddens: expected a list of tensors"),
         "bare numbers": (lambda: defer([x], [3]), TypeError, r"layers\[0\]: expected a tuple \(C, S\)"),

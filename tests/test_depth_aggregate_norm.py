@@ -25,6 +25,7 @@ class Case:
     weights: Tensor
     norms: dict[str, Tensor]
     norm: str
+    add_newest: bool
     eps: float = 1e-5
 
     def tensors(self) -> list[Tensor]:
@@ -33,7 +34,7 @@ class Case:
     def with_tensors(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> Case:
         sources = len(self.hiddens)
         norms = dict(zip(self.norms, tensors[sources + 1 :], strict=True))
-        return Case(list(tensors[:sources]), tensors[sources], norms, self.norm, self.eps)
+        return Case(list(tensors[:sources]), tensors[sources], norms, self.norm, self.add_newest, self.eps)
 
     def leaves(self, dtype: torch.dtype | None = None) -> Case:
         return self.with_tensors([t.detach().to(dtype or t.dtype).requires_grad_() for t in self.tensors()])
@@ -47,25 +48,25 @@ class Case:
         return {
             "norm": self.norm,
             "eps": self.eps,
-            "base": self.norms.get("base"),
+            "add_newest": self.add_newest,
+            "pre_weight": self.norms.get("pre"),
             "post_weight": self.norms.get("post"),
         }
 
     def ours(self) -> tuple[list[Tensor], list[Tensor]]:
         return ops.depth_aggregate_norm_chained(*self.arguments(), **self.options())
 
-    def naive(self) -> list[Tensor]:
+    def naive(self) -> tuple[list[Tensor], list[Tensor]]:
         return reference.depth_aggregate_norm(*self.arguments(), **self.options())
 
     def private(self) -> tuple[Any, ...]:
-        options = self.options()
-        return *self.arguments(), self.norm, self.eps, options["base"], options["post_weight"]
+        return *self.arguments(), *self.options().values()
 
 
 FORMS = [
     f"{norm}-{parts}-{shape}"
     for norm in ("rms", "layer")
-    for parts in ("norms", "base", "base-post", "post-alone", "narrow")
+    for parts in ("norms", "add", "add-post", "post-alone", "pre", "pre-add", "pre-add-post", "narrow")
     for shape in ("3x16-S3-C4", "2x3x40-S5-C2", "5x257-S2-C1", "4x24-S9-C5", "33x2560-S4-C4", "0x16-S2-C3")
 ]
 
@@ -95,11 +96,12 @@ def make_case(form: str, device: torch.device, dtype: torch.dtype) -> Case:
             norms[f"weight{c}"][::5] = 0  # too small to divide by
         if norm == "layer" and c != 1:
             norms[f"bias{c}"] = make(width, to=parameter) / 2
-    if parts not in ("norms", "narrow"):
-        norms["base"] = make(*leading, width)
+    if "pre" in parts:
+        norms["pre"] = 1 + make(width, to=parameter) / 4
     if post:
         norms["post"] = make(width, to=parameter) / 8
-    return Case([make(*leading, width) for _ in range(sources)], make(*leading, ways, sources), norms, norm)
+    hiddens = [make(*leading, width) for _ in range(sources)]
+    return Case(hiddens, make(*leading, ways, sources), norms, norm, "add" in parts or post)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,12 +109,12 @@ def test_forward_and_gradients(form: str, device: torch.device, dtype: torch.dty
     case = make_case(form, device, dtype)
     ours, wide, eager = case.leaves(), case.leaves(torch.float64), case.leaves()
     outputs, handed_on = ours.ours()
-    expected, same_dtype = wide.naive(), eager.naive()
-    grads = [torch.randn_like(y) for y in [*outputs, *handed_on]]
-    torch.autograd.backward([*outputs, *handed_on], grads)
-    wide_grads = [g.double() for g in grads]
-    torch.autograd.backward([*expected, *wide.hiddens], wide_grads)
-    torch.autograd.backward([*same_dtype, *eager.hiddens], grads)
+    outputs += handed_on
+    expected, same_dtype = ([*streams, *mixed] for streams, mixed in (wide.naive(), eager.naive()))
+    grads = [torch.randn_like(y) for y in outputs]
+    torch.autograd.backward(outputs, grads)
+    torch.autograd.backward(expected, [g.double() for g in grads])
+    torch.autograd.backward(same_dtype, grads)
     for y, z, e in zip(outputs, expected, same_dtype, strict=True):
         assert y.dtype == dtype
         assert relative_error(y, z) <= max(2 * relative_error(e, z), tolerance(dtype))
@@ -121,7 +123,7 @@ def test_forward_and_gradients(form: str, device: torch.device, dtype: torch.dty
         assert relative_error(a.grad, b.grad) <= max(3 * relative_error(e.grad, b.grad), 4 * tolerance(dtype))
 
 
-@pytest.mark.parametrize("parts", ["norms", "base", "base-post", "narrow"])
+@pytest.mark.parametrize("parts", ["norms", "add", "add-post", "pre", "pre-add-post", "narrow"])
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("shape", ["2x6-S3-C3", "3x8-S2-C1"])
 def test_gradcheck(norm: str, parts: str, shape: str, device: torch.device) -> None:
@@ -138,7 +140,7 @@ def test_opcheck(form: str, device: torch.device) -> None:
     case = make_case(form, device, torch.float32)
     forward = torch.ops.muddformer.depth_aggregate_norm_forward.default
     opcheck(forward, case.private(), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
-    outputs, mix, statistics = forward(*case.private())
+    outputs, _, mix, statistics = forward(*case.private())
     grads = [torch.randn_like(y) for y in outputs]
     grads[0] = None if len(grads) > 1 else grads[0]
     incoming = [None, *(torch.randn_like(x) for x in case.hiddens[1:])]
@@ -149,18 +151,20 @@ def test_opcheck(form: str, device: torch.device) -> None:
     )
 
 
-def test_undefined_gradients(device: torch.device) -> None:
-    case = make_case("rms-base-post-3x16-S3-C4", device, torch.float64)
-    ours, wide = case.leaves(), case.leaves()
-    streams, handed_on = ours.ours()
-    (streams[1].square().sum() + handed_on[2].square().sum()).backward()
-    (wide.naive()[1].square().sum() + wide.hiddens[2].square().sum()).backward()
-    for a, b in zip(ours.tensors(), wide.tensors(), strict=True):
-        if b.grad is not None:
-            assert relative_error(a.grad, b.grad) < tolerance(torch.float64)
+@pytest.mark.parametrize("parts", ["add-post", "pre-add-post"])
+def test_undefined_gradients(parts: str, device: torch.device) -> None:
+    case = make_case(f"rms-{parts}-3x16-S3-C4", device, torch.float64)
+    for streams_used in ([1], []):
+        ours, naive = case.leaves(), case.leaves()
+        for one in (ours, naive):
+            streams, handed_on = one.ours() if one is ours else one.naive()
+            sum(y.square().sum() for y in [handed_on[2], *(streams[c] for c in streams_used)]).backward()
+        for a, b in zip(ours.tensors(), naive.tensors(), strict=True):
+            if b.grad is not None:
+                assert relative_error(a.grad, b.grad) < tolerance(torch.float64)
     only = case.leaves()
-    sum(x.sum() for x in only.ours()[1]).backward()
-    assert all(torch.equal(x.grad, torch.ones_like(x)) for x in only.hiddens)
+    sum(x.sum() for x in only.ours()[1][:2]).backward()
+    assert all(torch.equal(x.grad, torch.ones_like(x)) for x in only.hiddens[:2])
 
 
 @pytest.mark.compile
@@ -172,7 +176,7 @@ def test_compiles_without_a_break_or_recompiling(device: torch.device) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for tokens in (6, 10, 14):
-        case = make_case(f"layer-base-post-{tokens}x16-S3-C4", device, torch.float32)
+        case = make_case(f"layer-pre-add-post-{tokens}x16-S3-C4", device, torch.float32)
         ours, eager = case.leaves(), case.leaves()
         with torch._dynamo.config.patch(error_on_recompile=tokens > 6):
             compiled(ours).backward()
@@ -182,7 +186,7 @@ def test_compiles_without_a_break_or_recompiling(device: torch.device) -> None:
 
 
 def test_autocast(device: torch.device) -> None:
-    case = make_case("rms-base-post-6x16-S3-C4", device, torch.float32).leaves()
+    case = make_case("rms-pre-add-post-6x16-S3-C4", device, torch.float32).leaves()
     with torch.autocast(device.type, torch.bfloat16):
         streams, handed_on = case.ours()
     assert all(y.dtype == torch.bfloat16 for y in [*streams, *handed_on])
@@ -193,9 +197,12 @@ def test_autocast(device: torch.device) -> None:
 @pytest.mark.parametrize("post_norm", ["none", "residual", "all"])
 @pytest.mark.parametrize("kind", [RMSNorm, nn.LayerNorm])
 @pytest.mark.parametrize("ways", ["qkvr", "kr", "qv", 2])
-def test_layer_norms_its_streams(device: torch.device, post_norm: str, kind: type, ways: str | int) -> None:
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_layer_norms_its_streams(
+    device: torch.device, post_norm: str, kind: type, ways: str | int, pre_norm: bool
+) -> None:
     """DepthAggregation with stream norms, fused on CUDA, computes what the norms after it would."""
-    da = DepthAggregation(32, 3, ways, post_norm=post_norm, pre_norm=post_norm == "all", eps=1e-5).to(device)
+    da = DepthAggregation(32, 3, ways, post_norm=post_norm, pre_norm=pre_norm, eps=1e-5).to(device)
     count = ways if isinstance(ways, int) else 4
     norms = [None if i == count - 1 else kind(32, 1e-5).to(device) for i in range(count)]
     for parameter in itertools.chain(da.parameters(), *(norm.parameters() for norm in norms if norm is not None)):
@@ -217,7 +224,6 @@ def test_layer_norms_its_streams(device: torch.device, post_norm: str, kind: typ
 
 
 def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
-    x = torch.randn(2, 8)
     return {
         "norm": ({"norm": "batch"}, ValueError, "norm: expected"),
         "eps": ({"eps": -1.0}, ValueError, "eps: expected"),
@@ -235,11 +241,11 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             r"norm_weights\[1\]: expected dtype",
         ),
         "bias alone": ({"norm_biases": [None, torch.ones(8), None]}, ValueError, r"norm_biases\[1\]: expected None"),
-        "base": ({"base": x[:1]}, ValueError, "base: expected shape"),
-        "base dtype": ({"base": x.double()}, TypeError, "base: expected dtype"),
-        "post without base": ({"post_weight": torch.ones(8)}, ValueError, "post_weight: expected None"),
+        "pre": ({"pre_weight": torch.ones(7)}, ValueError, "pre_weight: expected shape"),
+        "pre dtype": ({"pre_weight": torch.ones(8).double()}, TypeError, "pre_weight: expected dtype"),
+        "post without add": ({"post_weight": torch.ones(8)}, ValueError, "post_weight: expected None"),
         "post with norm": (
-            {"base": x, "post_weight": torch.ones(8), "norm_weights": [None, None, torch.ones(8)]},
+            {"add_newest": True, "post_weight": torch.ones(8), "norm_weights": [None, None, torch.ones(8)]},
             ValueError,
             r"norm_weights\[2\]: expected None",
         ),
@@ -256,8 +262,8 @@ def test_bad_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["outputs", "output", "mix", "statistics"])
 def test_backward_checks_what_the_forward_returned(name: str) -> None:
-    case = make_case("rms-base-post-3x16-S3-C4", torch.device("cpu"), torch.float32)
-    outputs, mix, statistics = torch.ops.muddformer.depth_aggregate_norm_forward(*case.private())
+    case = make_case("rms-add-post-3x16-S3-C4", torch.device("cpu"), torch.float32)
+    outputs, _, mix, statistics = torch.ops.muddformer.depth_aggregate_norm_forward(*case.private())
     bad = {"outputs": outputs, "mix": mix, "statistics": statistics}
     bad |= {
         "outputs": {"outputs": outputs[1:]},

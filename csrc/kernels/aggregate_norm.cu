@@ -9,7 +9,7 @@
 namespace muddformer::kernels {
 namespace {
 
-constexpr int kMaxSlots = 2 * kMaxNormWays;
+constexpr int kMaxSlots = 2 * kMaxNormWays + 1;
 
 template <typename Args>
 bool norms_valid(const Args& p) {
@@ -18,15 +18,13 @@ bool norms_valid(const Args& p) {
     if (p.norm_bias[c] != nullptr && p.norm_weight[c] == nullptr) return false;
     if (post && c == p.ways - 1 && p.norm_weight[c] != nullptr) return false;
   }
-  return !post || p.base != nullptr;
+  return !post || p.add_newest;
 }
 
-// The pointers to one vector of columns each, and base.
 template <typename Args>
 bool norms_aligned(const Args& p) {
-  return aligned(p.norm_weight, p.ways) && aligned(p.norm_bias, p.ways) && aligned(p.post_weight) &&
-         aligned(p.base) && aligned(p.mix) &&
-         p.base_stride % (p.dtype == DType::Float32 ? 4 : 8) == 0;
+  return aligned(p.norm_weight, p.ways) && aligned(p.norm_bias, p.ways) && aligned(p.pre_weight) &&
+         aligned(p.post_weight) && aligned(p.mix);
 }
 
 template <typename Args>
@@ -102,6 +100,7 @@ cudaError_t add_partials(const AggregateNormBackward& p, int blocks, cudaStream_
     }
     if (slots.bias[c] >= 0) args.to[slots.bias[c]] = p.norm_bias_grad[c];
   }
+  if (slots.pre >= 0) args.to[slots.pre] = p.pre_weight_grad;
   args.partial = p.workspace;
   args.blocks = blocks;
   args.dim = static_cast<int>(p.dim);
@@ -117,7 +116,7 @@ cudaError_t launch_aggregate_norm_forward(const AggregateNormForward& p, cudaStr
   Device device;
   const cudaError_t error = check(p, device);
   if (error != cudaSuccess) return error;
-  if (!aligned(p.y, p.ways)) return cudaErrorNotSupported;
+  if (!aligned(p.y, p.ways) || !aligned(p.normed)) return cudaErrorNotSupported;
   const cudaError_t room = check_shared_memory(forward_norm_shared_bytes(p));
   if (room != cudaSuccess) return room;
   if (p.tokens == 0) return cudaSuccess;
@@ -145,8 +144,7 @@ cudaError_t launch_aggregate_norm_backward(const AggregateNormBackward& p, cudaS
   cudaError_t error = check_backward(p, slots, blocks);
   if (error != cudaSuccess) return error;
   if (!aligned(p.dy, p.ways) || !aligned(p.y, p.ways) || !aligned(p.grad_in, p.sources) ||
-      !aligned(p.grad_out, p.sources) || !aligned(p.base_grad) ||
-      (p.dv != nullptr && !aligned(p.dv, p.ways))) {
+      !aligned(p.grad_out, p.sources) || (p.dv != nullptr && !aligned(p.dv, p.ways))) {
     return cudaErrorNotSupported;
   }
   if (p.tokens == 0) return cudaErrorInvalidValue;  // the caller's zeros are the gradients

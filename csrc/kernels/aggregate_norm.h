@@ -6,8 +6,10 @@
 //         = base + mix_c                           a way without
 //         = base + RMSNorm(mix_c) * post_weight    the last way, if there is a post weight
 //
-// base [N, D] is optional (PostDANorm has X_i there). norm_c is RMSNorm, v * r * weight with
-// r = 1 / sqrt(mean(v^2) + eps), or LayerNorm, (v - m) * r * weight + bias.
+// base is the last source, X_i, where it is to be added (PostDANorm), otherwise 0. With a pre
+// weight (PreDANorm) the last source is mixed as normed = RMSNorm(X_i) * pre_weight. norm_c is
+// RMSNorm, v * r * weight with r = 1 / sqrt(mean(v^2) + eps), or LayerNorm,
+// (v - m) * r * weight + bias.
 //
 // The backward takes the normed streams back instead of what was normed: n = (Y - bias) / weight.
 // Where a weight is too small for that, n is made again from the sources.
@@ -26,32 +28,34 @@ struct AggregateNormForward : AggregateForward {
   Norm norm;
   float eps;
   bool wide;                       // norm weights and biases are float32; otherwise of dtype
+  bool add_newest;                 // base is the last source
   const void* const* norm_weight;  // [C] pointers to [D]; nullptr: the way has no norm
   const void* const* norm_bias;    // [C] pointers to [D]; nullptr: none
+  const void* pre_weight;          // [D]; nullptr: none
   const void* post_weight;         // [D]; nullptr: none
-  const void* base;                // [N, D]; nullptr: none
-  int64_t base_stride;             // elements from a row to the next
+  void* normed;                    // [N, D], contiguous, with pre_weight
   void* mix;                       // [N, D], contiguous: mix_c of the last way, with post_weight
-  float* statistics;               // [2, C, N]: m and r of every way; 0 and 1 without a norm
+  float* statistics;               // [2, C, N]: m and r of every way; 0 and 1 without a norm. With
+                                   // pre_weight [2, C + 1, N], the last those of the last source
 };
 
 struct AggregateNormBackward : AggregateBackward {
   Norm norm;
   bool wide;
+  bool add_newest;                 // as above
   const void* const* norm_weight;  // as above
   const void* const* norm_bias;    // as above
+  const void* pre_weight;          // as above
   const void* post_weight;         // as above
-  const void* base;                // as above
-  int64_t base_stride;             // as above
   const void* const* y;            // [C] pointers to [N, D], contiguous: of normed ways
   const void* mix;                 // as above
   const float* statistics;         // as above
   void* const* dv;                 // [C] pointers to the gradients dV_c of base + mix_c (of mix_c
                                    // with the post weight) [N, D], contiguous, of ways with a
                                    // norm; nullptr each or all: not wanted
-  void* base_grad;                 // [N, D], contiguous; with base; nullptr: not wanted
   void* const* norm_weight_grad;   // [C] pointers to [D], of the weights' type
   void* const* norm_bias_grad;     // [C] pointers to [D]
+  void* pre_weight_grad;           // [D]
   void* post_weight_grad;          // [D]
   float* workspace;                // aggregate_norm_workspace() floats
 };

@@ -5,11 +5,17 @@
 //   dV_c     = r (g - n <g, n> / D [- mean(g)])       g = dY_c * weight; [] for LayerNorm
 //            = dY_c                                   of a way without a norm
 //   dX_j     = G_j + sum_c w[t, c, j] dV_c            dw[t, c, j] = <dV_c, X_j>
-//   dbase    = sum_c dV_c                             the post way gives dY_c instead of dV_c
 //   dweight  = sum_t dY_c n,   dbias = sum_t dY_c
 //
-// X_j, G_j, dX_j, dY_c, Y_c, mix, base [N, D], w and dw [N, C, S]. Every tensor is read or written
-// once (dY and Y twice where a row has more than one chunk); float32 sums, rounded once.
+// The last source has more to its gradient. It comes first, while dV_c is at hand:
+//
+//   dbase    = sum_c dV_c                             the post way gives dY_c instead of dV_c
+//   dX_j     = dbase + G_j + ..                       where it is base
+//            = dbase + r (g - n <g, n> / D)           where it was normed, n = X_j r, before it was
+//                                                     mixed: g = (G_j + ..) * pre_weight
+//
+// X_j, G_j, dX_j, dY_c, Y_c, mix [N, D], w and dw [N, C, S]. Every tensor is read or written once
+// (dY, Y and a normed X_j twice where a row has more than one chunk); float32 sums, rounded once.
 //
 // dV_c is written where it is asked for: the factors of the deferred sources (deferred_flush.h).
 //
@@ -32,7 +38,8 @@ struct TokenBarriers {
   uint64_t sums[2];     // the dot products are there, and the weights are not read any more
 };
 
-template <typename T, int C>
+// kNewest: the last source has more to its gradient.
+template <typename T, int C, bool kNewest>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     backward_norm_ring(const __grid_constant__ BackwardNormArgs<T, C> args) {
 #if __CUDA_ARCH__ >= 900
@@ -40,14 +47,16 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ RingBarriers ring;
   __shared__ TokenBarriers tokens;
-  __shared__ float scratch[2][2][kMaxConsumers / 32 * C];  // of two tokens
-  __shared__ float statistics[2][2 * C];
+  __shared__ float scratch[2][3][kMaxConsumers / 32 * C];  // of two tokens
+  __shared__ float statistics[2][2 * (C + 1)];
   const int consumers = blockDim.x - 64;
   const int row_bytes = consumers * 16;
   const int stage_bytes = 2 * row_bytes;
   const int chunk = consumers * V;
   const bool one_chunk = args.dim <= chunk;
   const int sources = args.sources;
+  const bool pre = kNewest && args.pre_weight != nullptr;
+  const int others = sources - (kNewest ? 1 : 0);
   const int norm_floats = args.slots * args.dim;
   const int weights_size = sources * kWaysPadded<C>;
   const int sums_size = consumers / 32 * C * sources;
@@ -57,6 +66,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   float* sums = weights + 2 * weights_size;                        // of two tokens
   // For every vector of a row, the ways that ways_to_remake() finds there.
   auto* to_remake = reinterpret_cast<unsigned char*>(sums + 2 * sums_size);
+  // With a pre weight, what is known of the last source's gradient in all chunks but the last.
+  auto* held = reinterpret_cast<float*>(to_remake + (args.dim / V + 3) / 4 * 4);
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -84,6 +95,11 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         if (args.shared_norms) norms[at] = norm_entry<T>(args.norm_bias[c], args.wide, i);
       }
     }
+  }
+  for (int i = threadIdx.x; pre && i < args.dim; i += blockDim.x) {
+    const int at = args.pre_slot * args.dim + partial_place<T>(i, args.dim);
+    partial[at] = 0.0f;
+    if (args.shared_norms) norms[at] = norm_entry<T>(args.pre_weight, args.wide, i);
   }
   __syncthreads();
 
@@ -115,13 +131,15 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
         if (!one_chunk) request_ways(column);
         const auto source = [&](int j) { return args.x[j] + token * args.x_stride[j] + column; };
+        const auto request_source = [&](int j) {
+          request(source(j), args.grad_in[j] != nullptr ? args.grad_in[j] + row + column : nullptr,
+                  bytes);
+        };
+        if (kNewest) request_source(others);
         for (int j = 0; j < args.deferred; j += 2) {
           request(source(j), j + 1 < args.deferred ? source(j + 1) : nullptr, bytes);
         }
-        for (int j = args.deferred; j < sources; ++j) {
-          request(source(j), args.grad_in[j] != nullptr ? args.grad_in[j] + row + column : nullptr,
-                  bytes);
-        }
+        for (int j = args.deferred; j < others; ++j) request_source(j);
       }
     }
     return;
@@ -137,7 +155,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
               widen(w[c * args.way_stride + j]);
         }
       }
-      if (lane < 2 * C) statistics[buffer][lane] = args.statistics[lane * args.tokens + token];
+      if (lane < (pre ? 2 * (C + 1) : 2 * C)) {
+        statistics[buffer][lane] = args.statistics[lane * args.tokens + token];
+      }
       barrier_arrive(&tokens.weights[buffer]);
     };
     RingPlace buffer;
@@ -158,15 +178,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       load_norm<T>(from, args.wide, column, to);
       return;
     }
-#pragma unroll
-    for (int i = 0; i < V; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(norms + slot * args.dim +
-                                                           partial_place<T>(column + i, args.dim));
-      to[i] = four.x;
-      to[i + 1] = four.y;
-      to[i + 2] = four.z;
-      to[i + 3] = four.w;
-    }
+    get_floats<T>(norms + slot * args.dim, column, args.dim, to);
   };
   const float scale = 1.0f / static_cast<float>(args.dim);
   RingPlace stage;
@@ -176,7 +188,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     const float* own_weights = weights + buffer.index * weights_size;
     float* own_sums = sums + buffer.index * sums_size + warp * C * sources;
     const float* mean = statistics[buffer.index];
-    const float* r = statistics[buffer.index] + C;
+    const float* r = statistics[buffer.index] + (pre ? C + 1 : C);
+    const auto newest_r = [&] { return pre ? r[C] : 1.0f; };
     const auto receive = [&](bool has_first, bool has_second, uint4& first, uint4& second) {
       const unsigned char* from = shared + stage.index * stage_bytes + threadIdx.x * 16;
       barrier_wait(&ring.full[stage.index], stage.phase);
@@ -207,7 +220,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         if (!active || args.saved[c] == nullptr) continue;
-        const bool post = args.post && c == C - 1;
+        const bool post = kNewest && args.post && c == C - 1;
         float dy[V];
         float y[V];
         float value[V];
@@ -233,22 +246,18 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     consumer_sums<C>(along, scratch[buffer.index][0], consumers);
     if (args.layer) consumer_sums<C>(total, scratch[buffer.index][1], consumers);
 
+    float newest_along[1] = {};  // <g, n> of the last source
     for (int first_column = 0; first_column < args.dim; first_column += chunk) {
       const int column = first_column + threadIdx.x * V;
       const bool active = column < args.dim;
       if (!one_chunk) receive_ways(active);
       const unsigned remade = active ? to_remake[column / V] : 0;
-      float base[V] = {};  // its gradient
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         if (!active) continue;
-        const bool post = args.post && c == C - 1;
+        const bool post = kNewest && args.post && c == C - 1;
         float dy[V];
         unpack<T>(dv[c], dy);
-        if (args.base != nullptr && post) {
-#pragma unroll
-          for (int i = 0; i < V; ++i) base[i] += dy[i];
-        }
         if (args.saved[c] != nullptr) {
           float n[V];
           float weight[V];
@@ -257,7 +266,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
             add_partial<T>(partial + args.bias_slot[c] * args.dim, column, args.dim, dy);
           }
           if ((remade >> c & 1) != 0) {
-            unpack<T>(remake_normed<T, C>(args, own_weights, c, token, column, mean[c], r[c]), n);
+            unpack<T>(remake_normed<T, C, kNewest>(args, own_weights, c, token, column, mean[c],
+                                                   r[c], newest_r()),
+                      n);
           } else {
             unpack<T>(saved[c], n);
             if (args.norm_bias[c] != nullptr) {
@@ -278,20 +289,41 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
             dy[i] = r[c] * fmaf(-slope, n[i], g);
           }
           add_partial<T>(partial + args.weight_slot[c] * args.dim, column, args.dim, weight);
+          if (kNewest && post) saved[c] = dv[c];  // dY_c
           dv[c] = pack<T>(dy);
           if (args.dv[c] != nullptr) store_once(args.dv[c] + row + column, dv[c]);
         }
-        if (args.base != nullptr && !post) {
-#pragma unroll
-          for (int i = 0; i < V; ++i) base[i] += dy[i];
-        }
       }
-      if (active && args.base_grad != nullptr) {
-        store_once(args.base_grad + row + column, pack<T>(base));
+      if constexpr (kNewest) {
+        uint4 x;
+        uint4 grad;
+        float dots[C];
+        float weight[V];
+        float result[V];
+        receive(active, active && args.grad_in[others] != nullptr, x, grad);
+#pragma unroll
+        for (int i = 0; i < V; ++i) weight[i] = 1.0f;
+        if (pre && active) norm_values(args.pre_slot, args.pre_weight, column, weight);
+        chain_newest<T, C>(x, grad, dv, saved[C - 1], own_weights + others * kWaysPadded<C>,
+                           newest_r(), args.add_newest, args.post, weight, dots, newest_along[0],
+                           result);
+        keep_dots<C, 1>(dots, own_sums, sources, others, sources, first_column != 0);
+        if (pre && active) {
+          add_partial<T>(partial + args.pre_slot * args.dim, column, args.dim, weight);
+        }
+        if (pre && one_chunk) {
+          consumer_sums<1>(newest_along, scratch[buffer.index][2], consumers);
+          subtract_along<T>(x, newest_along[0] * scale * r[C] * r[C], result);
+        }
+        if (active && pre && !one_chunk) {
+          put_floats<T>(held, column, args.dim, result);
+        } else if (active && args.grad_out[others] != nullptr) {
+          store_once(args.grad_out[others] + row + column, pack<T>(result));
+        }
       }
       take_deferred<T, C>(ring, stage, args.stages, shared, row_bytes, active, dv, args.deferred,
                           sources, own_sums, first_column != 0);
-      for (int j = args.deferred; j < sources; ++j) {
+      for (int j = args.deferred; j < others; ++j) {
         uint4 x;
         uint4 grad;
         float dots[C];
@@ -304,6 +336,18 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       }
     }
     barrier_arrive(&tokens.sums[buffer.index]);
+    if (pre && !one_chunk) {
+      consumer_sums<1>(newest_along, scratch[buffer.index][2], consumers);
+      for (int column = threadIdx.x * V; column < args.dim; column += chunk) {
+        float grad[V];
+        get_floats<T>(held, column, args.dim, grad);
+        const T* x = args.x[others] + token * args.x_stride[others] + column;
+        subtract_along<T>(load_once(x), newest_along[0] * scale * r[C] * r[C], grad);
+        if (args.grad_out[others] != nullptr) {
+          store_once(args.grad_out[others] + row + column, pack<T>(grad));
+        }
+      }
+    }
     buffer.advance(2);
   }
   sync_consumers(consumers);
@@ -316,12 +360,13 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 #endif
 }
 
-template <typename T, int C>
+template <typename T, int C, bool kNewest>
 cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaStream_t stream) {
   const NormSlots slots(p);
   const NormLayout layout(p);
   BackwardNormArgs<T, C> args;
   set_backward_args<T, C>(args, p, 0, p.sources);
+  if (kNewest) args.deferred = std::min(args.deferred, args.sources - 1);
   args.post = p.post_weight != nullptr;
   for (int c = 0; c < C; ++c) {
     const bool post = args.post && c == C - 1;
@@ -338,29 +383,35 @@ cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaS
   args.shared_norms = layout.shared_norms;
   args.statistics = p.statistics;
   args.partial = p.workspace;
-  args.base = static_cast<const T*>(p.base);
-  args.base_stride = p.base_stride;
-  args.base_grad = static_cast<T*>(p.base_grad);
+  args.pre_weight = p.pre_weight;
+  args.pre_slot = slots.pre;
+  args.add_newest = p.add_newest;
   args.tokens = p.tokens;
   args.layer = p.norm == Norm::Layer;
   args.wide = p.wide;
   args.stages = layout.stages;
-  return launch_ring(backward_norm_ring<T, C>, args, blocks, layout.columns.threads + 32,
+  return launch_ring(backward_norm_ring<T, C, kNewest>, args, blocks, layout.columns.threads + 32,
                      layout.stage_bytes, layout.other_bytes, stream);
+}
+
+template <typename T, bool kNewest>
+cudaError_t backward_norm_of(const AggregateNormBackward& p, int blocks, cudaStream_t stream) {
+  switch (p.ways) {
+    case 1:
+      return backward_norm_ways<T, 1, kNewest>(p, blocks, stream);
+    case 2:
+      return backward_norm_ways<T, 2, kNewest>(p, blocks, stream);
+    case 3:
+      return backward_norm_ways<T, 3, kNewest>(p, blocks, stream);
+    default:
+      return backward_norm_ways<T, 4, kNewest>(p, blocks, stream);
+  }
 }
 
 template <typename T>
 cudaError_t backward_norm(const AggregateNormBackward& p, int blocks, cudaStream_t stream) {
-  switch (p.ways) {
-    case 1:
-      return backward_norm_ways<T, 1>(p, blocks, stream);
-    case 2:
-      return backward_norm_ways<T, 2>(p, blocks, stream);
-    case 3:
-      return backward_norm_ways<T, 3>(p, blocks, stream);
-    default:
-      return backward_norm_ways<T, 4>(p, blocks, stream);
-  }
+  return newest_first(p) ? backward_norm_of<T, true>(p, blocks, stream)
+                         : backward_norm_of<T, false>(p, blocks, stream);
 }
 
 }  // namespace muddformer::kernels

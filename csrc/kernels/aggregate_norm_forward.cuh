@@ -2,8 +2,9 @@
 //
 //   mix_c = sum_j w[t, c, j] X_j[t, :],   Y_c = norm_c(base + mix_c)   (aggregate_norm.h)
 //
-// X_j, base, Y_c, mix [N, D], w [N, C, S], statistics [2, C, N]. Sums, statistics and norms in
-// float32 from what is in registers; every output is rounded and written once.
+// X_j, Y_c, mix, normed [N, D], w [N, C, S], statistics [2, C, N]. Sums, statistics and norms in
+// float32 from what is in registers; every output is rounded and written once. Where the last
+// source is also base, or is normed itself before it is mixed, it comes first.
 //
 // A block has one token. Its row is walked in chunks of at most 256 vectors of 16 bytes, one for
 // each thread; where there is more than one chunk, the sums of all wait in shared memory, each
@@ -23,15 +24,16 @@ template <typename T, int C>
 struct ForwardNormArgs : ForwardArgs<T, C> {
   const void* norm_weight[C];
   const void* norm_bias[C];
-  const T* base;
+  const void* pre_weight;
+  T* normed;
   T* mix;
   float* statistics;
-  int64_t base_stride;
   int64_t tokens;
   float eps;
   bool layer;
   bool wide;
   bool post;  // the last way's norm weight is the post weight
+  bool add_newest;
 };
 
 // Sums that wait in shared memory.
@@ -40,13 +42,14 @@ __host__ __device__ constexpr int held_float4s(int consumers, int chunks) {
   return chunks == 1 ? 0 : chunks * C * (kVector<T> / 4) * consumers;
 }
 
-template <typename T, int C>
+// kNewest: the last source is also base, or is normed itself.
+template <typename T, int C, bool kNewest>
 __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
     forward_norm_ring(const __grid_constant__ ForwardNormArgs<T, C> args) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ RingBarriers ring;
-  __shared__ float scratch[2][kMaxConsumers / 32 * C];
+  __shared__ float scratch[3][kMaxConsumers / 32 * C];
   constexpr int V = kVector<T>;
   const int consumers = blockDim.x - 32;
   const int stage_bytes = consumers * 16;
@@ -54,6 +57,8 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
   float4* held = reinterpret_cast<float4*>(shared + args.stages * stage_bytes);
   float* weights = reinterpret_cast<float*>(held + held_float4s<T, C>(consumers, args.chunks));
   const int64_t token = blockIdx.x;
+  const bool pre = kNewest && args.pre_weight != nullptr;
+  const int others = args.sources - (kNewest ? 1 : 0);
 
   const bool producer = static_cast<int>(threadIdx.x) == consumers;
   if (producer) ring_init(ring, args.stages, consumers);
@@ -61,17 +66,19 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
 
   RingPlace stage;
   if (static_cast<int>(threadIdx.x) >= consumers) {
-    const int rows = args.sources + (args.base != nullptr ? 1 : 0);
-    for (int column = 0; producer && column < args.dim; column += chunk) {
+    const auto request = [&](int j, int column) {
       const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
-      for (int j = 0; j < rows; ++j) {
-        const T* row = j < args.sources ? args.x[j] + token * args.x_stride[j]
-                                        : args.base + token * args.base_stride;
-        barrier_wait(&ring.empty[stage.index], stage.phase ^ 1);  // at once in the first round
-        barrier_expect(&ring.full[stage.index], bytes);
-        bulk_copy(shared + stage.index * stage_bytes, row + column, bytes, &ring.full[stage.index]);
-        stage.advance(args.stages);
-      }
+      barrier_wait(&ring.empty[stage.index], stage.phase ^ 1);  // at once in the first round
+      barrier_expect(&ring.full[stage.index], bytes);
+      bulk_copy(shared + stage.index * stage_bytes, args.x[j] + token * args.x_stride[j] + column,
+                bytes, &ring.full[stage.index]);
+      stage.advance(args.stages);
+    };
+    if (!producer) return;
+    for (int column = 0; pre && column < args.dim; column += chunk) request(others, column);
+    for (int column = 0; column < args.dim; column += chunk) {
+      if (kNewest && !(pre && args.chunks == 1)) request(others, column);
+      for (int j = 0; j < others; ++j) request(j, column);
     }
     return;
   }
@@ -97,35 +104,65 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
       }
     }
   };
-  uint4 base{};  // of the last chunk; an earlier one is read again where it is needed
+  const auto receive = [&](bool active) {
+    barrier_wait(&ring.full[stage.index], stage.phase);
+    const uint4 bits =
+        *reinterpret_cast<const uint4*>(shared + stage.index * stage_bytes + threadIdx.x * 16);
+    release(&ring.empty[stage.index]);
+    stage.advance(args.stages);
+    return active ? bits : uint4{};
+  };
+  const float scale = 1.0f / static_cast<float>(args.dim);
+  const int norms = C + (pre ? 1 : 0);  // of which there are statistics
+  uint4 newest{};  // of the last chunk; an earlier one is read again where it is needed
+  float newest_r = 1.0f;
+  if (pre) {
+    float square[1] = {};
+    for (int i = 0; i < args.chunks; ++i) {
+      float values[V];
+      newest = receive(i * chunk + static_cast<int>(threadIdx.x) * V < args.dim);
+      unpack<T>(newest, values);
+#pragma unroll
+      for (int k = 0; k < V; ++k) square[0] = fmaf(values[k], values[k], square[0]);
+    }
+    consumer_sums<1>(square, scratch[2], consumers);
+    newest_r = rsqrtf(square[0] * scale + args.eps);
+    if (threadIdx.x == 0) {
+      args.statistics[C * args.tokens + token] = 0.0f;
+      args.statistics[(norms + C) * args.tokens + token] = newest_r;
+    }
+  }
   for (int i = 0; i < args.chunks; ++i) {
-    const bool active = i * chunk + static_cast<int>(threadIdx.x) * V < args.dim;
-    const auto receive = [&] {
-      barrier_wait(&ring.full[stage.index], stage.phase);
-      const uint4 bits =
-          *reinterpret_cast<const uint4*>(shared + stage.index * stage_bytes + threadIdx.x * 16);
-      release(&ring.empty[stage.index]);
-      stage.advance(args.stages);
-      return active ? bits : uint4{};
-    };
+    const int column = i * chunk + threadIdx.x * V;
+    const bool active = column < args.dim;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
 #pragma unroll
       for (int k = 0; k < V; ++k) sums[c][k] = 0.0f;
     }
-    for (int j = 0; j < args.sources; ++j) {
-      add_source<T, C>(receive(), weights + j * kWaysPadded<C>, sums);
-    }
-    if (args.base != nullptr) {
+    if constexpr (kNewest) {
       float values[V];
-      base = receive();
-      unpack<T>(base, values);
+      if (!(pre && args.chunks == 1)) newest = receive(active);
+      unpack<T>(newest, values);
+      if (args.add_newest) {
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        if (args.post && c == C - 1) continue;
+        for (int c = 0; c < C; ++c) {
+          if (args.post && c == C - 1) continue;
 #pragma unroll
-        for (int k = 0; k < V; ++k) sums[c][k] += values[k];
+          for (int k = 0; k < V; ++k) sums[c][k] = values[k];
+        }
       }
+      uint4 mixed = newest;
+      if (pre && active) {
+        float weight[V];
+        load_norm<T>(args.pre_weight, args.wide, column, weight);
+        mixed = rms_normed<T>(values, newest_r, weight);
+        store_once(args.normed + token * args.dim + column, mixed);
+      }
+      add_source<T, C>(mixed, weights + others * kWaysPadded<C>, sums);
+    }
+    for (int j = 0; j < others; ++j) {
+      add_source<T, C>(receive(active), weights + j * kWaysPadded<C>, sums);
     }
     if (args.chunks == 1) break;
 #pragma unroll
@@ -138,7 +175,6 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
     }
   }
 
-  const float scale = 1.0f / static_cast<float>(args.dim);
   float mean[C] = {};
   float r[C] = {};
   if (args.layer) {
@@ -174,7 +210,7 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
     r[c] = args.norm_weight[c] != nullptr ? rsqrtf(r[c] * scale + args.eps) : 1.0f;
     if (threadIdx.x == 0) {
       args.statistics[c * args.tokens + token] = mean[c];
-      args.statistics[(C + c) * args.tokens + token] = r[c];
+      args.statistics[(norms + c) * args.tokens + token] = r[c];
     }
   }
 
@@ -185,7 +221,7 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
     const int64_t at = token * args.dim + column;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const bool post = args.post && c == C - 1;
+      const bool post = kNewest && args.post && c == C - 1;
       float values[V];
       if (post) store_once(args.mix + at, pack<T>(sums[c]));
       if (args.norm_weight[c] != nullptr) {
@@ -195,8 +231,10 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
       }
       if (args.norm_bias[c] != nullptr || post) {
         if (post) {
-          if (args.chunks > 1) base = load_once(args.base + token * args.base_stride + column);
-          unpack<T>(base, values);
+          if (args.chunks > 1) {
+            newest = load_once(args.x[others] + token * args.x_stride[others] + column);
+          }
+          unpack<T>(newest, values);
         } else {
           load_norm<T>(args.norm_bias[c], args.wide, column, values);
         }
@@ -209,7 +247,7 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
 #endif
 }
 
-template <typename T, int C>
+template <typename T, int C, bool kNewest>
 cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream) {
   const Columns columns = split_columns(static_cast<int>(p.dim) / kVector<T>);
   ForwardNormArgs<T, C> args;
@@ -220,8 +258,9 @@ cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream
   }
   args.post = p.post_weight != nullptr;
   if (args.post) args.norm_weight[C - 1] = p.post_weight;
-  args.base = static_cast<const T*>(p.base);
-  args.base_stride = p.base_stride;
+  args.pre_weight = p.pre_weight;
+  args.normed = static_cast<T*>(p.normed);
+  args.add_newest = p.add_newest;
   args.mix = static_cast<T*>(p.mix);
   args.statistics = p.statistics;
   args.tokens = p.tokens;
@@ -231,22 +270,28 @@ cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream
   const int stage_bytes = columns.threads * 16;
   args.stages = ring_stages(columns.threads, stage_bytes, kForwardBytesInFlight);
   const int held_bytes = held_float4s<T, C>(columns.threads, columns.chunks) * 16;
-  return launch_ring(forward_norm_ring<T, C>, args, p.tokens, columns.threads, stage_bytes,
+  return launch_ring(forward_norm_ring<T, C, kNewest>, args, p.tokens, columns.threads, stage_bytes,
                      held_bytes + weights_bytes<C>(p.sources), stream);
+}
+
+template <typename T, bool kNewest>
+cudaError_t forward_norm_of(const AggregateNormForward& p, cudaStream_t stream) {
+  switch (p.ways) {
+    case 1:
+      return forward_norm_ways<T, 1, kNewest>(p, stream);
+    case 2:
+      return forward_norm_ways<T, 2, kNewest>(p, stream);
+    case 3:
+      return forward_norm_ways<T, 3, kNewest>(p, stream);
+    default:
+      return forward_norm_ways<T, 4, kNewest>(p, stream);
+  }
 }
 
 template <typename T>
 cudaError_t forward_norm(const AggregateNormForward& p, cudaStream_t stream) {
-  switch (p.ways) {
-    case 1:
-      return forward_norm_ways<T, 1>(p, stream);
-    case 2:
-      return forward_norm_ways<T, 2>(p, stream);
-    case 3:
-      return forward_norm_ways<T, 3>(p, stream);
-    default:
-      return forward_norm_ways<T, 4>(p, stream);
-  }
+  return newest_first(p) ? forward_norm_of<T, true>(p, stream)
+                         : forward_norm_of<T, false>(p, stream);
 }
 
 }  // namespace muddformer::kernels

@@ -18,10 +18,17 @@ inline constexpr int kSharedMemory = 227 * 1024;  // of a multiprocessor, 1 KB o
 inline constexpr int kStaticBytes = 2048;         // at most, of a block
 inline constexpr int kNormBytesInFlight = 64 * 1024;
 
+// Whether the last source comes first, because more is done with it than with the others.
+template <typename Args>
+bool newest_first(const Args& p) {
+  return p.add_newest || p.pre_weight != nullptr;
+}
+
 // Places of a way's gradients among the partial sums, and how many there are.
 struct NormSlots {
   int weight[kMaxNormWays];
   int bias[kMaxNormWays];
+  int pre;
   int count = 0;
 
   explicit NormSlots(const AggregateNormBackward& p) {
@@ -30,6 +37,7 @@ struct NormSlots {
       weight[c] = p.norm_weight[c] != nullptr || post ? count++ : -1;
       bias[c] = p.norm_bias[c] != nullptr ? count++ : -1;
     }
+    pre = p.pre_weight != nullptr ? count++ : -1;
   }
 };
 
@@ -51,7 +59,8 @@ struct NormLayout {
     const int padded = p.ways == 3 ? 4 : p.ways;  // kWaysPadded
     const int64_t small =
         4 * (2 * p.sources * padded + 2 * columns.threads / 32 * p.ways * p.sources) +
-        (p.dim / vector + 3) / 4 * 4;
+        (p.dim / vector + 3) / 4 * 4 +
+        (p.pre_weight != nullptr && columns.chunks > 1 ? 4 * p.dim : 0);
     const int64_t norms = 4 * NormSlots(p).count * p.dim;
     const auto blocks_with = [&](int64_t other) {
       const int64_t all = stages * stage_bytes + other + kStaticBytes + 1024;

@@ -15,13 +15,13 @@ struct BackwardNormArgs : BackwardArgs<T, C> {
   const void* norm_bias[C];
   int weight_slot[C];  // places among the partial sums of the block
   int bias_slot[C];
-  const float* statistics;  // [2, C, N]
+  const float* statistics;  // [2, C, N], with a pre weight [2, C + 1, N]
   float* partial;           // [blocks, slots, D]
-  const T* base;
-  int64_t base_stride;
-  T* base_grad;
+  const void* pre_weight;
   int64_t tokens;
+  int pre_slot;
   int slots;
+  bool add_newest;
   bool shared_norms;  // weights and biases of the norms are kept in shared memory
   bool layer;
   bool wide;
@@ -29,17 +29,21 @@ struct BackwardNormArgs : BackwardArgs<T, C> {
 };
 
 // n of a vector of way c from the sources, where the norm's weight is too small to divide by.
-template <typename T, int C>
+template <typename T, int C, bool kNewest>
 __device__ __noinline__ uint4 remake_normed(const BackwardNormArgs<T, C>& args,
                                             const float* weights, int c, int64_t token, int column,
-                                            float mean, float r) {
+                                            float mean, float r, float newest_r) {
   float v[kVector<T>] = {};
   float x[kVector<T>];
-  if (args.base != nullptr) {
-    unpack<T>(load_once(args.base + token * args.base_stride + column), v);
-  }
   for (int j = 0; j < args.sources; ++j) {
     unpack<T>(load_once(args.x[j] + token * args.x_stride[j] + column), x);
+    if (kNewest && j == args.sources - 1) {
+      for (int i = 0; args.add_newest && i < kVector<T>; ++i) v[i] += x[i];
+      for (int i = 0; args.pre_weight != nullptr && i < kVector<T>; ++i) {
+        const float weight = norm_entry<T>(args.pre_weight, args.wide, column + i);
+        x[i] = widen(narrow<T>(x[i] * (newest_r * weight)));
+      }
+    }
     for (int i = 0; i < kVector<T>; ++i) v[i] = fmaf(weights[j * kWaysPadded<C> + c], x[i], v[i]);
   }
   for (int i = 0; i < kVector<T>; ++i) v[i] = (v[i] - mean) * r;
@@ -76,6 +80,30 @@ __device__ __forceinline__ int partial_place(int column, int dim) {
   return in_vector / 4 * (dim / kVector<T> * 4) + column / kVector<T> * 4 + in_vector % 4;
 }
 
+// A vector of floats that lies in this way.
+template <typename T>
+__device__ __forceinline__ void get_floats(const float* from, int column, int dim,
+                                           float (&to)[kVector<T>]) {
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + partial_place<T>(column + i, dim));
+    to[i] = four.x;
+    to[i + 1] = four.y;
+    to[i + 2] = four.z;
+    to[i + 3] = four.w;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void put_floats(float* to, int column, int dim,
+                                           const float (&from)[kVector<T>]) {
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += 4) {
+    *reinterpret_cast<float4*>(to + partial_place<T>(column + i, dim)) =
+        make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+  }
+}
+
 // Adds a vector to this thread's place among the partial sums of a slot, which it alone uses.
 template <typename T>
 __device__ __forceinline__ void add_partial(float* slot, int column, int dim,
@@ -90,6 +118,65 @@ __device__ __forceinline__ void add_partial(float* slot, int column, int dim,
     four.w += values[i + 3];
     sum = four;
   }
+}
+
+// A vector of the gradient of the last source, but for its part along n, and what this thread adds
+// to the dot products, to <g, n> and, in place of the pre weight, to its gradient. Without a pre
+// weight r and all of `weight` are 1. post_dy: dY of the post way, whose base it passes by dV.
+template <typename T, int C>
+__device__ __forceinline__ void chain_newest(const uint4& x_bits, const uint4& grad_bits,
+                                             const uint4 (&dv_bits)[C], const uint4& post_dy,
+                                             const float* weights, float r, bool add_newest,
+                                             bool post, float (&weight)[kVector<T>], float* dots,
+                                             float& along, float (&result)[kVector<T>]) {
+  float w[C];
+  read_ways<C>(weights, w);
+#pragma unroll
+  for (int c = 0; c < C; ++c) dots[c] = 0.0f;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    constexpr int W = kWord<T>;
+    float n[W];
+    float mixed[W];
+    float sum[W];
+    float base[W] = {};
+    unpack_word<T>(word_of(x_bits, word), n);
+    unpack_word<T>(word_of(grad_bits, word), sum);
+#pragma unroll
+    for (int i = 0; i < W; ++i) mixed[i] = n[i] * (r * weight[word * W + i]);
+    unpack_word<T>(pack_word<T>(mixed), mixed);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      float dv[W];
+      unpack_word<T>(word_of(dv_bits[c], word), dv);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        dots[c] = fmaf(dv[i], mixed[i], dots[c]);
+        sum[i] = fmaf(w[c], dv[i], sum[i]);
+      }
+      if (post && c == C - 1) unpack_word<T>(word_of(post_dy, word), dv);
+#pragma unroll
+      for (int i = 0; i < W; ++i) base[i] += dv[i];
+    }
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      const float g = sum[i] * weight[word * W + i];
+      n[i] *= r;
+      along = fmaf(g, n[i], along);
+      weight[word * W + i] = sum[i] * n[i];
+      result[word * W + i] = fmaf(r, g, add_newest ? base[i] : 0.0f);
+    }
+  }
+}
+
+// Takes its part along x off a gradient: what the backward of RMSNorm does at the end.
+template <typename T>
+__device__ __forceinline__ void subtract_along(const uint4& x_bits, float factor,
+                                               float (&grad)[kVector<T>]) {
+  float x[kVector<T>];
+  unpack<T>(x_bits, x);
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) grad[i] = fmaf(-factor, x[i], grad[i]);
 }
 
 __device__ __forceinline__ float reciprocal(float value) {

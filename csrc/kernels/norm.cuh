@@ -36,6 +36,16 @@ __device__ __forceinline__ float norm_entry(const void* from, bool wide, int col
               : static_cast<float>(widen(static_cast<const T*>(from)[column]));
 }
 
+// A vector of RMSNorm(x) * weight, r being the factor of the row.
+template <typename T>
+__device__ __forceinline__ uint4 rms_normed(const float (&x)[kVector<T>], float r,
+                                            const float (&weight)[kVector<T>]) {
+  float normed[kVector<T>];
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) normed[i] = x[i] * (r * weight[i]);
+  return pack<T>(normed);
+}
+
 #if __CUDA_ARCH__ >= 900
 
 // Adds up N values over the consumers; every thread gets the sums. scratch: [warps][N], free again

@@ -256,19 +256,22 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
     }
     post_norm = norm;
   }
-  if (arguments->kind == "none" && !post) return std::nullopt;
-  if (post_norm && arguments->kind != "none" && arguments->eps != post_norm->eps()) {
-    return std::nullopt;
+  if (pre_norm && !takes_dtype(pre_norm->weight, hiddens.back())) return std::nullopt;
+  if (arguments->kind == "none" && !post && !pre_norm) return std::nullopt;
+  for (const Norm& norm : {pre_norm, post_norm}) {
+    if (norm && arguments->kind != "none" && arguments->eps != norm->eps()) return std::nullopt;
   }
   auto [weights, newest] = connection_weights_of(hiddens.back(), a);
   std::vector<at::Tensor> sources = hiddens.vec();
-  sources.back() = pre_norm ? pre_norm->forward(newest) : newest;
-  auto [streams, handed_on] = depth_aggregate_norm_chained(
-      sources, weights, arguments->weights, arguments->biases,
-      arguments->kind == "none" ? "rms" : arguments->kind,
-      arguments->kind == "none" ? options.eps : arguments->eps,
-      post ? std::optional<at::Tensor>(newest) : std::nullopt,
-      post_norm ? std::optional<at::Tensor>(post_norm->weight) : std::nullopt, deferral);
+  sources.back() = newest;
+  const auto weight_of = [](const Norm& norm) {
+    return norm ? std::optional<at::Tensor>(norm->weight) : std::nullopt;
+  };
+  auto [streams, handed_on] =
+      depth_aggregate_norm_chained(sources, weights, arguments->weights, arguments->biases,
+                                   arguments->kind == "none" ? "rms" : arguments->kind,
+                                   arguments->kind == "none" ? options.eps : arguments->eps, post,
+                                   weight_of(pre_norm), weight_of(post_norm), deferral);
   if (!pre_norm) newest = handed_on.back();
   return Mixed{std::move(streams), std::move(handed_on), std::move(newest)};
 }

@@ -11,12 +11,13 @@ namespace muddformer {
 
 #define NORM_ARGUMENTS                                                                          \
   "Tensor[] hiddens, Tensor weights, Tensor?[] norm_weights, Tensor?[] norm_biases, str norm, " \
-  "float eps, Tensor? base, Tensor? post_weight"
+  "float eps, bool add_newest, Tensor? pre_weight, Tensor? post_weight"
 
 // The same as types.
 #define NORM_PARAMETERS                                                              \
   at::TensorList, const at::Tensor&, const OptionalTensors&, const OptionalTensors&, \
-      std::string_view, double, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&
+      std::string_view, double, bool, const std::optional<at::Tensor>&,              \
+      const std::optional<at::Tensor>&
 
 TORCH_LIBRARY_FRAGMENT(muddformer, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
@@ -24,7 +25,8 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
   m.def("depth_aggregate_norm_chained.deferred(" NORM_ARGUMENTS
         ", Tensor[] tickets, int deferred) -> (Tensor[], Tensor[])",
         tags);
-  m.def("depth_aggregate_norm_forward(" NORM_ARGUMENTS ") -> (Tensor[], Tensor, Tensor)", tags);
+  m.def("depth_aggregate_norm_forward(" NORM_ARGUMENTS ") -> (Tensor[], Tensor, Tensor, Tensor)",
+        tags);
   m.def(
       "depth_aggregate_norm_backward(Tensor?[] grad_outputs, Tensor?[] "
       "grad_hiddens, " NORM_ARGUMENTS
@@ -35,32 +37,36 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_chained(
     at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps,
-    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
+    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight,
     const Deferral& deferral) {
   using Results = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("muddformer::depth_aggregate_norm_chained", "")
                              .typed<Results(NORM_PARAMETERS)>();
   if (deferral.tickets.empty()) {
-    return op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight);
+    return op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest, pre_weight,
+                   post_weight);
   }
   static const auto deferred_op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("muddformer::depth_aggregate_norm_chained", "deferred")
           .typed<Results(NORM_PARAMETERS, at::TensorList, int64_t)>();
-  return deferred_op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight,
-                          deferral.tickets, deferral.count);
+  return deferred_op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
+                          pre_weight, post_weight, deferral.tickets, deferral.count);
 }
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm_forward(
-    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps,
-    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
+depth_aggregate_norm_forward(at::TensorList hiddens, const at::Tensor& weights,
+                             const OptionalTensors& norm_weights,
+                             const OptionalTensors& norm_biases, std::string_view norm, double eps,
+                             bool add_newest, const std::optional<at::Tensor>& pre_weight,
+                             const std::optional<at::Tensor>& post_weight) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("muddformer::depth_aggregate_norm_forward", "")
                              .typed<decltype(depth_aggregate_norm_forward)>();
-  return op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight);
+  return op.call(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest, pre_weight,
+                 post_weight);
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
@@ -69,7 +75,7 @@ depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
                               const OptionalTensors& grad_hiddens, at::TensorList hiddens,
                               const at::Tensor& weights, const OptionalTensors& norm_weights,
                               const OptionalTensors& norm_biases, std::string_view norm, double eps,
-                              const std::optional<at::Tensor>& base,
+                              bool add_newest, const std::optional<at::Tensor>& pre_weight,
                               const std::optional<at::Tensor>& post_weight, at::TensorList outputs,
                               const at::Tensor& mix, const at::Tensor& statistics,
                               int64_t deferred) {
@@ -77,7 +83,7 @@ depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
                              .findSchemaOrThrow("muddformer::depth_aggregate_norm_backward", "")
                              .typed<decltype(depth_aggregate_norm_backward)>();
   return op.call(grad_outputs, grad_hiddens, hiddens, weights, norm_weights, norm_biases, norm, eps,
-                 base, post_weight, outputs, mix, statistics, deferred);
+                 add_newest, pre_weight, post_weight, outputs, mix, statistics, deferred);
 }
 
 namespace {
@@ -108,7 +114,8 @@ void check_norm_parameter(const at::Tensor& tensor, ArgumentName argument, const
 void check_depth_aggregate_norm(at::TensorList hiddens, const at::Tensor& weights,
                                 const OptionalTensors& norm_weights,
                                 const OptionalTensors& norm_biases, std::string_view norm,
-                                double eps, const std::optional<at::Tensor>& base,
+                                double eps, bool add_newest,
+                                const std::optional<at::Tensor>& pre_weight,
                                 const std::optional<at::Tensor>& post_weight) {
   check_depth_aggregate(hiddens, weights);
   const at::Tensor& like = hiddens[0];
@@ -132,27 +139,33 @@ void check_depth_aggregate_norm(at::TensorList hiddens, const at::Tensor& weight
                       ": expected None for a way without a norm weight, got a tensor");
     check_norm_parameter(*bias, {"norm_biases", index}, like, dtype);
   }
-  if (base.has_value()) {
-    check_same_dtype_device(*base, {"base"}, like, "hiddens[0]");
-    TORCH_CHECK_VALUE(base->sym_sizes() == like.sym_sizes(), "base: expected shape ",
-                      like.sym_sizes(), " of hiddens[0], got ", base->sym_sizes());
-  }
+  if (pre_weight.has_value()) check_norm_parameter(*pre_weight, {"pre_weight"}, like, dtype);
   if (post_weight.has_value()) {
-    TORCH_CHECK_VALUE(base.has_value(), "post_weight: expected None without base, got a tensor");
+    TORCH_CHECK_VALUE(add_newest, "post_weight: expected None without add_newest, got a tensor");
     TORCH_CHECK_VALUE(!entry(norm_weights, ways - 1).has_value(), "norm_weights[", ways - 1,
                       "]: expected None with post_weight, got a tensor");
     check_norm_parameter(*post_weight, {"post_weight"}, like, dtype);
   }
 }
 
+void check_newest_kept(at::TensorList hiddens, bool add_newest,
+                       const std::optional<at::Tensor>& pre_weight, int64_t deferred) {
+  TORCH_CHECK_VALUE(
+      deferred < static_cast<int64_t>(hiddens.size()) || !(add_newest || pre_weight.has_value()),
+      "deferred: expected fewer than the ", hiddens.size(),
+      " hidden states with add_newest or pre_weight, got ", deferred);
+}
+
 void check_depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
                                          const OptionalTensors& grad_hiddens,
                                          at::TensorList hiddens, const at::Tensor& weights,
-                                         const OptionalTensors& norm_weights,
+                                         const OptionalTensors& norm_weights, bool add_newest,
+                                         const std::optional<at::Tensor>& pre_weight,
                                          const std::optional<at::Tensor>& post_weight,
                                          at::TensorList outputs, const at::Tensor& mix,
                                          const at::Tensor& statistics, int64_t deferred) {
   check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights, deferred);
+  check_newest_kept(hiddens, add_newest, pre_weight, deferred);
   const at::Tensor& like = hiddens[0];
   const size_t ways = norm_weights.size();
   TORCH_CHECK_VALUE(outputs.size() == ways, "outputs: expected C = ", ways, " streams, got ",
@@ -174,10 +187,11 @@ void check_depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
                    statistics.scalar_type());
   c10::SymInt tokens = 1;
   for (const c10::SymInt& size : like.sym_sizes().slice(0, like.dim() - 1)) tokens = tokens * size;
-  TORCH_CHECK_VALUE(
-      statistics.dim() == 3 && statistics.sym_size(0) == 2 &&
-          statistics.sym_size(1) == static_cast<int64_t>(ways) && statistics.sym_size(2) == tokens,
-      "statistics: expected shape [2, ", ways, ", ", tokens, "], got ", statistics.sym_sizes());
+  const auto norms = static_cast<int64_t>(ways) + (pre_weight.has_value() ? 1 : 0);
+  TORCH_CHECK_VALUE(statistics.dim() == 3 && statistics.sym_size(0) == 2 &&
+                        statistics.sym_size(1) == norms && statistics.sym_size(2) == tokens,
+                    "statistics: expected shape [2, ", norms, ", ", tokens, "], got ",
+                    statistics.sym_sizes());
 }
 
 }  // namespace muddformer

@@ -20,6 +20,27 @@ struct NormOfWay {
   bool post = false;  // the norm comes before base is added
 };
 
+// The sources as they are mixed, and what the norm of the newest knows.
+struct MixedSources {
+  std::vector<at::Tensor> hiddens;
+  at::Tensor newest;     // normed, if there is a pre weight; [0] otherwise
+  at::Tensor normed, r;  // before the weight, and its factor, in the type of the sums
+};
+
+inline MixedSources mixed_sources(at::TensorList hiddens,
+                                  const std::optional<at::Tensor>& pre_weight, double eps) {
+  const at::Tensor& x = hiddens.back();
+  MixedSources result{hiddens.vec(), at::empty({0}, x.options()), {}, {}};
+  if (!pre_weight.has_value()) return result;
+  const at::ScalarType wide = accumulation_dtype(x.scalar_type());
+  const at::Tensor v = x.to(wide);
+  result.r = v.square().mean(-1, /*keepdim=*/true).add_(eps).rsqrt_();
+  result.normed = v * result.r;
+  result.newest = (result.normed * pre_weight->to(wide)).to(x.scalar_type());
+  result.hiddens.back() = result.newest;
+  return result;
+}
+
 inline at::Tensor value_or_undefined(const OptionalTensors& tensors, int64_t i) {
   return tensors.get(i).value_or(at::Tensor());
 }
@@ -34,16 +55,18 @@ inline NormOfWay norm_of_way(int64_t c, const OptionalTensors& norm_weights,
           false};
 }
 
-inline std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor>
+inline std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
 depth_aggregate_norm_forward_composition(at::TensorList hiddens, const at::Tensor& weights,
                                          const OptionalTensors& norm_weights,
                                          const OptionalTensors& norm_biases, std::string_view norm,
-                                         double eps, const std::optional<at::Tensor>& base,
+                                         double eps, bool add_newest,
+                                         const std::optional<at::Tensor>& pre_weight,
                                          const std::optional<at::Tensor>& post_weight) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor& like = hiddens[0];
   const at::ScalarType wide = accumulation_dtype(like.scalar_type());
-  std::vector<at::Tensor> outputs = depth_aggregate(hiddens, weights);
+  const MixedSources sources = mixed_sources(hiddens, pre_weight, eps);
+  std::vector<at::Tensor> outputs = depth_aggregate(sources.hiddens, weights);
   const int64_t ways = static_cast<int64_t>(outputs.size());
   at::Tensor mix = at::empty({0}, like.options());
   std::vector<at::Tensor> means, factors;
@@ -55,7 +78,7 @@ depth_aggregate_norm_forward_composition(at::TensorList hiddens, const at::Tenso
     factors.push_back(at::ones(leading, like.options().dtype(wide)));
     if (way.post) mix = outputs[c];
     at::Tensor v = outputs[c].to(wide);
-    if (base.has_value() && !way.post) v = v + *base;
+    if (add_newest && !way.post) v = v + hiddens.back();
     if (way.weight.defined()) {
       if (way.layer) means[c] = v.mean(-1, /*keepdim=*/true);
       const at::Tensor centred = v - means[c];
@@ -63,29 +86,33 @@ depth_aggregate_norm_forward_composition(at::TensorList hiddens, const at::Tenso
       v = centred * factors[c] * way.weight.to(wide);
       if (way.bias.defined()) v = v + way.bias.to(wide);
     }
-    if (way.post) v = v + *base;
+    if (way.post) v = v + hiddens.back();
     outputs[c] = v.to(like.scalar_type());
   }
+  if (pre_weight.has_value()) {
+    means.push_back(at::zeros_like(sources.r));
+    factors.push_back(sources.r);
+  }
+  const int64_t norms = static_cast<int64_t>(means.size()), tokens = means[0].numel();
   means.insert(means.end(), factors.begin(), factors.end());
-  const int64_t tokens = means[0].numel();
-  return {std::move(outputs), std::move(mix), at::stack(means).view({2, ways, tokens})};
+  return {std::move(outputs), sources.newest, std::move(mix),
+          at::stack(means).view({2, norms, tokens})};
 }
 
 inline std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>,
                   std::vector<at::Tensor>, at::Tensor, at::Tensor, std::vector<at::Tensor>>
-depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
-                                          const OptionalTensors& grad_hiddens,
-                                          at::TensorList hiddens, const at::Tensor& weights,
-                                          const OptionalTensors& norm_weights,
-                                          const OptionalTensors& norm_biases, std::string_view norm,
-                                          const std::optional<at::Tensor>& base,
-                                          const std::optional<at::Tensor>& post_weight,
-                                          const at::Tensor& statistics, int64_t deferred) {
+depth_aggregate_norm_backward_composition(
+    const OptionalTensors& grad_outputs, const OptionalTensors& grad_hiddens,
+    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
+    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight,
+    const at::Tensor& statistics, int64_t deferred) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor& like = hiddens[0];
   const at::ScalarType dtype = like.scalar_type(), wide = accumulation_dtype(dtype);
   const int64_t ways = static_cast<int64_t>(norm_weights.size()), width = like.size(-1);
-  const std::vector<at::Tensor> sums = depth_aggregate(hiddens, weights);
+  const MixedSources sources = mixed_sources(hiddens, pre_weight, eps);
+  const std::vector<at::Tensor> sums = depth_aggregate(sources.hiddens, weights);
   at::DimVector column(like.sizes().begin(), like.sizes().end() - 1);
   column.push_back(1);
   const auto rows_sum = [&](const at::Tensor& tensor, const at::Tensor& parameter) {
@@ -93,8 +120,8 @@ depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
   };
   const auto none = [&] { return at::empty({0}, like.options()); };  // outputs share no memory
   std::vector<at::Tensor> grad_norm_weights, grad_norm_biases;
-  at::Tensor grad_post_weight = none(), grad_base = none();
-  if (base.has_value()) grad_base = at::zeros(like.sizes(), like.options().dtype(wide));
+  at::Tensor grad_pre_weight = none(), grad_post_weight = none();
+  at::Tensor grad_base = at::zeros(like.sizes(), like.options().dtype(wide));
   OptionalTensors grad_sums;
   std::vector<at::Tensor> left;  // for the flush of the deferred gradients
   for (int64_t c = 0; c < ways; ++c) {
@@ -106,7 +133,7 @@ depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
     if (way.weight.defined()) {
       const at::Tensor mean = statistics[0][c].view(column), factor = statistics[1][c].view(column);
       at::Tensor v = sums[c].to(wide);
-      if (base.has_value() && !way.post) v = v + *base;
+      if (add_newest && !way.post) v = v + hiddens.back();
       const at::Tensor n = (v - mean) * factor;
       const at::Tensor g = dy * way.weight.to(wide);
       dv = g - n * (g * n).mean(-1, /*keepdim=*/true);
@@ -118,17 +145,26 @@ depth_aggregate_norm_backward_composition(const OptionalTensors& grad_outputs,
       grad_norm_weights.push_back(none());
     }
     grad_norm_biases.push_back(way.bias.defined() ? rows_sum(dy, way.bias) : none());
-    if (base.has_value()) grad_base.add_(way.post ? dy : dv);
+    if (add_newest) grad_base.add_(way.post ? dy : dv);
     grad_sums.push_back(dv.to(dtype));
     left.push_back(deferred > 0 && way.weight.defined() ? grad_sums.get(c)->contiguous() : none());
   }
   auto [grads, grad_weights] =
-      depth_aggregate_backward(grad_sums, grad_hiddens, hiddens, weights, deferred);
+      depth_aggregate_backward(grad_sums, grad_hiddens, sources.hiddens, weights, deferred);
+  if (add_newest || pre_weight.has_value()) {
+    at::Tensor grad = grads.back().to(wide);
+    if (pre_weight.has_value()) {
+      grad_pre_weight = rows_sum(grad * sources.normed, *pre_weight);
+      const at::Tensor g = grad * pre_weight->to(wide);
+      grad = (g - sources.normed * (g * sources.normed).mean(-1, /*keepdim=*/true)) * sources.r;
+    }
+    grads.back() = (grad + grad_base).to(dtype);
+  }
   return {std::move(grads),
           std::move(grad_weights),
           std::move(grad_norm_weights),
           std::move(grad_norm_biases),
-          grad_base.to(dtype),
+          std::move(grad_pre_weight),
           std::move(grad_post_weight),
           std::move(left)};
 }

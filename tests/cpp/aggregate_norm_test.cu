@@ -15,7 +15,8 @@ struct NormShape {
   Norm norm = Norm::RMS;
   int normed = 3;  // ways 0 .. normed - 1 have a norm
   bool bias = false;
-  bool base = false;
+  bool add = false;   // the last source is added to every way
+  bool pre = false;   // the last source has a pre weight
   bool post = false;  // the last way has a post weight
   bool wide = true;
   bool small = false;  // some norm weights are 0 or tiny
@@ -29,11 +30,9 @@ struct NormProblem : Problem<T> {
   explicit NormProblem(const NormShape& s)
       : Problem<T>(s.shape),
         form(s),
-        base(row()),
-        base_grad(row()),
+        normed(row()),
         mix(row()),
-        statistics(2 * s.shape.ways, s.shape.tokens, s.shape.tokens, 0) {
-    base.fill(7);
+        statistics(2 * (s.shape.ways + 1), s.shape.tokens, s.shape.tokens, 0) {
     const auto weights = [&](Matrices<P>& to, bool used, uint64_t seed, double shift, double size) {
       to.push_back(std::make_unique<Matrix<P>>(1, s.shape.dim, s.shape.dim, 0));
       to.back()->fill(seed, shift, size, s.small ? 5 : 0);
@@ -51,6 +50,8 @@ struct NormProblem : Problem<T> {
       dv.push_back(std::make_unique<Matrix<T>>(s.shape.tokens, s.shape.dim, s.shape.dim, 0));
       dv_pointers.push_back(s.shape.deferred > 0 ? dv.back()->data() : nullptr);
     }
+    pre_pointer = weights(gamma, s.pre, 600, 1.0, 0.25);
+    pre_grad_pointer = weights(gamma_grad, true, 1, 0, 0);
     post_pointer = weights(gamma, s.post, 500, 0.1, 0.05);
     post_grad_pointer = weights(gamma_grad, true, 1, 0, 0);
     saved_pointers.assign(this->y_pointers.begin(), this->y_pointers.end());
@@ -68,9 +69,9 @@ struct NormProblem : Problem<T> {
     args.wide = form.wide;
     args.norm_weight = weight_pointers.data();
     args.norm_bias = bias_pointers.data();
+    args.add_newest = form.add;
+    args.pre_weight = pre_pointer;
     args.post_weight = post_pointer;
-    args.base = form.base ? base.data() : nullptr;
-    args.base_stride = base.stride();
     args.mix = form.post ? mix.data() : nullptr;
     args.statistics = statistics.data();
   }
@@ -78,6 +79,7 @@ struct NormProblem : Problem<T> {
     AggregateNormForward args{};
     static_cast<AggregateForward&>(args) = this->forward(Path::Automatic);
     set_norms(args);
+    args.normed = form.pre ? normed.data() : nullptr;
     args.eps = kEps;
     return args;
   }
@@ -87,9 +89,9 @@ struct NormProblem : Problem<T> {
     set_norms(args);
     args.y = saved_pointers.data();
     args.dv = dv_pointers.data();
-    args.base_grad = form.base ? base_grad.data() : nullptr;
     args.norm_weight_grad = weight_grad_pointers.data();
     args.norm_bias_grad = bias_grad_pointers.data();
+    args.pre_weight_grad = pre_grad_pointer;
     args.post_weight_grad = post_grad_pointer;
     int64_t floats = 0;
     EXPECT_EQ(cudaSuccess, aggregate_norm_workspace(args, &floats));
@@ -101,12 +103,14 @@ struct NormProblem : Problem<T> {
   }
 
   NormShape form;
-  Matrix<T> base, base_grad, mix;
+  Matrix<T> normed, mix;
   Matrix<float> statistics;
   Matrices<P> gamma, beta, gamma_grad, beta_grad;
   std::vector<const void*> weight_pointers, bias_pointers, saved_pointers;
   Matrices<T> dv;
   std::vector<void*> weight_grad_pointers, bias_grad_pointers, dv_pointers;
+  void* pre_pointer = nullptr;
+  void* pre_grad_pointer = nullptr;
   void* post_pointer = nullptr;
   void* post_grad_pointer = nullptr;
   float* workspace = nullptr;
@@ -140,13 +144,29 @@ void check_norm(const NormShape& s) {
   for (auto& g : p.beta_grad) g->download();
   for (auto& d : p.dv) d->download();
   p.dw.download();
-  p.base_grad.download();
+  p.normed.download();
   const double rounding = std::is_same_v<T, float> ? 2e-6 : kRounding<T>;
   std::vector<Errors> y_errors(shape.ways), x_errors(shape.sources);
-  Errors dw_errors, base_errors, dv_errors;
+  Errors dw_errors, normed_errors, dv_errors;
   std::vector<double> weight_grad(shape.ways * shape.dim), bias_grad(shape.ways * shape.dim);
+  std::vector<double> pre_grad(shape.dim);
+  const Matrix<P>& pre_weight = *p.gamma[shape.ways];
+  const int newest = shape.sources - 1;
   for (int64_t t = 0; t < shape.tokens; ++t) {
-    std::vector<double> dv(shape.ways * shape.dim), base_grad(shape.dim);
+    std::vector<double> dv(shape.ways * shape.dim), base_grad(shape.dim), n(shape.dim);
+    double newest_square = 0;
+    for (int64_t i = 0; i < shape.dim; ++i) {
+      newest_square += p.x[newest]->at(t, i) * p.x[newest]->at(t, i) / shape.dim;
+    }
+    const double newest_r = 1 / std::sqrt(newest_square + kEps);
+    for (int64_t i = 0; s.pre && i < shape.dim; ++i) {
+      n[i] = p.x[newest]->at(t, i) * newest_r;
+      normed_errors.add(p.normed.at(t, i), n[i] * pre_weight.at(0, i));
+    }
+    // A source as it is mixed: the normed one as it was rounded.
+    const auto source = [&](int j, int64_t i) {
+      return s.pre && j == newest ? p.normed.at(t, i) : p.x[j]->at(t, i);
+    };
     for (int c = 0; c < shape.ways; ++c) {
       const bool post = s.post && c == shape.ways - 1;
       const bool normed = p.weight_pointers[c] != nullptr || post;
@@ -154,8 +174,8 @@ void check_norm(const NormShape& s) {
       std::vector<double> v(shape.dim);
       double mean = 0, square = 0;
       for (int64_t i = 0; i < shape.dim; ++i) {
-        for (int j = 0; j < shape.sources; ++j) v[i] += p.weight(t, c, j) * p.x[j]->at(t, i);
-        if (s.base && !post) v[i] += p.base.at(t, i);
+        for (int j = 0; j < shape.sources; ++j) v[i] += p.weight(t, c, j) * source(j, i);
+        if (s.add && !post) v[i] += p.x[newest]->at(t, i);
         mean += v[i] / shape.dim;
       }
       if (s.norm == Norm::RMS || post || !normed) mean = 0;
@@ -166,7 +186,7 @@ void check_norm(const NormShape& s) {
         v[i] = (v[i] - mean) * r;
         const double w = normed ? weight.at(0, i) : 1;
         const double b = p.bias_pointers[c] != nullptr ? p.beta[c]->at(0, i) : 0;
-        const double y = v[i] * w + b + (post ? p.base.at(t, i) : 0);
+        const double y = v[i] * w + b + (post ? p.x[newest]->at(t, i) : 0);
         y_errors[c].add(p.y[c]->at(t, i), y);
         const double dy = p.dy_pointers[c] != nullptr ? p.dy[c]->at(t, i) : 0;
         weight_grad[c * shape.dim + i] += dy * v[i];
@@ -183,20 +203,30 @@ void check_norm(const NormShape& s) {
         if (normed && shape.deferred > 0) dv_errors.add(p.dv[c]->at(t, i), d);
       }
     }
-    for (int64_t i = 0; s.base && i < shape.dim; ++i) {
-      base_errors.add(p.base_grad.at(t, i), base_grad[i]);
-    }
     for (int j = 0; j < shape.sources; ++j) {
+      std::vector<double> dx(shape.dim);
+      for (int64_t i = 0; i < shape.dim; ++i) {
+        dx[i] = p.grad_in_pointers[j] != nullptr ? p.grad_in[j]->at(t, i) : 0;
+        for (int c = 0; c < shape.ways; ++c) dx[i] += p.weight(t, c, j) * dv[c * shape.dim + i];
+      }
+      if (s.pre && j == newest) {
+        double along = 0;
+        for (int64_t i = 0; i < shape.dim; ++i) {
+          pre_grad[i] += dx[i] * n[i];
+          dx[i] *= pre_weight.at(0, i);
+          along += dx[i] * n[i] / shape.dim;
+        }
+        for (int64_t i = 0; i < shape.dim; ++i) dx[i] = newest_r * (dx[i] - n[i] * along);
+      }
       for (int64_t i = 0; i < shape.dim && p.grad_out_pointers[j] != nullptr; ++i) {
-        double sum = p.grad_in_pointers[j] != nullptr ? p.grad_in[j]->at(t, i) : 0;
-        for (int c = 0; c < shape.ways; ++c) sum += p.weight(t, c, j) * dv[c * shape.dim + i];
-        x_errors[j].add(p.grad_out[j]->at(t, i), sum);
+        const double base = s.add && j == newest ? base_grad[i] : 0;
+        x_errors[j].add(p.grad_out[j]->at(t, i), dx[i] + base);
       }
       for (int c = 0; c < shape.ways; ++c) {
         double sum = 0;
         double magnitude = 0;
         for (int64_t i = 0; i < shape.dim; ++i) {
-          const double term = dv[c * shape.dim + i] * p.x[j]->at(t, i);
+          const double term = dv[c * shape.dim + i] * source(j, i);
           sum += term;
           magnitude += std::abs(term);
         }
@@ -228,7 +258,12 @@ void check_norm(const NormShape& s) {
   }
   dv_errors.expect_below(6 * rounding, "dV");
   dw_errors.expect_below(6 * rounding, "dw");
-  base_errors.expect_below(6 * rounding, "gradient of base");
+  normed_errors.expect_below(2 * rounding, "the newest source, normed");
+  Errors pre_errors;
+  for (int64_t i = 0; s.pre && i < shape.dim; ++i) {
+    pre_errors.add(p.gamma_grad[shape.ways]->at(0, i), pre_grad[i]);
+  }
+  pre_errors.expect_below(8 * rounding, "gradient of the pre weight");
 }
 
 template <typename T>
@@ -246,17 +281,18 @@ class NormKernelsOf : public testing::Test {
   // Every kind of norm on a shape.
   void check(const Shape& shape) {
     for (const Norm norm : {Norm::RMS, Norm::Layer}) {
-      for (const bool base : {false, true}) {
+      for (const bool add : {false, true}) {
         for (const bool narrow : {false, true}) {
           NormShape s{shape, norm};
           s.normed = narrow ? shape.ways : std::max(1, shape.ways - 1);
           s.bias = norm == Norm::Layer;
-          s.base = base;
-          s.post = base && !narrow;
+          s.add = add;
+          s.pre = add != narrow;
+          s.post = add && !narrow;
           s.wide = !narrow;
           s.small = narrow;
           SCOPED_TRACE(testing::PrintToString(shape) + (s.bias ? ", LayerNorm" : ", RMSNorm") +
-                       (base ? ", base" : "") + (s.post ? ", post" : "") +
+                       (add ? ", added" : "") + (s.pre ? ", pre" : "") + (s.post ? ", post" : "") +
                        (narrow ? ", narrow and small weights" : ""));
           if (narrow) {
             ASSERT_NO_FATAL_FAILURE((check_norm<T, T>(s)));
@@ -311,20 +347,20 @@ TYPED_TEST(NormKernelsOf, DeferredSources) {
 
 TYPED_TEST(NormKernelsOf, RepeatsBitForBit) {
   NormShape s{{600, 512, 3, 4}, Norm::Layer};
-  s.bias = s.base = s.post = true;
+  s.bias = s.add = s.pre = s.post = true;
   NormProblem<TypeParam, float> p(s);
   std::vector<std::vector<float>> weight_grads;
-  std::vector<std::vector<TypeParam>> base_grads;
+  std::vector<std::vector<TypeParam>> newest_grads;
   for (int run = 0; run < 50; ++run) {
     CUDA_OK(launch_aggregate_norm_forward(p.norm_forward(), nullptr));
     CUDA_OK(launch_aggregate_norm_backward(p.norm_backward(), nullptr));
     CUDA_OK(cudaDeviceSynchronize());
     p.gamma_grad[1]->download();
-    p.base_grad.download();
+    p.grad_out.back()->download();
     weight_grads.push_back(p.gamma_grad[1]->host());
-    base_grads.push_back(p.base_grad.host());
-    const size_t bytes = base_grads[0].size() * sizeof(TypeParam);
-    ASSERT_EQ(0, std::memcmp(base_grads[0].data(), base_grads[run].data(), bytes)) << run;
+    newest_grads.push_back(p.grad_out.back()->host());
+    const size_t bytes = newest_grads[0].size() * sizeof(TypeParam);
+    ASSERT_EQ(0, std::memcmp(newest_grads[0].data(), newest_grads[run].data(), bytes)) << run;
     ASSERT_EQ(0, std::memcmp(weight_grads[0].data(), weight_grads[run].data(),
                              weight_grads[0].size() * sizeof(float)))
         << run;

@@ -11,8 +11,8 @@ namespace {
 template <c10::DispatchKey key, c10::DeviceType device>
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_deferred_autocast(
     at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps,
-    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
+    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight,
     at::TensorList tickets, int64_t deferred) {
   using at::autocast::cached_cast;
   const c10::impl::ExcludeDispatchKeyGuard guard(key);
@@ -29,17 +29,18 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_nor
   };
   return depth_aggregate_norm_chained(
       cached_cast(dtype, hiddens, device), cached_cast(dtype, weights, device),
-      cast_parameters(norm_weights), cast_parameters(norm_biases), norm, eps, cast(dtype, base),
-      cast(at::kFloat, post_weight), {tickets.vec(), deferred});
+      cast_parameters(norm_weights), cast_parameters(norm_biases), norm, eps, add_newest,
+      cast(at::kFloat, pre_weight), cast(at::kFloat, post_weight), {tickets.vec(), deferred});
 }
 
 template <c10::DispatchKey key, c10::DeviceType device>
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_chained_autocast(
     at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps,
-    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
-  return depth_aggregate_norm_deferred_autocast<key, device>(
-      hiddens, weights, norm_weights, norm_biases, norm, eps, base, post_weight, {}, 0);
+    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
+    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight) {
+  return depth_aggregate_norm_deferred_autocast<key, device>(hiddens, weights, norm_weights,
+                                                             norm_biases, norm, eps, add_newest,
+                                                             pre_weight, post_weight, {}, 0);
 }
 
 }  // namespace

@@ -17,24 +17,24 @@ namespace {
 class Norms {
  public:
   Norms(const OptionalTensors& weights, const OptionalTensors& biases,
-        const std::optional<at::Tensor>& post_weight) {
+        const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight) {
     for (size_t c = 0; c < weights.size(); ++c) {
       weight_pointers_.push_back(keep(weights.get(c)));
       bias_pointers_.push_back(keep(biases.get(c)));
     }
+    pre_pointer_ = keep(pre_weight);
     post_pointer_ = keep(post_weight);
   }
-  // base: rows of the shape of the hidden states, or none.
   template <typename Args>
-  void set(Args& args, std::string_view norm, const Rows& base, const at::Tensor& mix,
+  void set(Args& args, std::string_view norm, bool add_newest, const at::Tensor& mix,
            const at::Tensor& statistics) const {
     args.norm = norm == "layer" ? kernels::Norm::Layer : kernels::Norm::RMS;
     args.wide = !kept_.empty() && kept_[0].scalar_type() == at::kFloat;
     args.norm_weight = weight_pointers_.data();
     args.norm_bias = bias_pointers_.data();
+    args.add_newest = add_newest;
+    args.pre_weight = pre_pointer_;
     args.post_weight = post_pointer_;
-    args.base = base.pointers()[0];
-    args.base_stride = base.strides()[0];
     args.mix = mix.numel() != 0 ? mix.data_ptr() : nullptr;
     args.statistics = statistics.data_ptr<float>();
   }
@@ -48,66 +48,63 @@ class Norms {
 
   std::vector<at::Tensor> kept_;
   std::vector<const void*> weight_pointers_, bias_pointers_;
+  const void* pre_pointer_ = nullptr;
   const void* post_pointer_ = nullptr;
 };
 
-Rows optional_rows(const std::optional<at::Tensor>& tensor) {
-  Rows rows;
-  if (tensor.has_value()) {
-    rows.push_back(*tensor);
-  } else {
-    rows.push_back_none();
-  }
-  return rows;
-}
-
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm_forward_cuda(
-    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps,
-    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
-  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
-                             post_weight);
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
+depth_aggregate_norm_forward_cuda(at::TensorList hiddens, const at::Tensor& weights,
+                                  const OptionalTensors& norm_weights,
+                                  const OptionalTensors& norm_biases, std::string_view norm,
+                                  double eps, bool add_newest,
+                                  const std::optional<at::Tensor>& pre_weight,
+                                  const std::optional<at::Tensor>& post_weight) {
+  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
+                             pre_weight, post_weight);
   const at::Tensor& like = hiddens[0];
   const c10::cuda::CUDAGuard device_guard(like.device());
   if (like.scalar_type() != at::kDouble && like.numel() != 0) {
     const int64_t ways = weights.size(-2), tokens = like.numel() / like.size(-1);
     std::vector<at::Tensor> outputs = empty_outputs(ways, like);
-    at::Tensor mix = post_weight.has_value() ? at::empty(like.sizes(), like.options())
-                                             : at::empty({0}, like.options());
-    at::Tensor statistics = at::empty({2, ways, tokens}, like.options().dtype(at::kFloat));
-    const Rows x = rows_of(hiddens), y = rows_of(outputs), base_rows = optional_rows(base);
+    const auto row_for = [&](const std::optional<at::Tensor>& weight) {
+      return at::empty(weight.has_value() ? like.sizes() : at::IntArrayRef{0}, like.options());
+    };
+    at::Tensor newest = row_for(pre_weight), mix = row_for(post_weight);
+    at::Tensor statistics = at::empty({2, ways + (pre_weight.has_value() ? 1 : 0), tokens},
+                                      like.options().dtype(at::kFloat));
+    const Rows x = rows_of(hiddens), y = rows_of(outputs);
     const at::Tensor w = token_blocks(weights, tokens);
-    const Norms norms(norm_weights, norm_biases, post_weight);
+    const Norms norms(norm_weights, norm_biases, pre_weight, post_weight);
     kernels::AggregateNormForward args{};
     set_inputs(args, x, like, w);
-    norms.set(args, norm, base_rows, mix, statistics);
+    norms.set(args, norm, add_newest, mix, statistics);
+    args.normed = pre_weight.has_value() ? newest.data_ptr() : nullptr;
     args.eps = static_cast<float>(eps);
     args.y = y.pointers();
     const cudaError_t error =
         kernels::launch_aggregate_norm_forward(args, c10::cuda::getCurrentCUDAStream());
     if (error != cudaErrorNotSupported) {
       C10_CUDA_CHECK(error);
-      return {std::move(outputs), std::move(mix), std::move(statistics)};
+      return {std::move(outputs), std::move(newest), std::move(mix), std::move(statistics)};
     }
   }
   return depth_aggregate_norm_forward_composition(hiddens, weights, norm_weights, norm_biases, norm,
-                                                  eps, base, post_weight);
+                                                  eps, add_newest, pre_weight, post_weight);
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
            at::Tensor, at::Tensor, std::vector<at::Tensor>>
-depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
-                                   const OptionalTensors& grad_hiddens, at::TensorList hiddens,
-                                   const at::Tensor& weights, const OptionalTensors& norm_weights,
-                                   const OptionalTensors& norm_biases, std::string_view norm,
-                                   double eps, const std::optional<at::Tensor>& base,
-                                   const std::optional<at::Tensor>& post_weight,
-                                   at::TensorList outputs, const at::Tensor& mix,
-                                   const at::Tensor& statistics, int64_t deferred) {
-  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
-                             post_weight);
+depth_aggregate_norm_backward_cuda(
+    const OptionalTensors& grad_outputs, const OptionalTensors& grad_hiddens,
+    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
+    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight,
+    at::TensorList outputs, const at::Tensor& mix, const at::Tensor& statistics, int64_t deferred) {
+  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
+                             pre_weight, post_weight);
   check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
-                                      post_weight, outputs, mix, statistics, deferred);
+                                      add_newest, pre_weight, post_weight, outputs, mix, statistics,
+                                      deferred);
   const at::Tensor& like = hiddens[0];
   const c10::cuda::CUDAGuard device_guard(like.device());
   if (like.scalar_type() != at::kDouble && like.numel() != 0) {
@@ -131,7 +128,7 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
     std::vector<void*> weight_grads, bias_grads;
     std::vector<at::Tensor> grad_norm_weights = empty_like_each(norm_weights, weight_grads);
     std::vector<at::Tensor> grad_norm_biases = empty_like_each(norm_biases, bias_grads);
-    at::Tensor grad_base = base.has_value() ? empty_like(like) : none();
+    at::Tensor grad_pre_weight = pre_weight.has_value() ? empty_like(*pre_weight) : none();
     at::Tensor grad_post_weight = post_weight.has_value() ? empty_like(*post_weight) : none();
     std::vector<at::Tensor> grad_sums;  // for the flush of the deferred gradients
     std::vector<void*> sum_grads;
@@ -142,25 +139,24 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
     }
 
     const Rows x = rows_of(hiddens), dx = rows_of(grads, deferred);
-    const Rows base_rows = optional_rows(base);
     const Rows y = contiguous_rows_of(optional_tensors(outputs), ways);
     const Rows dy = contiguous_rows_of(grad_outputs, ways);
     const at::Tensor kept_mix = mix.contiguous(), kept_statistics = statistics.contiguous();
     const Rows incoming = contiguous_rows_of(grad_hiddens, sources);
     const at::Tensor w = token_blocks(weights, tokens);
-    const Norms norms(norm_weights, norm_biases, post_weight);
+    const Norms norms(norm_weights, norm_biases, pre_weight, post_weight);
     kernels::AggregateNormBackward args{};
     set_inputs(args, x, like, w);
-    norms.set(args, norm, base_rows, kept_mix, kept_statistics);
+    norms.set(args, norm, add_newest, kept_mix, kept_statistics);
     args.dy = dy.pointers();
     args.y = y.pointers();
     args.grad_in = incoming.pointers();
     args.grad_out = dx.pointers();
     args.dw = grad_weights.data_ptr();
     args.dv = sum_grads.data();
-    args.base_grad = base.has_value() ? grad_base.data_ptr() : nullptr;
     args.norm_weight_grad = weight_grads.data();
     args.norm_bias_grad = bias_grads.data();
+    args.pre_weight_grad = pre_weight.has_value() ? grad_pre_weight.data_ptr() : nullptr;
     args.post_weight_grad = post_weight.has_value() ? grad_post_weight.data_ptr() : nullptr;
     int64_t floats = 0;
     cudaError_t error = kernels::aggregate_norm_workspace(args, &floats);
@@ -175,14 +171,14 @@ depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
               std::move(grad_weights),
               std::move(grad_norm_weights),
               std::move(grad_norm_biases),
-              std::move(grad_base),
+              std::move(grad_pre_weight),
               std::move(grad_post_weight),
               std::move(grad_sums)};
     }
   }
   return depth_aggregate_norm_backward_composition(grad_outputs, grad_hiddens, hiddens, weights,
-                                                   norm_weights, norm_biases, norm, base,
-                                                   post_weight, statistics, deferred);
+                                                   norm_weights, norm_biases, norm, eps, add_newest,
+                                                   pre_weight, post_weight, statistics, deferred);
 }
 
 }  // namespace

@@ -24,38 +24,42 @@ std::vector<at::Tensor> empty_of_all(const OptionalTensors& tensors, const at::T
   return result;
 }
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> depth_aggregate_norm_forward_meta(
-    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps,
-    const std::optional<at::Tensor>& base, const std::optional<at::Tensor>& post_weight) {
-  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
-                             post_weight);
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
+depth_aggregate_norm_forward_meta(at::TensorList hiddens, const at::Tensor& weights,
+                                  const OptionalTensors& norm_weights,
+                                  const OptionalTensors& norm_biases, std::string_view norm,
+                                  double eps, bool add_newest,
+                                  const std::optional<at::Tensor>& pre_weight,
+                                  const std::optional<at::Tensor>& post_weight) {
+  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
+                             pre_weight, post_weight);
   const at::Tensor& like = hiddens[0];
   const auto ways = static_cast<int64_t>(norm_weights.size());
   std::vector<at::Tensor> outputs;
   for (int64_t c = 0; c < ways; ++c) outputs.push_back(empty_of(like));
   c10::SymInt tokens = 1;
   for (const c10::SymInt& size : like.sym_sizes().slice(0, like.dim() - 1)) tokens = tokens * size;
+  const int64_t norms = ways + (pre_weight.has_value() ? 1 : 0);
   return {std::move(outputs),
+          pre_weight.has_value() ? empty_of(like) : at::empty({0}, like.options()),
           post_weight.has_value() ? empty_of(like) : at::empty({0}, like.options()),
-          at::empty_symint({2, ways, tokens},
+          at::empty_symint({2, norms, tokens},
                            like.options().dtype(accumulation_dtype(like.scalar_type())))};
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
            at::Tensor, at::Tensor, std::vector<at::Tensor>>
-depth_aggregate_norm_backward_meta(const OptionalTensors& grad_outputs,
-                                   const OptionalTensors& grad_hiddens, at::TensorList hiddens,
-                                   const at::Tensor& weights, const OptionalTensors& norm_weights,
-                                   const OptionalTensors& norm_biases, std::string_view norm,
-                                   double eps, const std::optional<at::Tensor>& base,
-                                   const std::optional<at::Tensor>& post_weight,
-                                   at::TensorList outputs, const at::Tensor& mix,
-                                   const at::Tensor& statistics, int64_t deferred) {
-  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, base,
-                             post_weight);
+depth_aggregate_norm_backward_meta(
+    const OptionalTensors& grad_outputs, const OptionalTensors& grad_hiddens,
+    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
+    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight,
+    at::TensorList outputs, const at::Tensor& mix, const at::Tensor& statistics, int64_t deferred) {
+  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
+                             pre_weight, post_weight);
   check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
-                                      post_weight, outputs, mix, statistics, deferred);
+                                      add_newest, pre_weight, post_weight, outputs, mix, statistics,
+                                      deferred);
   const at::Tensor& like = hiddens[0];
   std::vector<at::Tensor> grads;
   for (size_t j = deferred; j < hiddens.size(); ++j) grads.push_back(empty_of(like));
@@ -71,7 +75,7 @@ depth_aggregate_norm_backward_meta(const OptionalTensors& grad_outputs,
           empty_of(weights),
           empty_of_all(norm_weights, like),
           empty_of_all(norm_biases, like),
-          optional(base),
+          optional(pre_weight),
           optional(post_weight),
           std::move(grad_sums)};
 }
