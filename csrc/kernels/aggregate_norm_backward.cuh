@@ -62,12 +62,13 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   const int sums_size = consumers / 32 * C * sources;
   float* partial = reinterpret_cast<float*>(shared + args.stages * stage_bytes);
   float* norms = partial + norm_floats;
-  float* weights = norms + (args.shared_norms ? norm_floats : 0);  // of two tokens
-  float* sums = weights + 2 * weights_size;                        // of two tokens
+  // With a pre weight and more than one chunk: the last source's gradient, but for its part along
+  // n.
+  float* held = norms + (args.shared_norms ? norm_floats : 0);
+  float* weights = held + (pre && !one_chunk ? args.dim : 0);  // of two tokens
+  float* sums = weights + 2 * weights_size;                    // of two tokens
   // For every vector of a row, the ways that ways_to_remake() finds there.
   auto* to_remake = reinterpret_cast<unsigned char*>(sums + 2 * sums_size);
-  // With a pre weight, what is known of the last source's gradient in all chunks but the last.
-  auto* held = reinterpret_cast<float*>(to_remake + (args.dim / V + 3) / 4 * 4);
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -266,9 +267,14 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
             add_partial<T>(partial + args.bias_slot[c] * args.dim, column, args.dim, dy);
           }
           if ((remade >> c & 1) != 0) {
-            unpack<T>(remake_normed<T, C, kNewest>(args, own_weights, c, token, column, mean[c],
-                                                   r[c], newest_r()),
-                      n);
+            float words[V];  // in local memory
+#pragma unroll 1
+            for (int i = 0; i < V; i += kWord<T>) {
+              remake_normed<T, C, kNewest>(args, own_weights, c, token, column + i, mean[c], r[c],
+                                           newest_r(), words + i);
+            }
+#pragma unroll
+            for (int i = 0; i < V; ++i) n[i] = words[i];
           } else {
             unpack<T>(saved[c], n);
             if (args.norm_bias[c] != nullptr) {

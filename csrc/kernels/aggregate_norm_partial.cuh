@@ -28,26 +28,34 @@ struct BackwardNormArgs : BackwardArgs<T, C> {
   bool post;
 };
 
-// n of a vector of way c from the sources, where the norm's weight is too small to divide by.
+// n of a word of way c from the sources, where the norm's weight is too small to divide by. Rare,
+// and a call would cost all others registers: hence a loop of few instructions.
 template <typename T, int C, bool kNewest>
-__device__ __noinline__ uint4 remake_normed(const BackwardNormArgs<T, C>& args,
-                                            const float* weights, int c, int64_t token, int column,
-                                            float mean, float r, float newest_r) {
-  float v[kVector<T>] = {};
-  float x[kVector<T>];
+__device__ __forceinline__ void remake_normed(const BackwardNormArgs<T, C>& args,
+                                              const float* weights, int c, int64_t token,
+                                              int column, float mean, float r, float newest_r,
+                                              float* n) {
+  constexpr int W = kWord<T>;
+  float v[W] = {};
+#pragma unroll 1
   for (int j = 0; j < args.sources; ++j) {
-    unpack<T>(load_once(args.x[j] + token * args.x_stride[j] + column), x);
+    const T* from = args.x[j] + token * args.x_stride[j] + column;
+    float x[W];
+    unpack_word<T>(__ldg(reinterpret_cast<const uint32_t*>(from)), x);
     if (kNewest && j == args.sources - 1) {
-      for (int i = 0; args.add_newest && i < kVector<T>; ++i) v[i] += x[i];
-      for (int i = 0; args.pre_weight != nullptr && i < kVector<T>; ++i) {
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        if (args.add_newest) v[i] += x[i];
+        if (args.pre_weight == nullptr) continue;
         const float weight = norm_entry<T>(args.pre_weight, args.wide, column + i);
         x[i] = widen(narrow<T>(x[i] * (newest_r * weight)));
       }
     }
-    for (int i = 0; i < kVector<T>; ++i) v[i] = fmaf(weights[j * kWaysPadded<C> + c], x[i], v[i]);
+#pragma unroll
+    for (int i = 0; i < W; ++i) v[i] = fmaf(weights[j * kWaysPadded<C> + c], x[i], v[i]);
   }
-  for (int i = 0; i < kVector<T>; ++i) v[i] = (v[i] - mean) * r;
-  return pack<T>(v);
+#pragma unroll
+  for (int i = 0; i < W; ++i) n[i] = (v[i] - mean) * r;
 }
 
 // Whether dividing Y - bias by the weight would lose what the rounding of Y has left of n.
