@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import datetime
 import importlib
@@ -11,8 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,8 +32,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median time of a call in milliseconds, after a warm-up: CUDA events, or the clock on a CPU.
+def samples_ms(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
+    """Times of a call in milliseconds, after a warm-up, ten at least: CUDA events, or the clock on a CPU.
 
     On CUDA the device sleeps for as long as the host needs to enqueue the call, so that the events enclose device time
     alone, as in a training loop whose host runs ahead.
@@ -58,15 +60,36 @@ def median_ms(call: Callable[[], object], device: torch.device, seconds: float) 
             begin = time.perf_counter()
             call()
             times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
+    return times
+
+
+def median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median of :func:`samples_ms`."""
+    return statistics.median(samples_ms(call, device, seconds))
+
+
+def medians_ms(calls: Iterable[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
+    """Median time of each call. On a CPU they are timed in turns, so that all share what else the machine does."""
+    turns = 1 if device.type == "cuda" else 5
+    times: dict[int, list[float]] = collections.defaultdict(list)
+    calls = list(calls)
+    for _ in range(turns):
+        for i, call in enumerate(calls):
+            times[i] += samples_ms(call, device, seconds / turns)
+    return [statistics.median(times[i]) for i in range(len(calls))]
+
+
+def copy_call(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], int]:
+    """A call that copies a tensor of this size, and the bytes that it reads and writes."""
+    source = torch.randn(elements, device=device).to(dtype)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * source.numel() * source.element_size()
 
 
 def copy_gb_per_s(elements: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
     """Speed of copying a tensor of this size, counting the bytes read and the bytes written."""
-    source = torch.randn(elements, device=device).to(dtype)
-    target = torch.empty_like(source)
-    ms = median_ms(lambda: target.copy_(source), device, seconds)
-    return 2 * source.numel() * source.element_size() / ms / 1e6
+    call, moved = copy_call(elements, dtype, device)
+    return moved / median_ms(call, device, seconds) / 1e6
 
 
 def peak_memory_mib(call: Callable[[], object], device: torch.device) -> float | None:
@@ -127,31 +150,35 @@ def write_rows(rows: list[dict], path: Path | None, device: torch.device) -> Non
         writer.writerows({**row, **context} for row in rows)
 
 
-def result_row(
-    names: dict[str, object],
-    calls: list[Callable[[], object]],
-    moved: float,
-    speed: float,
-    device: torch.device,
-    seconds: float,
-) -> dict[str, object]:
-    """The row of one figure: the fastest of a few calls that do the same.
+class Figure(NamedTuple):
+    """What becomes a row."""
 
-    Args:
-        names: the columns that say what is measured.
-        moved: bytes that the calls cannot do without moving.
-        speed: of copying, in GB/s: what the floor is taken at.
-    """
-    ms, best = min(((median_ms(call, device, seconds), call) for call in calls), key=lambda pair: pair[0])
-    memory = peak_memory_mib(best, device)
-    return {
-        **names,
-        "ms": round(ms, 4),
-        "gb_per_s": round(moved / ms / 1e6, 1),
-        "floor_ms": round(moved / speed / 1e6, 4),
-        "fraction_of_floor": round(moved / speed / 1e6 / ms, 3),
-        "peak_mib": "" if memory is None else round(memory, 1),
-    }
+    names: dict[str, object]  # the columns that say what is measured
+    calls: list[Callable[[], object]]  # they do the same: the fastest counts
+    moved: float  # bytes that they cannot do without moving
+
+
+def result_rows(
+    figures: list[Figure], copied: int, dtype: torch.dtype, device: torch.device, seconds: float
+) -> list[dict[str, object]]:
+    """The rows of figures that belong together; floors are at the speed of copying so many elements."""
+    copy, copy_bytes = copy_call(copied, dtype, device)
+    copy_ms, *times = medians_ms([copy, *(call for f in figures for call in f.calls)], device, seconds)
+    rows, left = [], iter(times)
+    for names, calls, moved in figures:
+        ms, best = min(((next(left), call) for call in calls), key=lambda pair: pair[0])
+        memory, floor_ms = peak_memory_mib(best, device), moved / copy_bytes * copy_ms
+        rows.append(
+            {
+                **names,
+                "ms": round(ms, 4),
+                "gb_per_s": round(moved / ms / 1e6, 1),
+                "floor_ms": round(floor_ms, 4),
+                "fraction_of_floor": round(floor_ms / ms, 3),
+                "peak_mib": "" if memory is None else round(memory, 1),
+            }
+        )
+    return rows
 
 
 def measure_shapes(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import copy_gb_per_s, measure_shapes, reference, result_row
+from common import Figure, measure_shapes, reference, result_rows
 from torch import Tensor
 
 from muddformer import ops
@@ -83,9 +83,8 @@ def measure(
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     check(inputs, grad, {f"{k} {i}": f for k, fs in forms.items() for i, f in enumerate(fs)}, tolerance)
     unit = tokens * width * inputs[0].element_size()
-    speed = copy_gb_per_s(tokens * width, dtype, device, seconds)
 
-    def row(method: str, kind: str, calls: list[Callable]) -> dict:
+    def figure(method: str, kind: str, calls: list[Callable]) -> Figure:
         names = {
             "op": "connection_weights",
             "method": method,
@@ -97,16 +96,15 @@ def measure(
             "C": WAYS,
             "K": hidden,
         }
-        return result_row(names, calls, UNITS[kind] * unit, speed, device, seconds)
+        return Figure(names, calls, UNITS[kind] * unit)
 
-    rows = []
+    figures = []
     for method, functions in forms.items():
-        with torch.no_grad():
-            rows.append(row(method, "forward", [lambda f=f: f(*inputs) for f in functions]))
-        rows.append(row(method, "both", [forward_backward(f, inputs, grad) for f in functions]))
+        figures.append(figure(method, "forward", [torch.no_grad()(lambda f=f: f(*inputs)) for f in functions]))
+        figures.append(figure(method, "both", [forward_backward(f, inputs, grad) for f in functions]))
     if "ours" in methods:
-        rows.append(row("ours", "chained", [chained(inputs, grad, incoming)]))
-    return rows
+        figures.append(figure("ours", "chained", [chained(inputs, grad, incoming)]))
+    return result_rows(figures, tokens * width, dtype, device, seconds)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import copy_gb_per_s, measure_shapes, reference, result_row
+from common import Figure, measure_shapes, reference, result_rows
 from torch import Tensor
 
 import muddformer.ops  # noqa: F401  (registers the operators)
@@ -69,9 +69,8 @@ def measure(
             error = ((y.double() - z).abs().max() / z.abs().max()).item()
             assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"{name}: relative error {error}"
     unit = tokens * width * hiddens[0].element_size()
-    speed = copy_gb_per_s(tokens * width * (older + 2 * WAYS), dtype, device, seconds)
 
-    def row(method: str, kind: str, call: Callable) -> dict:
+    def figure(method: str, kind: str, call: Callable) -> Figure:
         names = {
             "op": "deferred_flush",
             "method": method,
@@ -83,13 +82,14 @@ def measure(
             "C": WAYS,
             "layers": LAYERS,
         }
-        return result_row(names, [call], units(older, kind, method) * unit, speed, device, seconds)
+        return Figure(names, [call], units(older, kind, method) * unit)
 
-    rows = [row(m, "flush", lambda m=m: forms[m](incoming[:older], sums, weights)) for m in forms if m in methods]
+    flush = {m: lambda m=m: forms[m](incoming[:older], sums, weights) for m in forms if m in methods}
+    figures = [figure(method, "flush", call) for method, call in flush.items()]
     if "ours" in methods:
-        rows.append(row("single", "group", lambda: group(hiddens, sums, weights, incoming, 0)))
-        rows.append(row("ours", "group", lambda: group(hiddens, sums, weights, incoming, older)))
-    return rows
+        figures.append(figure("single", "group", lambda: group(hiddens, sums, weights, incoming, 0)))
+        figures.append(figure("ours", "group", lambda: group(hiddens, sums, weights, incoming, older)))
+    return result_rows(figures, tokens * width * (older + 2 * WAYS), dtype, device, seconds)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import copy_gb_per_s, measure_shapes, reference, result_row
+from common import Figure, measure_shapes, reference, result_rows
 from torch import Tensor
 
 from muddformer import ops
@@ -77,9 +77,8 @@ def measure(
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     check(hiddens, weights, {f"{k} {i}": f for k, fs in forms.items() for i, f in enumerate(fs)}, tolerance)
     unit = tokens * width * hiddens[0].element_size()
-    speed = copy_gb_per_s(tokens * width * (sources + WAYS) // 2, dtype, device, seconds)
 
-    def row(method: str, kind: str, calls: list[Callable]) -> dict:
+    def figure(method: str, kind: str, calls: list[Callable]) -> Figure:
         names = {
             "op": "depth_aggregate",
             "method": method,
@@ -90,16 +89,15 @@ def measure(
             "S": sources,
             "C": WAYS,
         }
-        return result_row(names, calls, units(sources, kind) * unit, speed, device, seconds)
+        return Figure(names, calls, units(sources, kind) * unit)
 
-    rows = []
+    figures = []
     for method, functions in forms.items():
-        with torch.no_grad():
-            rows.append(row(method, "forward", [lambda f=f: f(hiddens, weights) for f in functions]))
-        rows.append(row(method, "both", [forward_backward(f, hiddens, weights, grads) for f in functions]))
+        figures.append(figure(method, "forward", [torch.no_grad()(lambda f=f: f(hiddens, weights)) for f in functions]))
+        figures.append(figure(method, "both", [forward_backward(f, hiddens, weights, grads) for f in functions]))
     if "ours" in methods:
-        rows.append(row("ours", "chained", [chained(hiddens, weights, grads, incoming)]))
-    return rows
+        figures.append(figure("ours", "chained", [chained(hiddens, weights, grads, incoming)]))
+    return result_rows(figures, tokens * width * (sources + WAYS) // 2, dtype, device, seconds)
 
 
 if __name__ == "__main__":

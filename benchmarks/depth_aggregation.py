@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import copy_gb_per_s, measure_shapes, reference, result_row
+from common import Figure, measure_shapes, reference, result_rows
 from torch import Tensor
 
 from muddformer.nn import DepthAggregation, RMSNorm
@@ -52,7 +52,6 @@ def measure(
         "ours": [lambda xs: da(xs, stream_norms=[*norms, None])[0]],
     }
     unit = tokens * width * hiddens[0].element_size()
-    speed = copy_gb_per_s(tokens * width * (sources + WAYS) // 2, dtype, device, seconds)
     with torch.no_grad():
         exact = forms[0](hiddens)
         for y, z in zip(calls["ours"][0](hiddens), exact, strict=True):
@@ -60,7 +59,7 @@ def measure(
             assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"relative error {error}"
         del exact
 
-    rows = []
+    figures = []
     for method in methods:
         for kind, units in (("forward", sources + WAYS), ("both", 3 * sources + 2 * WAYS + 3)):
 
@@ -81,8 +80,8 @@ def measure(
                 "S": sources,
                 "C": WAYS,
             }
-            rows.append(result_row(names, wrapped, units * unit, speed, device, seconds))
-    return rows
+            figures.append(Figure(names, wrapped, units * unit))
+    return result_rows(figures, tokens * width * (sources + WAYS) // 2, dtype, device, seconds)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from training import VOCABULARY, Method, Shape, training_step
 STEPS = 5
 KINDS = {  # the first that matches the name of a kernel (on a CPU: of an operator)
     "flush of deferred gradients": r"muddformer.*flush",
-    "aggregation forward": r"forward_(norm_)?(ring|vector|scalar)|muddformer::depth_aggregate(_norm)?(_chained)?$",
-    "aggregation backward": r"backward_(norm_)?(ring|vector|scalar)|sum_partials|muddformer::depth_aggregate.*backward",
+    "aggregation forward": r"muddformer::kernels::forward_|muddformer::depth_aggregate(_norm)?(_chained)?$",
+    "aggregation backward": r"muddformer::kernels::(backward_|.*sum_partials)|muddformer::depth_aggregate.*backward",
     "connection weights forward": r"connection_weights_forward|muddformer::connection_weights(_chained)?$",
     "connection weights backward": r"weights_(hidden|input)_backward|muddformer.*(reduce_kernel|sum_rows_kernel)"
     r"|muddformer::connection_weights.*backward",
