@@ -307,12 +307,12 @@ class DepthAggregation(nn.Module):
         kind = norm_kind(norms, x)
         if kind is None and any(norm is not None for norm in norms):
             return None
+        norm, eps = kind or ("rms", self.eps)
         for own in (self.pre_norm, post):
-            if own is not None and (norm_kind([own], x) is None or (kind is not None and kind[1] != own.eps)):
+            if own is not None and norm_kind([own], x) != ("rms", eps):
                 return None
         if kind is None and self.pre_norm is None and self.post_norms is None:
             return None
-        norm, eps = kind or ("rms", self.eps)
         # The operator takes parameters of one dtype; autocast sees to that itself.
         parameters = [None if x is None else x.weight for x in norms], [getattr(x, "bias", None) for x in norms]
         pre_weight, post_weight = (None if own is None else own.weight for own in (self.pre_norm, post))

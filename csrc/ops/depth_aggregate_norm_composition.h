@@ -121,7 +121,8 @@ depth_aggregate_norm_backward_composition(
   const auto none = [&] { return at::empty({0}, like.options()); };  // outputs share no memory
   std::vector<at::Tensor> grad_norm_weights, grad_norm_biases;
   at::Tensor grad_pre_weight = none(), grad_post_weight = none();
-  at::Tensor grad_base = at::zeros(like.sizes(), like.options().dtype(wide));
+  at::Tensor grad_base;
+  if (add_newest) grad_base = at::zeros(like.sizes(), like.options().dtype(wide));
   OptionalTensors grad_sums;
   std::vector<at::Tensor> left;  // for the flush of the deferred gradients
   for (int64_t c = 0; c < ways; ++c) {
@@ -158,7 +159,7 @@ depth_aggregate_norm_backward_composition(
       const at::Tensor g = grad * pre_weight->to(wide);
       grad = (g - sources.normed * (g * sources.normed).mean(-1, /*keepdim=*/true)) * sources.r;
     }
-    grads.back() = (grad + grad_base).to(dtype);
+    grads.back() = (add_newest ? grad + grad_base : grad).to(dtype);
   }
   return {std::move(grads),
           std::move(grad_weights),
