@@ -137,21 +137,23 @@ def depth_aggregate_norm_chained(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """:func:`depth_aggregate_chained` whose streams are normed, as the attention of the next block reads them.
 
-    ``Y_c = norm_c(mix_c)`` with ``mix_c = sum_j weights[..., c, j, None] * hiddens[j]``; a way without a norm weight is
-    ``mix_c``. PrePostDANorm (arXiv 2502.12170, Eq. 10): with ``pre_weight`` the newest hidden state is mixed, and
-    handed on, as ``RMSNorm(hiddens[-1]) * pre_weight``; with ``add_newest`` all sums are ``hiddens[-1] + mix_c``, and
-    with ``post_weight`` the last is ``hiddens[-1] + RMSNorm(mix_c) * post_weight``. On CUDA (compute capability 9.0 or
-    newer) the norms cost no pass of their own, forward or backward; sums are normed before they are rounded.
+    ``Y_c = norm_c(base + mix_c)`` with ``mix_c = sum_j weights[..., c, j, None] * hiddens[j]``; a way without a norm
+    weight is ``base + mix_c``, and with a post weight the last way is ``base + RMSNorm(mix_c) * post_weight``. base is
+    ``hiddens[-1]`` as it came with ``add_newest``, otherwise 0. With ``pre_weight`` the newest hidden state is mixed,
+    and handed on, as ``RMSNorm(hiddens[-1]) * pre_weight`` (PrePostDANorm: arXiv 2502.12170, Eq. 10). On CUDA (compute
+    capability 9.0 or newer) the norms cost no pass of their own, forward or backward; sums are normed before they are
+    rounded.
 
     Args:
         hiddens: as in :func:`depth_aggregate`.
         weights: as in :func:`depth_aggregate`.
-        norm_weights: C weights [D], of the dtype of the hidden states or float32; None for a way without a norm.
-        norm_biases: C biases [D] of the dtype of the weights, or None for each; None: no bias at all.
+        norm_weights: C weights [D]; None for a way without a norm. All weights and biases of norms are of one dtype,
+            that of the hidden states or float32.
+        norm_biases: C biases [D], or None for each; None: no bias at all.
         norm: ``"rms"`` (RMSNorm) or ``"layer"`` (LayerNorm).
         eps: added to the mean square, or the variance, at least 0.
         add_newest: whether ``hiddens[-1]``, as it came, is added to every way.
-        pre_weight: weight [D] of the RMSNorm of ``hiddens[-1]``, of the dtype of the norm weights; None: no norm.
+        pre_weight: weight [D] of the RMSNorm of ``hiddens[-1]`` before it is mixed; None: no norm.
         post_weight: weight [D] of the RMSNorm of the last way's sum, which then has no norm weight; needs
             ``add_newest``.
         deferral: this layer's of :func:`defer_gradients`, or None; with ``add_newest`` or ``pre_weight`` the newest

@@ -168,6 +168,23 @@ def test_groups_give_the_gradients_of_single_layers(
         assert distance(a, w) <= max(2 * distance(b, w), 2 * tolerance(dtype))
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_gradient_of_the_handed_on_newest_alone(normed: bool, device: torch.device) -> None:
+    """A layer whose streams go unused has nothing to defer, but its norm of the newest hidden state has a gradient."""
+    hiddens = [torch.randn(5, 16, device=device, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    weights = torch.randn(5, 3, 2, device=device, dtype=torch.float64)
+    scale = torch.linspace(0.5, 1.5, 16, device=device, dtype=torch.float64)
+    older, (deferral,) = ops.defer_gradients(hiddens[:1], [(3, 2)])
+    norms = [scale if normed else None, None, None]
+    _, handed_on = ops.depth_aggregate_norm_chained(
+        [*older, hiddens[1]], weights, norms, pre_weight=scale, deferral=deferral
+    )
+    handed_on[1].square().sum().backward()
+    naive = hiddens[1].detach().requires_grad_()
+    torch.nn.functional.rms_norm(naive, (16,), scale, 1e-6).square().sum().backward()
+    torch.testing.assert_close(hiddens[1].grad, naive.grad)
+
+
 @pytest.mark.parametrize("norms,prepost", [("none", False), ("rms", True)])
 def test_gradcheck(norms: str, prepost: bool, device: torch.device) -> None:
     x, weights = chain_inputs(8, device, torch.float64, tokens=2)
@@ -346,18 +363,15 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
         return ops.depth_aggregate_norm_chained([x, x], w, [None] * 3, deferral=ops.Deferral(tickets, count))
 
     model = {"n_layer": 2, "n_head": 2, "dim": 32}
+
+    def newest_layer(**options: Any) -> Any:
+        deferral = ops.Deferral(defer([x], [(3, 1)])[1][0].tickets, 1)
+        return ops.depth_aggregate_norm_chained([x], w[..., :1], [None] * 3, deferral=deferral, **options)
+
+    newest_kept = ValueError, "deferred: expected fewer than the 1 hidden states"
     return {
-        "newest": (
-            lambda: ops.depth_aggregate_norm_chained(
-                [x],
-                w[..., :1],
-                [None] * 3,
-                add_newest=True,
-                deferral=ops.Deferral(defer([x], [(3, 1)])[1][0].tickets, 1),
-            ),
-            ValueError,
-            "deferred: expected fewer than the 1 hidden states",
-        ),
+        "newest added": (lambda: newest_layer(add_newest=True), *newest_kept),
+        "newest normed": (lambda: newest_layer(pre_weight=torch.ones(8)), *newest_kept),
         "no hiddens": (lambda: defer([], [(3, 2)]), ValueError, "hiddens: expected at least one"),
         "one tensor": (lambda: defer(x, [(3, 2)]), TypeError, "hiddens: expected a list of tensors"),
         "bare numbers": (lambda: defer([x], [3]), TypeError, r"layers\[0\]: expected a tuple \(C, S\)"),

@@ -18,7 +18,7 @@ bool norms_valid(const Args& p) {
     if (p.norm_bias[c] != nullptr && p.norm_weight[c] == nullptr) return false;
     if (post && c == p.ways - 1 && p.norm_weight[c] != nullptr) return false;
   }
-  return !post || p.add_newest;
+  return !post || (p.add_newest && p.mix != nullptr);
 }
 
 template <typename Args>
@@ -116,6 +116,7 @@ cudaError_t launch_aggregate_norm_forward(const AggregateNormForward& p, cudaStr
   Device device;
   const cudaError_t error = check(p, device);
   if (error != cudaSuccess) return error;
+  if (p.pre_weight != nullptr && p.normed == nullptr) return cudaErrorInvalidValue;
   if (!aligned(p.y, p.ways) || !aligned(p.normed)) return cudaErrorNotSupported;
   const cudaError_t room = check_shared_memory(forward_norm_shared_bytes(p));
   if (room != cudaSuccess) return room;

@@ -27,7 +27,7 @@ constexpr int kMaxNormWays = 4;
 struct AggregateNormForward : AggregateForward {
   Norm norm;
   float eps;
-  bool wide;                       // norm weights and biases are float32; otherwise of dtype
+  bool wide;                       // all norm weights and biases are float32; otherwise of dtype
   bool add_newest;                 // base is the last source
   const void* const* norm_weight;  // [C] pointers to [D]; nullptr: the way has no norm
   const void* const* norm_bias;    // [C] pointers to [D]; nullptr: none
@@ -62,7 +62,9 @@ struct AggregateNormBackward : AggregateBackward {
 
 // cudaErrorNotSupported, before anything is launched, for what only the composition of aggregation
 // and norm can do: float64, widths and alignments without 16-byte vectors, more ways or sources
-// than the limits above, devices before compute capability 9.0.
+// than the limits above, devices before compute capability 9.0. cudaErrorInvalidValue for a post
+// weight without add_newest or mix or beside another norm of the last way, a pre weight without
+// normed, a bias without a weight, and a backward of no tokens.
 cudaError_t launch_aggregate_norm_forward(const AggregateNormForward& args, cudaStream_t stream);
 cudaError_t launch_aggregate_norm_backward(const AggregateNormBackward& args, cudaStream_t stream);
 

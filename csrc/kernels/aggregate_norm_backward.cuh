@@ -11,8 +11,9 @@
 //
 //   dbase    = sum_c dV_c                             the post way gives dY_c instead of dV_c
 //   dX_j     = dbase + G_j + ..                       where it is base
-//            = dbase + r (g - n <g, n> / D)           where it was normed, n = X_j r, before it was
+//            = [dbase +] r (g - n <g, n> / D)         where it was normed, n = X_j r, before it was
 //                                                     mixed: g = (G_j + ..) * pre_weight
+//   dpre_weight = sum_t (G_j + ..) n
 //
 // X_j, G_j, dX_j, dY_c, Y_c, mix [N, D], w and dw [N, C, S]. Every tensor is read or written once
 // (dY, Y and a normed X_j twice where a row has more than one chunk); float32 sums, rounded once.
@@ -20,7 +21,7 @@
 // dV_c is written where it is asked for: the factors of the deferred sources (deferred_flush.h).
 //
 // Work is split as in aggregate_backward.cuh, but the blocks stay and walk over the tokens: each
-// keeps the sums over its tokens for dweight and dbias in shared memory, every thread those of its
+// keeps the sums over its tokens for these and dbias in shared memory, every thread those of its
 // own columns. They are added over the blocks, in fixed order, by sum_partials (aggregate_norm.cu).
 // A stage of the ring holds X_j and G_j, or dY_c and Y_c. Two more warps keep waiting out of the
 // consumers' way: the producer of the ring, and a helper that brings the weights of the next token
@@ -191,6 +192,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     const float* mean = statistics[buffer.index];
     const float* r = statistics[buffer.index] + (pre ? C + 1 : C);
     const auto newest_r = [&] { return pre ? r[C] : 1.0f; };
+    const auto newest_slope = [&] { return scale * newest_r() * newest_r(); };
     const auto receive = [&](bool has_first, bool has_second, uint4& first, uint4& second) {
       const unsigned char* from = shared + stage.index * stage_bytes + threadIdx.x * 16;
       barrier_wait(&ring.full[stage.index], stage.phase);
@@ -319,7 +321,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         }
         if (pre && one_chunk) {
           consumer_sums<1>(newest_along, scratch[buffer.index][2], consumers);
-          subtract_along<T>(x, newest_along[0] * scale * r[C] * r[C], result);
+          subtract_along<T>(x, newest_along[0] * newest_slope(), result);
         }
         if (active && pre && !one_chunk) {
           put_floats<T>(held, column, args.dim, result);
@@ -341,19 +343,19 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         keep_dots<C, 1>(dots, own_sums, sources, j, sources, first_column != 0);
       }
     }
-    barrier_arrive(&tokens.sums[buffer.index]);
     if (pre && !one_chunk) {
       consumer_sums<1>(newest_along, scratch[buffer.index][2], consumers);
       for (int column = threadIdx.x * V; column < args.dim; column += chunk) {
         float grad[V];
         get_floats<T>(held, column, args.dim, grad);
         const T* x = args.x[others] + token * args.x_stride[others] + column;
-        subtract_along<T>(load_once(x), newest_along[0] * scale * r[C] * r[C], grad);
+        subtract_along<T>(load_once(x), newest_along[0] * newest_slope(), grad);
         if (args.grad_out[others] != nullptr) {
           store_once(args.grad_out[others] + row + column, pack<T>(grad));
         }
       }
     }
+    barrier_arrive(&tokens.sums[buffer.index]);  // the statistics are not read any more either
     buffer.advance(2);
   }
   sync_consumers(consumers);

@@ -2,7 +2,8 @@
 //
 //   mix_c = sum_j w[t, c, j] X_j[t, :],   Y_c = norm_c(base + mix_c)   (aggregate_norm.h)
 //
-// X_j, Y_c, mix, normed [N, D], w [N, C, S], statistics [2, C, N]. Sums, statistics and norms in
+// X_j, Y_c, mix, normed [N, D], w [N, C, S], statistics [2, C, N], with
+// a pre weight [2, C + 1, N]. Sums, statistics and norms in
 // float32 from what is in registers; every output is rounded and written once. Where the last
 // source is also base, or is normed itself before it is mixed, it comes first.
 //

@@ -44,11 +44,14 @@ __device__ __forceinline__ void remake_normed(const BackwardNormArgs<T, C>& args
     unpack_word<T>(__ldg(reinterpret_cast<const uint32_t*>(from)), x);
     if (kNewest && j == args.sources - 1) {
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        if (args.add_newest) v[i] += x[i];
-        if (args.pre_weight == nullptr) continue;
-        const float weight = norm_entry<T>(args.pre_weight, args.wide, column + i);
-        x[i] = widen(narrow<T>(x[i] * (newest_r * weight)));
+      for (int i = 0; args.add_newest && i < W; ++i) v[i] += x[i];
+      if (args.pre_weight != nullptr) {
+        float weight[W];
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          weight[i] = norm_entry<T>(args.pre_weight, args.wide, column + i);
+        }
+        unpack_word<T>(rms_normed_word<T>(x, newest_r, weight), x);
       }
     }
 #pragma unroll
@@ -150,9 +153,7 @@ __device__ __forceinline__ void chain_newest(const uint4& x_bits, const uint4& g
     float base[W] = {};
     unpack_word<T>(word_of(x_bits, word), n);
     unpack_word<T>(word_of(grad_bits, word), sum);
-#pragma unroll
-    for (int i = 0; i < W; ++i) mixed[i] = n[i] * (r * weight[word * W + i]);
-    unpack_word<T>(pack_word<T>(mixed), mixed);
+    unpack_word<T>(rms_normed_word<T>(n, r, weight + word * W), mixed);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       float dv[W];

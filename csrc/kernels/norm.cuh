@@ -36,14 +36,26 @@ __device__ __forceinline__ float norm_entry(const void* from, bool wide, int col
               : static_cast<float>(widen(static_cast<const T*>(from)[column]));
 }
 
-// A vector of RMSNorm(x) * weight, r being the factor of the row.
+// A word of RMSNorm(x) * weight, r being the factor of the row: alike wherever it is made.
+template <typename T>
+__device__ __forceinline__ uint32_t rms_normed_word(const float* x, float r, const float* weight) {
+  float normed[kWord<T>];
+#pragma unroll
+  for (int i = 0; i < kWord<T>; ++i) normed[i] = x[i] * (r * weight[i]);
+  return pack_word<T>(normed);
+}
+
+// A vector of it.
 template <typename T>
 __device__ __forceinline__ uint4 rms_normed(const float (&x)[kVector<T>], float r,
                                             const float (&weight)[kVector<T>]) {
-  float normed[kVector<T>];
+  uint4 bits;
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) normed[i] = x[i] * (r * weight[i]);
-  return pack<T>(normed);
+  for (int word = 0; word < 4; ++word) {
+    const int i = word * kWord<T>;
+    set_word(bits, word, rms_normed_word<T>(x + i, r, weight + i));
+  }
+  return bits;
 }
 
 #if __CUDA_ARCH__ >= 900

@@ -110,10 +110,18 @@ struct NormArguments {
   OptionalTensors weights, biases;
 };
 
-// The operators take norms of one dtype, that of x or float32; autocast sees to that itself.
-bool takes_dtype(const at::Tensor& weight, const at::Tensor& x) {
-  return at::autocast::is_autocast_enabled(x.device().type()) ||
-         weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat;
+// Whether the operators take these norms: weights of one dtype, that of x or float32. Autocast sees
+// to that itself.
+bool takes_dtypes(const std::vector<Norm>& norms, const at::Tensor& x) {
+  if (at::autocast::is_autocast_enabled(x.device().type())) return true;
+  std::optional<at::ScalarType> dtype;
+  for (const Norm& norm : norms) {
+    if (!norm) continue;
+    const at::ScalarType own = norm->weight.scalar_type();
+    if ((own != x.scalar_type() && own != at::kFloat) || own != dtype.value_or(own)) return false;
+    dtype = own;
+  }
+  return true;
 }
 
 // Nothing if the norms are of different kinds or of dtypes that the operators do not take.
@@ -121,17 +129,12 @@ std::optional<NormArguments> norm_arguments(const std::vector<Norm>& norms, cons
   const auto optional = [](const at::Tensor& tensor) {
     return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
   };
+  if (!takes_dtypes(norms, x)) return std::nullopt;
   NormArguments arguments;
-  std::optional<at::ScalarType> dtype;
   for (const Norm& norm : norms) {
     arguments.weights.push_back(norm ? optional(norm->weight) : std::nullopt);
     arguments.biases.push_back(norm ? optional(norm->bias) : std::nullopt);
     if (!norm) continue;
-    if (!takes_dtype(norm->weight, x)) return std::nullopt;
-    if (dtype.value_or(norm->weight.scalar_type()) != norm->weight.scalar_type()) {
-      return std::nullopt;
-    }
-    dtype = norm->weight.scalar_type();
     const std::string_view kind = norm->kind() == NormKind::kRMSNorm ? "rms" : "layer";
     if (arguments.kind != "none" && (arguments.kind != kind || arguments.eps != norm->eps())) {
       return std::nullopt;
@@ -251,27 +254,27 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
   for (size_t way = 0; post && way < norms.size(); ++way) {
     const Norm norm = post_norms->at(static_cast<int64_t>(way));
     if (!norm) continue;
-    if (way + 1 != norms.size() || norms[way] || !takes_dtype(norm->weight, hiddens.back())) {
-      return std::nullopt;
-    }
+    if (way + 1 != norms.size() || norms[way]) return std::nullopt;
     post_norm = norm;
   }
-  if (pre_norm && !takes_dtype(pre_norm->weight, hiddens.back())) return std::nullopt;
-  if (arguments->kind == "none" && !post && !pre_norm) return std::nullopt;
-  for (const Norm& norm : {pre_norm, post_norm}) {
-    if (norm && arguments->kind != "none" && arguments->eps != norm->eps()) return std::nullopt;
+  const bool normed = arguments->kind != "none";
+  if (!normed && !post && !pre_norm) return std::nullopt;
+  const double eps = normed ? arguments->eps : options.eps;
+  std::vector<Norm> all = norms;
+  for (const Norm& own : {pre_norm, post_norm}) {
+    if (own && own->eps() != eps) return std::nullopt;
+    all.push_back(own);
   }
+  if (!takes_dtypes(all, hiddens.back())) return std::nullopt;
   auto [weights, newest] = connection_weights_of(hiddens.back(), a);
   std::vector<at::Tensor> sources = hiddens.vec();
   sources.back() = newest;
   const auto weight_of = [](const Norm& norm) {
     return norm ? std::optional<at::Tensor>(norm->weight) : std::nullopt;
   };
-  auto [streams, handed_on] =
-      depth_aggregate_norm_chained(sources, weights, arguments->weights, arguments->biases,
-                                   arguments->kind == "none" ? "rms" : arguments->kind,
-                                   arguments->kind == "none" ? options.eps : arguments->eps, post,
-                                   weight_of(pre_norm), weight_of(post_norm), deferral);
+  auto [streams, handed_on] = depth_aggregate_norm_chained(
+      sources, weights, arguments->weights, arguments->biases, normed ? arguments->kind : "rms",
+      eps, post, weight_of(pre_norm), weight_of(post_norm), deferral);
   if (!pre_norm) newest = handed_on.back();
   return Mixed{std::move(streams), std::move(handed_on), std::move(newest)};
 }

@@ -34,9 +34,10 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 ///
 /// @param hiddens the S >= 1 sources X_j, each [..., D], of one shape, dtype and device.
 /// @param weights connection weights [..., C, S], C >= 1.
-/// @param norm_weights C norm weights [D], of the dtype of the hidden states or float32; none: the
-///   way has no norm.
-/// @param norm_biases C biases [D] of the dtype of the weights; none: no bias.
+/// @param norm_weights C norm weights [D]; none: the way has no norm. All weights and biases of
+/// norms
+///   are of one dtype, that of the hidden states or float32.
+/// @param norm_biases C biases [D]; none: no bias.
 /// @param norm "rms" or "layer".
 /// @param eps added to the mean square or the variance, at least 0.
 /// @param add_newest whether hiddens[S-1], as it came, is added to every way.
@@ -71,10 +72,13 @@ depth_aggregate_norm_forward(at::TensorList hiddens, const at::Tensor& weights,
 /// Gradients of depth_aggregate_norm_chained(), in one pass over the history.
 ///
 /// @param grad_outputs C gradients of the streams; none stands for zero.
-/// @param grad_hiddens S gradients of the handed-on sources; none stands for zero.
+/// @param grad_hiddens S gradients of the handed-on sources (with a pre weight of the newest as it
+///   was mixed); none stands for zero.
+/// @param hiddens the sources as they came.
 /// @param outputs, mix, statistics what the forward returned; [0] does for the output of a way
 ///   without a norm weight.
-/// @param deferred number of the first hidden states that get no gradient here.
+/// @param deferred number of the first hidden states that get no gradient here, with add_newest or
+///   pre_weight fewer than S.
 /// @return gradients of (the other hidden states, weights, norm weights, norm biases, pre weight,
 ///   post weight); [0] for each that was not given. Last, with deferred hidden states, the
 ///   gradients of what the ways with a norm norm (dV, deferred_flush.h), [0] for other ways and

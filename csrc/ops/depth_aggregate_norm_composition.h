@@ -36,7 +36,7 @@ inline MixedSources mixed_sources(at::TensorList hiddens,
   const at::Tensor v = x.to(wide);
   result.r = v.square().mean(-1, /*keepdim=*/true).add_(eps).rsqrt_();
   result.normed = v * result.r;
-  result.newest = (result.normed * pre_weight->to(wide)).to(x.scalar_type());
+  result.newest = (result.normed * pre_weight->to(wide)).to(x.scalar_type()).contiguous();
   result.hiddens.back() = result.newest;
   return result;
 }
@@ -112,7 +112,10 @@ depth_aggregate_norm_backward_composition(
   const at::ScalarType dtype = like.scalar_type(), wide = accumulation_dtype(dtype);
   const int64_t ways = static_cast<int64_t>(norm_weights.size()), width = like.size(-1);
   const MixedSources sources = mixed_sources(hiddens, pre_weight, eps);
-  const std::vector<at::Tensor> sums = depth_aggregate(sources.hiddens, weights);
+  bool any_norm = false;
+  for (int64_t c = 0; c < ways; ++c) any_norm |= has_norm(norm_weights, post_weight, c);
+  std::vector<at::Tensor> sums;
+  if (any_norm) sums = depth_aggregate(sources.hiddens, weights);
   at::DimVector column(like.sizes().begin(), like.sizes().end() - 1);
   column.push_back(1);
   const auto rows_sum = [&](const at::Tensor& tensor, const at::Tensor& parameter) {

@@ -326,6 +326,7 @@ TYPED_TEST(NormKernelsOf, EveryNumberOfSourcesAndWays) {
 TYPED_TEST(NormKernelsOf, ManyTokens) {
   ASSERT_NO_FATAL_FAILURE(this->check({1500, 64, 3, 4}));
   ASSERT_NO_FATAL_FAILURE(this->check({1100, 264, 9, 3}));
+  ASSERT_NO_FATAL_FAILURE(this->check({1100, 2560, 3, 2}));  // more than one chunk
 }
 
 TYPED_TEST(NormKernelsOf, StridesPriorAndHoles) {
@@ -346,24 +347,26 @@ TYPED_TEST(NormKernelsOf, DeferredSources) {
 }
 
 TYPED_TEST(NormKernelsOf, RepeatsBitForBit) {
-  NormShape s{{600, 512, 3, 4}, Norm::Layer};
-  s.bias = s.add = s.pre = s.post = true;
-  NormProblem<TypeParam, float> p(s);
-  std::vector<std::vector<float>> weight_grads;
-  std::vector<std::vector<TypeParam>> newest_grads;
-  for (int run = 0; run < 50; ++run) {
-    CUDA_OK(launch_aggregate_norm_forward(p.norm_forward(), nullptr));
-    CUDA_OK(launch_aggregate_norm_backward(p.norm_backward(), nullptr));
-    CUDA_OK(cudaDeviceSynchronize());
-    p.gamma_grad[1]->download();
-    p.grad_out.back()->download();
-    weight_grads.push_back(p.gamma_grad[1]->host());
-    newest_grads.push_back(p.grad_out.back()->host());
-    const size_t bytes = newest_grads[0].size() * sizeof(TypeParam);
-    ASSERT_EQ(0, std::memcmp(newest_grads[0].data(), newest_grads[run].data(), bytes)) << run;
-    ASSERT_EQ(0, std::memcmp(weight_grads[0].data(), weight_grads[run].data(),
-                             weight_grads[0].size() * sizeof(float)))
-        << run;
+  for (const int64_t dim : {512, 2560}) {
+    NormShape s{{600, dim, 3, 4}, Norm::Layer};
+    s.bias = s.add = s.pre = s.post = true;
+    NormProblem<TypeParam, float> p(s);
+    std::vector<std::vector<float>> weight_grads;
+    std::vector<std::vector<TypeParam>> newest_grads;
+    for (int run = 0; run < 50; ++run) {
+      CUDA_OK(launch_aggregate_norm_forward(p.norm_forward(), nullptr));
+      CUDA_OK(launch_aggregate_norm_backward(p.norm_backward(), nullptr));
+      CUDA_OK(cudaDeviceSynchronize());
+      p.gamma_grad[1]->download();
+      p.grad_out.back()->download();
+      weight_grads.push_back(p.gamma_grad[1]->host());
+      newest_grads.push_back(p.grad_out.back()->host());
+      const size_t bytes = newest_grads[0].size() * sizeof(TypeParam);
+      ASSERT_EQ(0, std::memcmp(newest_grads[0].data(), newest_grads[run].data(), bytes)) << run;
+      ASSERT_EQ(0, std::memcmp(weight_grads[0].data(), weight_grads[run].data(),
+                               weight_grads[0].size() * sizeof(float)))
+          << run;
+    }
   }
 }
 

@@ -1,5 +1,6 @@
 // Autograd of the aggregation with normed streams: the sources are returned after the streams, as
-// in depth_aggregate.cpp, and the streams themselves are what the backward knows the norms by.
+// in depth_aggregate.cpp (the newest one normed, with a pre weight), and the streams themselves are
+// what the backward knows the norms by.
 #include "../depth_aggregate_norm.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -105,9 +106,9 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     constexpr size_t kOtherArguments = 7;
     const size_t count = sources + 1 + norm_tensors.size() + tickets + kOtherArguments;
     const bool has_pre = ctx->saved_data["has_pre"].toBool();
-    const auto defined = [](const at::Tensor& grad) { return grad.defined(); };
-    if (std::none_of(grad_outputs.begin(), grad_outputs.end(), defined) &&
-        !(has_pre && result.back().defined())) {
+    const bool any = std::any_of(grad_outputs.begin(), grad_outputs.end(),
+                                 [](const at::Tensor& grad) { return grad.defined(); });
+    if (!any && !(has_pre && result.back().defined())) {
       result.resize(count);
       return result;
     }
@@ -134,7 +135,7 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     if (norms.pre_weight.has_value()) result.push_back(std::move(grad_pre_weight));
     if (norms.post_weight.has_value()) result.push_back(std::move(grad_post_weight));
     result.resize(count - tickets - 1);  // no gradients of the other arguments
-    if (tickets != 0) {
+    if (tickets != 0 && any) {
       for (int64_t c = 0; c < ways; ++c) {
         const bool normed = has_norm(norms.weights, norms.post_weight, c);
         result.push_back(normed ? grad_sums[c] : grad_outputs[c]);
