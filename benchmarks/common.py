@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import csv
 import datetime
 import importlib
@@ -12,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,15 +67,14 @@ def median_ms(call: Callable[[], object], device: torch.device, seconds: float) 
     return statistics.median(samples_ms(call, device, seconds))
 
 
-def medians_ms(calls: Iterable[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
+def medians_ms(calls: list[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
     """Median time of each call. On a CPU they are timed in turns, so that all share what else the machine does."""
     turns = 1 if device.type == "cuda" else 5
-    times: dict[int, list[float]] = collections.defaultdict(list)
-    calls = list(calls)
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(turns):
-        for i, call in enumerate(calls):
-            times[i] += samples_ms(call, device, seconds / turns)
-    return [statistics.median(times[i]) for i in range(len(calls))]
+        for call, own in zip(calls, times, strict=True):
+            own += samples_ms(call, device, seconds / turns)
+    return [statistics.median(own) for own in times]
 
 
 def copy_call(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], int]:

@@ -2,10 +2,10 @@
 //
 //   mix_c = sum_j w[t, c, j] X_j[t, :],   Y_c = norm_c(base + mix_c)   (aggregate_norm.h)
 //
-// X_j, Y_c, mix, normed [N, D], w [N, C, S], statistics [2, C, N], with
-// a pre weight [2, C + 1, N]. Sums, statistics and norms in
-// float32 from what is in registers; every output is rounded and written once. Where the last
-// source is also base, or is normed itself before it is mixed, it comes first.
+// X_j, Y_c, mix, normed [N, D], w [N, C, S], statistics [2, C, N], with a pre weight [2, C + 1, N].
+// Sums, statistics and norms in float32 from what is in registers; every output is rounded and
+// written once. Where the last source is also base, or is normed itself before it is mixed, it
+// comes first.
 //
 // A block has one token. Its row is walked in chunks of at most 256 vectors of 16 bytes, one for
 // each thread; where there is more than one chunk, the sums of all wait in shared memory, each

@@ -73,11 +73,13 @@ void check_depth_aggregate_norm(at::TensorList hiddens, const at::Tensor& weight
 // With add_newest or pre_weight the newest hidden state must not be deferred.
 void check_newest_kept(at::TensorList hiddens, bool add_newest,
                        const std::optional<at::Tensor>& pre_weight, int64_t deferred);
+// What check_depth_aggregate_norm() checks, and what is the backward's own.
 void check_depth_aggregate_norm_backward(const c10::List<std::optional<at::Tensor>>& grad_outputs,
                                          const c10::List<std::optional<at::Tensor>>& grad_hiddens,
                                          at::TensorList hiddens, const at::Tensor& weights,
                                          const c10::List<std::optional<at::Tensor>>& norm_weights,
-                                         bool add_newest,
+                                         const c10::List<std::optional<at::Tensor>>& norm_biases,
+                                         std::string_view norm, double eps, bool add_newest,
                                          const std::optional<at::Tensor>& pre_weight,
                                          const std::optional<at::Tensor>& post_weight,
                                          at::TensorList outputs, const at::Tensor& mix,

@@ -156,14 +156,14 @@ void check_newest_kept(at::TensorList hiddens, bool add_newest,
       " hidden states with add_newest or pre_weight, got ", deferred);
 }
 
-void check_depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
-                                         const OptionalTensors& grad_hiddens,
-                                         at::TensorList hiddens, const at::Tensor& weights,
-                                         const OptionalTensors& norm_weights, bool add_newest,
-                                         const std::optional<at::Tensor>& pre_weight,
-                                         const std::optional<at::Tensor>& post_weight,
-                                         at::TensorList outputs, const at::Tensor& mix,
-                                         const at::Tensor& statistics, int64_t deferred) {
+void check_depth_aggregate_norm_backward(
+    const OptionalTensors& grad_outputs, const OptionalTensors& grad_hiddens,
+    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
+    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
+    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight,
+    at::TensorList outputs, const at::Tensor& mix, const at::Tensor& statistics, int64_t deferred) {
+  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
+                             pre_weight, post_weight);
   check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights, deferred);
   check_newest_kept(hiddens, add_newest, pre_weight, deferred);
   const at::Tensor& like = hiddens[0];

@@ -121,6 +121,12 @@ depth_aggregate_norm_backward_composition(
   const auto rows_sum = [&](const at::Tensor& tensor, const at::Tensor& parameter) {
     return tensor.reshape({-1, width}).sum(0).to(parameter.scalar_type());
   };
+  // The gradient of what was normed to n, from g, that of n.
+  const auto through_norm = [](const at::Tensor& g, const at::Tensor& n, const at::Tensor& factor,
+                               bool layer) {
+    const at::Tensor grad = g - n * (g * n).mean(-1, /*keepdim=*/true);
+    return (layer ? grad - g.mean(-1, /*keepdim=*/true) : grad) * factor;
+  };
   const auto none = [&] { return at::empty({0}, like.options()); };  // outputs share no memory
   std::vector<at::Tensor> grad_norm_weights, grad_norm_biases;
   at::Tensor grad_pre_weight = none(), grad_post_weight = none();
@@ -139,10 +145,7 @@ depth_aggregate_norm_backward_composition(
       at::Tensor v = sums[c].to(wide);
       if (add_newest && !way.post) v = v + hiddens.back();
       const at::Tensor n = (v - mean) * factor;
-      const at::Tensor g = dy * way.weight.to(wide);
-      dv = g - n * (g * n).mean(-1, /*keepdim=*/true);
-      if (way.layer) dv = dv - g.mean(-1, /*keepdim=*/true);
-      dv = dv * factor;
+      dv = through_norm(dy * way.weight.to(wide), n, factor, way.layer);
       if (way.post) grad_post_weight = rows_sum(dy * n, way.weight);
       grad_norm_weights.push_back(way.post ? none() : rows_sum(dy * n, way.weight));
     } else {
@@ -159,8 +162,7 @@ depth_aggregate_norm_backward_composition(
     at::Tensor grad = grads.back().to(wide);
     if (pre_weight.has_value()) {
       grad_pre_weight = rows_sum(grad * sources.normed, *pre_weight);
-      const at::Tensor g = grad * pre_weight->to(wide);
-      grad = (g - sources.normed * (g * sources.normed).mean(-1, /*keepdim=*/true)) * sources.r;
+      grad = through_norm(grad * pre_weight->to(wide), sources.normed, sources.r, false);
     }
     grads.back() = (add_newest ? grad + grad_base : grad).to(dtype);
   }

@@ -100,11 +100,9 @@ depth_aggregate_norm_backward_cuda(
     const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
     const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight,
     at::TensorList outputs, const at::Tensor& mix, const at::Tensor& statistics, int64_t deferred) {
-  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
-                             pre_weight, post_weight);
   check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
-                                      add_newest, pre_weight, post_weight, outputs, mix, statistics,
-                                      deferred);
+                                      norm_biases, norm, eps, add_newest, pre_weight, post_weight,
+                                      outputs, mix, statistics, deferred);
   const at::Tensor& like = hiddens[0];
   const c10::cuda::CUDAGuard device_guard(like.device());
   if (like.scalar_type() != at::kDouble && like.numel() != 0) {
