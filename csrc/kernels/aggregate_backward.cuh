@@ -153,8 +153,10 @@ __device__ __forceinline__ void store_dw(const BackwardArgs<T, C>& args, int64_t
                                          const float* sums, int warps, int thread, int threads) {
   const int values = C * args.sources;
   T* dw = args.dw + token * args.dw_stride;
+#pragma unroll 1
   for (int i = thread; i < values; i += threads) {
     float sum = 0.0f;
+#pragma unroll 2
     for (int warp = 0; warp < warps; ++warp) sum += sums[warp * values + i];
     const int c = i / args.sources;
     dw[c * args.way_stride + (i - c * args.sources)] = narrow<T>(sum);

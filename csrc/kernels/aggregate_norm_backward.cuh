@@ -39,8 +39,13 @@ struct TokenBarriers {
   uint64_t sums[2];     // the dot products are there, and the weights are not read any more
 };
 
+// Which blocks a kernel is for: those with norm weights too small to divide by, those without, any.
+// A path that is never taken still costs the others registers, so that two kernels are faster, one
+// of which ends at once.
+enum class Remake { Any, Some, None };
+
 // kNewest: the last source has more to its gradient.
-template <typename T, int C, bool kNewest>
+template <typename T, int C, bool kNewest, Remake kRemake>
 __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     backward_norm_ring(const __grid_constant__ BackwardNormArgs<T, C> args) {
 #if __CUDA_ARCH__ >= 900
@@ -80,10 +85,16 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     }
     ring_init(ring, args.stages, consumers);
   }
+  bool some = false;
+#pragma unroll 1
   for (int i = threadIdx.x; i < args.dim / V; i += blockDim.x) {
     to_remake[i] = ways_to_remake<T, C>(args, i * V);
+    some |= to_remake[i] != 0;
   }
+  if (kRemake != Remake::Any && (__syncthreads_or(some) != 0) != (kRemake == Remake::Some)) return;
+#pragma unroll 1
   for (int c = 0; c < C; ++c) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < args.dim; i += blockDim.x) {
       const int place = partial_place<T>(i, args.dim);
       if (args.norm_weight[c] != nullptr) {
@@ -98,6 +109,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       }
     }
   }
+#pragma unroll 1
   for (int i = threadIdx.x; pre && i < args.dim; i += blockDim.x) {
     const int at = args.pre_slot * args.dim + partial_place<T>(i, args.dim);
     partial[at] = 0.0f;
@@ -122,13 +134,15 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       const int64_t row = token * args.dim;
       const auto request_ways = [&](int column) {
         const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
-#pragma unroll
+#pragma unroll 1
         for (int c = 0; c < C; ++c) {
           request(args.dy[c] != nullptr ? args.dy[c] + row + column : nullptr,
                   args.saved[c] != nullptr ? args.saved[c] + row + column : nullptr, bytes);
         }
       };
+#pragma unroll 1
       for (int column = 0; column < args.dim; column += chunk) request_ways(column);
+#pragma unroll 1
       for (int column = 0; column < args.dim; column += chunk) {
         const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
         if (!one_chunk) request_ways(column);
@@ -138,9 +152,11 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
                   bytes);
         };
         if (kNewest) request_source(others);
+#pragma unroll 1
         for (int j = 0; j < args.deferred; j += 2) {
           request(source(j), j + 1 < args.deferred ? source(j + 1) : nullptr, bytes);
         }
+#pragma unroll 1
         for (int j = args.deferred; j < others; ++j) request_source(j);
       }
     }
@@ -150,9 +166,10 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   if (warp > consumers / 32) {
     const auto bring = [&](int64_t token, int buffer) {
       const T* w = args.w + token * args.w_stride;
+#pragma unroll 1
+      for (int j = lane; j < sources; j += 32) {
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        for (int j = lane; j < sources; j += 32) {
+        for (int c = 0; c < C; ++c) {
           weights[buffer * weights_size + j * kWaysPadded<C> + c] =
               widen(w[c * args.way_stride + j]);
         }
@@ -254,7 +271,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       const int column = first_column + threadIdx.x * V;
       const bool active = column < args.dim;
       if (!one_chunk) receive_ways(active);
-      const unsigned remade = active ? to_remake[column / V] : 0;
+      const unsigned remade = kRemake != Remake::None && active ? to_remake[column / V] : 0;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         if (!active) continue;
@@ -398,8 +415,16 @@ cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaS
   args.layer = p.norm == Norm::Layer;
   args.wide = p.wide;
   args.stages = layout.stages;
-  return launch_ring(backward_norm_ring<T, C, kNewest>, args, blocks, layout.columns.threads + 32,
-                     layout.stage_bytes, layout.other_bytes, stream);
+  const auto launch = [&](auto* kernel) {
+    return launch_ring(kernel, args, blocks, layout.columns.threads + 32, layout.stage_bytes,
+                       layout.other_bytes, stream);
+  };
+  if constexpr (kNewest) {
+    const cudaError_t error = launch(backward_norm_ring<T, C, kNewest, Remake::Some>);
+    return error != cudaSuccess ? error : launch(backward_norm_ring<T, C, kNewest, Remake::None>);
+  } else {
+    return launch(backward_norm_ring<T, C, kNewest, Remake::Any>);
+  }
 }
 
 template <typename T, bool kNewest>
