@@ -121,30 +121,55 @@ __device__ __forceinline__ void dot_ways(const uint4& x_bits, const uint4 (&dy_b
 }
 
 #if __CUDA_ARCH__ >= 900
+
+// The ring as one thread sees it. A stage holds two rows, either of which may be missing.
+struct PairRing {
+  RingBarriers& barriers;
+  unsigned char* shared;
+  int row_bytes;
+  int stages;
+  RingPlace place{};
+
+  // Asks for two rows to come into the next stage.
+  __device__ __forceinline__ void request(const void* first, const void* second, uint32_t bytes) {
+    barrier_wait(&barriers.empty[place.index], place.phase ^ 1);  // at once in the first round
+    uint64_t* full = &barriers.full[place.index];
+    unsigned char* to = shared + place.index * 2 * row_bytes;
+    barrier_expect(full, (first != nullptr ? bytes : 0) + (second != nullptr ? bytes : 0));
+    if (first != nullptr) bulk_copy(to, first, bytes, full);
+    if (second != nullptr) bulk_copy(to + row_bytes, second, bytes, full);
+    place.advance(stages);
+  }
+
+  // Takes this thread's vector of the two rows of the next stage, zeros for a row that is missing.
+  __device__ __forceinline__ void receive(bool has_first, bool has_second, uint4& first,
+                                          uint4& second) {
+    const unsigned char* from = shared + place.index * 2 * row_bytes + threadIdx.x * 16;
+    barrier_wait(&barriers.full[place.index], place.phase);
+    first = has_first ? *reinterpret_cast<const uint4*>(from) : uint4{};
+    second = has_second ? *reinterpret_cast<const uint4*>(from + row_bytes) : uint4{};
+    release(&barriers.empty[place.index]);
+    place.advance(stages);
+  }
+};
+
 // Takes the deferred sources of a chunk of columns out of the ring: their dot products alone, for
 // which the two sources of a stage are added up over the warp together (one by one, the wait for
 // the shuffles was longer than that for the memory).
 template <typename T, int C>
-__device__ __forceinline__ void take_deferred(RingBarriers& ring, RingPlace& stage, int stages,
-                                              const unsigned char* shared, int row_bytes,
-                                              bool active, const uint4 (&dy_bits)[C], int deferred,
-                                              int sources, float* sums, bool add) {
+__device__ __forceinline__ void take_deferred(PairRing& ring, bool active,
+                                              const uint4 (&dy_bits)[C], int deferred, int sources,
+                                              float* sums, bool add) {
   for (int j = 0; j < deferred; j += 2) {
-    const unsigned char* from = shared + stage.index * 2 * row_bytes + threadIdx.x * 16;
-    uint4 x[2] = {};
-    barrier_wait(&ring.full[stage.index], stage.phase);
-    if (active) {
-      x[0] = *reinterpret_cast<const uint4*>(from);
-      if (j + 1 < deferred) x[1] = *reinterpret_cast<const uint4*>(from + row_bytes);
-    }
-    release(&ring.empty[stage.index]);
-    stage.advance(stages);
+    uint4 x[2];
+    ring.receive(active, active && j + 1 < deferred, x[0], x[1]);
     float dots[2 * C];
     dot_ways<T, C>(x[0], dy_bits, dots);
     dot_ways<T, C>(x[1], dy_bits, dots + C);
     keep_dots<C, 2>(dots, sums, sources, j, deferred, add);
   }
 }
+
 #endif
 
 // dw of a token from the sums of the warps, by some threads.
@@ -168,7 +193,7 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
     backward_ring(const __grid_constant__ BackwardArgs<T, C> args) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ RingBarriers ring;
+  __shared__ RingBarriers barriers;
   const int consumers = blockDim.x - 32;
   const int row_bytes = consumers * 16;
   const int stage_bytes = 2 * row_bytes;
@@ -178,23 +203,13 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
   const int64_t row = token * args.dim;
   float* weights = reinterpret_cast<float*>(shared + args.stages * stage_bytes);
   float* sums = weights + sources * kWaysPadded<C>;
-  RingPlace stage;
+  PairRing ring{barriers, shared, row_bytes, args.stages};
 
   const bool producer = static_cast<int>(threadIdx.x) == consumers;
-  if (producer) ring_init(ring, args.stages, consumers);
+  if (producer) ring_init(barriers, args.stages, consumers);
   __syncthreads();
 
   if (static_cast<int>(threadIdx.x) >= consumers) {
-    // Two rows, either of which may be missing, into the next stage.
-    const auto request = [&](const T* first, const T* second, uint32_t bytes) {
-      barrier_wait(&ring.empty[stage.index], stage.phase ^ 1);  // at once in the first round
-      uint64_t* full = &ring.full[stage.index];
-      unsigned char* to = shared + stage.index * stage_bytes;
-      barrier_expect(full, (first != nullptr ? bytes : 0) + (second != nullptr ? bytes : 0));
-      if (first != nullptr) bulk_copy(to, first, bytes, full);
-      if (second != nullptr) bulk_copy(to + row_bytes, second, bytes, full);
-      stage.advance(args.stages);
-    };
     for (int column = 0; producer && column < args.dim; column += chunk) {
       const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
       const auto part = [&](const T* rows) {
@@ -202,14 +217,15 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
       };
 #pragma unroll
       for (int c = 0; c < C; c += 2) {
-        request(part(args.dy[c]), c + 1 < C ? part(args.dy[(c + 1) % C]) : nullptr, bytes);
+        ring.request(part(args.dy[c]), c + 1 < C ? part(args.dy[(c + 1) % C]) : nullptr, bytes);
       }
       const auto source = [&](int j) { return args.x[j] + token * args.x_stride[j] + column; };
       for (int j = 0; j < args.deferred; j += 2) {
-        request(source(j), j + 1 < args.deferred ? source(j + 1) : nullptr, bytes);
+        ring.request(source(j), j + 1 < args.deferred ? source(j + 1) : nullptr, bytes);
       }
-      for (int j = args.deferred; j < sources; ++j)
-        request(source(j), part(args.grad_in[j]), bytes);
+      for (int j = args.deferred; j < sources; ++j) {
+        ring.request(source(j), part(args.grad_in[j]), bytes);
+      }
     }
     return;
   }
@@ -220,30 +236,20 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
   for (int first_column = 0; first_column < args.dim; first_column += chunk) {
     const int column = first_column + threadIdx.x * kVector<T>;
     const bool active = column < args.dim;
-    // This thread's vector of the two rows of the next stage, zeros for a row that is missing.
-    const auto receive = [&](bool has_first, bool has_second, uint4& first, uint4& second) {
-      const unsigned char* from = shared + stage.index * stage_bytes + threadIdx.x * 16;
-      barrier_wait(&ring.full[stage.index], stage.phase);
-      first = has_first ? *reinterpret_cast<const uint4*>(from) : uint4{};
-      second = has_second ? *reinterpret_cast<const uint4*>(from + row_bytes) : uint4{};
-      release(&ring.empty[stage.index]);
-      stage.advance(args.stages);
-    };
     uint4 dy[C];
 #pragma unroll
     for (int c = 0; c < C; c += 2) {
       uint4 second;
-      receive(active && args.dy[c] != nullptr,
-              active && c + 1 < C && args.dy[(c + 1) % C] != nullptr, dy[c], second);
+      ring.receive(active && args.dy[c] != nullptr,
+                   active && c + 1 < C && args.dy[(c + 1) % C] != nullptr, dy[c], second);
       if (c + 1 < C) dy[(c + 1) % C] = second;
     }
-    take_deferred<T, C>(ring, stage, args.stages, shared, row_bytes, active, dy, args.deferred,
-                        sources, own_sums, first_column != 0);
+    take_deferred<T, C>(ring, active, dy, args.deferred, sources, own_sums, first_column != 0);
     for (int j = args.deferred; j < sources; ++j) {
       uint4 x;
       uint4 grad;
       float dots[C];
-      receive(active, active && args.grad_in[j] != nullptr, x, grad);
+      ring.receive(active, active && args.grad_in[j] != nullptr, x, grad);
       grad = chain<T, C>(x, grad, dy, weights + j * kWaysPadded<C>, dots);
       if (active && args.grad_out[j] != nullptr) store_once(args.grad_out[j] + row + column, grad);
       keep_dots<C, 1>(dots, own_sums, sources, j, sources, first_column != 0);

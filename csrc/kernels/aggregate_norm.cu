@@ -39,12 +39,9 @@ cudaError_t check(const Args& p, Device& device) {
                                                                 : cudaErrorNotSupported;
 }
 
-// Whether a block can have this much shared memory on the current device.
-cudaError_t check_shared_memory(int64_t bytes) {
-  int limit = 0;
-  const cudaError_t error = shared_memory_limit(limit);
-  if (error != cudaSuccess) return error;
-  return bytes + kStaticBytes <= limit ? cudaSuccess : cudaErrorNotSupported;
+// Whether a block can have this much shared memory.
+cudaError_t check_shared_memory(const Device& device, int64_t bytes) {
+  return bytes + kStaticBytes <= device.shared_bytes ? cudaSuccess : cudaErrorNotSupported;
 }
 
 cudaError_t check_backward(const AggregateNormBackward& p, int64_t& slots, int& blocks) {
@@ -56,7 +53,8 @@ cudaError_t check_backward(const AggregateNormBackward& p, int64_t& slots, int& 
   slots = NormSlots(p).count;
   const int64_t resident = static_cast<int64_t>(layout.blocks) * device.multiprocessors;
   blocks = static_cast<int>(std::min(resident, p.tokens));
-  return check_shared_memory(int64_t{layout.stages} * layout.stage_bytes + layout.other_bytes);
+  return check_shared_memory(device,
+                             int64_t{layout.stages} * layout.stage_bytes + layout.other_bytes);
 }
 
 struct SumArgs {
@@ -118,7 +116,7 @@ cudaError_t launch_aggregate_norm_forward(const AggregateNormForward& p, cudaStr
   if (error != cudaSuccess) return error;
   if (p.pre_weight != nullptr && p.normed == nullptr) return cudaErrorInvalidValue;
   if (!aligned(p.y, p.ways) || !aligned(p.normed)) return cudaErrorNotSupported;
-  const cudaError_t room = check_shared_memory(forward_norm_shared_bytes(p));
+  const cudaError_t room = check_shared_memory(device, forward_norm_shared_bytes(p));
   if (room != cudaSuccess) return room;
   if (p.tokens == 0) return cudaSuccess;
   switch (p.dtype) {

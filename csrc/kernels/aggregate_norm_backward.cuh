@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
 #if __CUDA_ARCH__ >= 900
   constexpr int V = kVector<T>;
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ RingBarriers ring;
+  __shared__ RingBarriers barriers;
   __shared__ TokenBarriers tokens;
   __shared__ float scratch[2][3][kMaxConsumers / 32 * C];  // of two tokens
   __shared__ float statistics[2][2 * (C + 1)];
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
       barrier_init(&tokens.weights[i], 32);
       barrier_init(&tokens.sums[i], consumers);
     }
-    ring_init(ring, args.stages, consumers);
+    ring_init(barriers, args.stages, consumers);
   }
   bool some = false;
 #pragma unroll 1
@@ -117,27 +117,17 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
   }
   __syncthreads();
 
+  PairRing ring{barriers, shared, row_bytes, args.stages};
   if (warp == consumers / 32) {
     if (lane != 0) return;
-    RingPlace stage;
-    // Two rows, either of which may be missing, into the next stage.
-    const auto request = [&](const T* first, const T* second, uint32_t bytes) {
-      barrier_wait(&ring.empty[stage.index], stage.phase ^ 1);  // at once in the first round
-      uint64_t* full = &ring.full[stage.index];
-      unsigned char* to = shared + stage.index * stage_bytes;
-      barrier_expect(full, (first != nullptr ? bytes : 0) + (second != nullptr ? bytes : 0));
-      if (first != nullptr) bulk_copy(to, first, bytes, full);
-      if (second != nullptr) bulk_copy(to + row_bytes, second, bytes, full);
-      stage.advance(args.stages);
-    };
     for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
       const int64_t row = token * args.dim;
       const auto request_ways = [&](int column) {
         const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
 #pragma unroll 1
         for (int c = 0; c < C; ++c) {
-          request(args.dy[c] != nullptr ? args.dy[c] + row + column : nullptr,
-                  args.saved[c] != nullptr ? args.saved[c] + row + column : nullptr, bytes);
+          ring.request(args.dy[c] != nullptr ? args.dy[c] + row + column : nullptr,
+                       args.saved[c] != nullptr ? args.saved[c] + row + column : nullptr, bytes);
         }
       };
 #pragma unroll 1
@@ -148,13 +138,14 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         if (!one_chunk) request_ways(column);
         const auto source = [&](int j) { return args.x[j] + token * args.x_stride[j] + column; };
         const auto request_source = [&](int j) {
-          request(source(j), args.grad_in[j] != nullptr ? args.grad_in[j] + row + column : nullptr,
-                  bytes);
+          ring.request(source(j),
+                       args.grad_in[j] != nullptr ? args.grad_in[j] + row + column : nullptr,
+                       bytes);
         };
         if (kNewest) request_source(others);
 #pragma unroll 1
         for (int j = 0; j < args.deferred; j += 2) {
-          request(source(j), j + 1 < args.deferred ? source(j + 1) : nullptr, bytes);
+          ring.request(source(j), j + 1 < args.deferred ? source(j + 1) : nullptr, bytes);
         }
 #pragma unroll 1
         for (int j = args.deferred; j < others; ++j) request_source(j);
@@ -200,7 +191,6 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     get_floats<T>(norms + slot * args.dim, column, args.dim, to);
   };
   const float scale = 1.0f / static_cast<float>(args.dim);
-  RingPlace stage;
   RingPlace buffer;
   for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
     const int64_t row = token * args.dim;
@@ -210,21 +200,13 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     const float* r = statistics[buffer.index] + (pre ? C + 1 : C);
     const auto newest_r = [&] { return pre ? r[C] : 1.0f; };
     const auto newest_slope = [&] { return scale * newest_r() * newest_r(); };
-    const auto receive = [&](bool has_first, bool has_second, uint4& first, uint4& second) {
-      const unsigned char* from = shared + stage.index * stage_bytes + threadIdx.x * 16;
-      barrier_wait(&ring.full[stage.index], stage.phase);
-      first = has_first ? *reinterpret_cast<const uint4*>(from) : uint4{};
-      second = has_second ? *reinterpret_cast<const uint4*>(from + row_bytes) : uint4{};
-      release(&ring.empty[stage.index]);
-      stage.advance(args.stages);
-    };
     uint4 dv[C];  // dY_c, then dV_c
     uint4 saved[C];
     const auto receive_ways = [&](bool active) {
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        receive(active && args.dy[c] != nullptr, active && args.saved[c] != nullptr, dv[c],
-                saved[c]);
+        ring.receive(active && args.dy[c] != nullptr, active && args.saved[c] != nullptr, dv[c],
+                     saved[c]);
       }
     };
 
@@ -325,7 +307,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
         float dots[C];
         float weight[V];
         float result[V];
-        receive(active, active && args.grad_in[others] != nullptr, x, grad);
+        ring.receive(active, active && args.grad_in[others] != nullptr, x, grad);
 #pragma unroll
         for (int i = 0; i < V; ++i) weight[i] = 1.0f;
         if (pre && active) norm_values(args.pre_slot, args.pre_weight, column, weight);
@@ -346,13 +328,12 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks)
           store_once(args.grad_out[others] + row + column, pack<T>(result));
         }
       }
-      take_deferred<T, C>(ring, stage, args.stages, shared, row_bytes, active, dv, args.deferred,
-                          sources, own_sums, first_column != 0);
+      take_deferred<T, C>(ring, active, dv, args.deferred, sources, own_sums, first_column != 0);
       for (int j = args.deferred; j < others; ++j) {
         uint4 x;
         uint4 grad;
         float dots[C];
-        receive(active, active && args.grad_in[j] != nullptr, x, grad);
+        ring.receive(active, active && args.grad_in[j] != nullptr, x, grad);
         grad = chain<T, C>(x, grad, dv, own_weights + j * kWaysPadded<C>, dots);
         if (active && args.grad_out[j] != nullptr) {
           store_once(args.grad_out[j] + row + column, grad);

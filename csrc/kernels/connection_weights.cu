@@ -169,7 +169,7 @@ int reduce_rows(int hidden) {
 }
 
 bool connection_weights_supported(const ConnectionWeightsShape& shape) {
-  WeightsDevice device;
+  Device device;
   if (!valid(shape) || current_device(device) != cudaSuccess) return false;
   const int bytes =
       std::max({forward_shared_bytes(shape.hidden), hidden_backward_shared_bytes(shape.outputs),
@@ -179,7 +179,7 @@ bool connection_weights_supported(const ConnectionWeightsShape& shape) {
 }
 
 cudaError_t input_backward_splits(const ConnectionWeightsShape& shape, int& splits) {
-  WeightsDevice device;
+  Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const int64_t columns = input_columns(shape.hidden);
@@ -199,7 +199,7 @@ cudaError_t launch_connection_weights_forward(const ConnectionWeightsForward& p,
   if (!aligned(p.x) || !aligned(p.w1) || !aligned(p.w2) || !aligned(p.hidden)) {
     return cudaErrorMisalignedAddress;
   }
-  WeightsDevice device;
+  Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   if (!p.plain && on_hopper(p.shape, device)) return weights_forward_hopper(p, device, stream);
@@ -214,7 +214,7 @@ cudaError_t launch_connection_weights_hidden_backward(const ConnectionWeightsHid
   if (!aligned(p.w2) || !aligned(p.hidden) || !aligned(p.grad_hidden) || !aligned(p.w2_partials)) {
     return cudaErrorMisalignedAddress;
   }
-  WeightsDevice device;
+  Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   return p.shape.dtype == DType::BFloat16
@@ -230,7 +230,7 @@ cudaError_t launch_connection_weights_input_backward(const ConnectionWeightsInpu
       !aligned(p.dx) || !aligned(p.w1_partials)) {
     return cudaErrorMisalignedAddress;
   }
-  WeightsDevice device;
+  Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   if (!p.plain && on_hopper(p.shape, device)) {
@@ -256,7 +256,7 @@ cudaError_t launch_connection_weights_reduce(const ConnectionWeightsReduce& p,
       p.w2_partials != nullptr ? sum_blocks(int64_t{s.outputs} * s.hidden, 4) : 0;
   const int64_t blocks = w1_blocks + w2_blocks + (p.dprior != nullptr ? sum_blocks(s.outputs) : 0);
   if (blocks == 0) return cudaSuccess;
-  WeightsDevice device;
+  Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const auto kernel =

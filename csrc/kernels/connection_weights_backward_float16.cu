@@ -3,7 +3,7 @@
 
 namespace muddformer::kernels {
 template cudaError_t weights_hidden_backward<__half>(const ConnectionWeightsHiddenBackward&,
-                                                     const WeightsDevice&, cudaStream_t);
+                                                     const Device&, cudaStream_t);
 template cudaError_t weights_input_backward<__half>(const ConnectionWeightsInputBackward&,
-                                                    const WeightsDevice&, cudaStream_t);
+                                                    const Device&, cudaStream_t);
 }  // namespace muddformer::kernels

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kWeightsThreads, forward_blocks(NT))
 }
 
 template <typename T, int NT, int CL>
-cudaError_t launch_forward_cluster(const ConnectionWeightsForward& p, const WeightsDevice& device,
+cudaError_t launch_forward_cluster(const ConnectionWeightsForward& p, const Device& device,
                                    cudaStream_t stream) {
   using Layout = ForwardLayout<NT, CL>;
   // Two blocks share a multiprocessor while K is small; 1 KB of each is the system's.
@@ -190,7 +190,7 @@ cudaError_t launch_forward_cluster(const ConnectionWeightsForward& p, const Weig
 }
 
 template <typename T, int NT>
-cudaError_t forward_of(const ConnectionWeightsForward& p, const WeightsDevice& device,
+cudaError_t forward_of(const ConnectionWeightsForward& p, const Device& device,
                        cudaStream_t stream) {
   const int cluster = forward_cluster(p, device);
   // The sums and GELU(h) of 128 rows of the widest tile are more than one block can hold.
@@ -202,7 +202,7 @@ cudaError_t forward_of(const ConnectionWeightsForward& p, const WeightsDevice& d
 }
 
 template <typename T>
-cudaError_t weights_forward(const ConnectionWeightsForward& p, const WeightsDevice& device,
+cudaError_t weights_forward(const ConnectionWeightsForward& p, const Device& device,
                             cudaStream_t stream) {
   switch (padded_hidden(p.shape.hidden) / 32) {
     case 2:

@@ -197,7 +197,7 @@ __device__ __forceinline__ void finish_forward(const ConnectionWeightsForward& p
 
 // Blocks a cluster, unless the caller has named them: as few as possible without leaving
 // multiprocessors idle. A round of blocks takes 1 / CL of the time.
-inline int forward_cluster(const ConnectionWeightsForward& p, const WeightsDevice& device) {
+inline int forward_cluster(const ConnectionWeightsForward& p, const Device& device) {
   if (!device.bulk_copy) return 1;  // clusters came with bulk copies
   if (p.cluster != 0) return p.cluster;
   const int64_t tiles = (p.shape.tokens + kForwardTokens - 1) / kForwardTokens;

@@ -1,6 +1,6 @@
 #include "connection_weights_forward.cuh"
 
 namespace muddformer::kernels {
-template cudaError_t weights_forward<__half>(const ConnectionWeightsForward&, const WeightsDevice&,
+template cudaError_t weights_forward<__half>(const ConnectionWeightsForward&, const Device&,
                                              cudaStream_t);
 }

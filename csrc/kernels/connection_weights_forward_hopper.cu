@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kWeightsThreads + 32, 1)
 }
 
 template <typename T, int NT, int CL>
-cudaError_t launch(const ConnectionWeightsForward& p, const WeightsDevice& device,
+cudaError_t launch(const ConnectionWeightsForward& p, const Device& device,
                    const Matrices& matrices, cudaStream_t stream) {
   using Layout = ForwardLayout<NT, CL>;
   constexpr int kOther = 1024 + static_cast<int>(sizeof(uint64_t)) * 2 * kStagesAtMost;
@@ -166,7 +166,7 @@ cudaError_t launch(const ConnectionWeightsForward& p, const WeightsDevice& devic
 }
 
 template <typename T, int NT>
-cudaError_t launch(const ConnectionWeightsForward& p, const WeightsDevice& device,
+cudaError_t launch(const ConnectionWeightsForward& p, const Device& device,
                    const Matrices& matrices, cudaStream_t stream) {
   switch (forward_cluster(p, device)) {
     case 1:
@@ -179,7 +179,7 @@ cudaError_t launch(const ConnectionWeightsForward& p, const WeightsDevice& devic
 }
 
 template <typename T>
-cudaError_t launch(const ConnectionWeightsForward& p, const WeightsDevice& device,
+cudaError_t launch(const ConnectionWeightsForward& p, const Device& device,
                    const Matrices& matrices, cudaStream_t stream) {
   switch (padded_hidden(p.shape.hidden) / 64) {
     case 1:
@@ -193,7 +193,7 @@ cudaError_t launch(const ConnectionWeightsForward& p, const WeightsDevice& devic
 
 }  // namespace
 
-cudaError_t weights_forward_hopper(const ConnectionWeightsForward& p, const WeightsDevice& device,
+cudaError_t weights_forward_hopper(const ConnectionWeightsForward& p, const Device& device,
                                    cudaStream_t stream) {
   const ConnectionWeightsShape& s = p.shape;
   Matrices matrices{};

@@ -329,8 +329,8 @@ __global__ void __launch_bounds__(kWeightsThreads, 3)
 }
 
 template <typename T, int CL>
-cudaError_t hidden_backward_of(const ConnectionWeightsHiddenBackward& p,
-                               const WeightsDevice& device, cudaStream_t stream) {
+cudaError_t hidden_backward_of(const ConnectionWeightsHiddenBackward& p, const Device& device,
+                               cudaStream_t stream) {
   const int slabs = padded_hidden(p.shape.hidden) / kSlab;
   const bool whole_words = p.weights == nullptr && p.shape.outputs % 4 == 0 &&
                            reinterpret_cast<uintptr_t>(p.grad_weights) % 8 == 0;
@@ -340,8 +340,8 @@ cudaError_t hidden_backward_of(const ConnectionWeightsHiddenBackward& p,
 }
 
 template <typename T>
-cudaError_t weights_hidden_backward(const ConnectionWeightsHiddenBackward& p,
-                                    const WeightsDevice& device, cudaStream_t stream) {
+cudaError_t weights_hidden_backward(const ConnectionWeightsHiddenBackward& p, const Device& device,
+                                    cudaStream_t stream) {
   return device.bulk_copy ? hidden_backward_of<T, kHiddenCluster>(p, device, stream)
                           : hidden_backward_of<T, 1>(p, device, stream);
 }

@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kWeightsThreads)
 }
 
 template <typename T, int NT, int BD>
-cudaError_t input_backward_of(const ConnectionWeightsInputBackward& p, const WeightsDevice& device,
+cudaError_t input_backward_of(const ConnectionWeightsInputBackward& p, const Device& device,
                               cudaStream_t stream) {
   using Layout = InputLayout<NT, BD>;
   int stages = 4;
@@ -277,8 +277,8 @@ cudaError_t input_backward_of(const ConnectionWeightsInputBackward& p, const Wei
 }
 
 template <typename T>
-cudaError_t weights_input_backward(const ConnectionWeightsInputBackward& p,
-                                   const WeightsDevice& device, cudaStream_t stream) {
+cudaError_t weights_input_backward(const ConnectionWeightsInputBackward& p, const Device& device,
+                                   cudaStream_t stream) {
   switch (padded_hidden(p.shape.hidden) / 32) {
     case 2:
       return input_backward_of<T, 2, input_columns(64)>(p, device, stream);

@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kConsumers + 32, 1)
 }
 
 template <typename T, int KB>
-cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice& device,
+cudaError_t launch(const ConnectionWeightsInputBackward& p, const Device& device,
                    const Matrices& matrices, cudaStream_t stream) {
   int stages = kStagesAtMost;
   while (InputHopperLayout<KB>::bytes(stages) + static_cast<int>(sizeof(uint64_t)) * 16 >
@@ -299,7 +299,7 @@ cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice&
 }
 
 template <typename T>
-cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice& device,
+cudaError_t launch(const ConnectionWeightsInputBackward& p, const Device& device,
                    const Matrices& matrices, cudaStream_t stream) {
   switch (padded_hidden(p.shape.hidden) / 64) {
     case 1:
@@ -313,7 +313,7 @@ cudaError_t launch(const ConnectionWeightsInputBackward& p, const WeightsDevice&
 
 }  // namespace
 
-bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device) {
+bool on_hopper(const ConnectionWeightsShape& shape, const Device& device) {
 #ifdef MUDDFORMER_SM90A
   constexpr bool kBuilt = true;
 #else
@@ -323,12 +323,12 @@ bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device)
          shape.tokens <= INT_MAX - kTokens;
 }
 
-int input_blocks(const ConnectionWeightsShape& shape, const WeightsDevice& device) {
+int input_blocks(const ConnectionWeightsShape& shape, const Device& device) {
   return on_hopper(shape, device) ? kBlocks : 1;
 }
 
 cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& p,
-                                          const WeightsDevice& device, cudaStream_t stream) {
+                                          const Device& device, cudaStream_t stream) {
   const ConnectionWeightsShape& s = p.shape;
   Matrices matrices{};
   cudaError_t error = describe_matrix(matrices.x, s.dtype, p.x, s.tokens, s.dim);

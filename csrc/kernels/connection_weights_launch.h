@@ -11,27 +11,6 @@
 
 namespace muddformer::kernels {
 
-struct WeightsDevice : Device {
-  int shared_bytes;  // that a block may have when it asks for it
-  bool hopper;       // compute capability 9.0, which has instructions of its own
-};
-
-inline cudaError_t current_device(WeightsDevice& device) {
-  int index = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) error = current_device(static_cast<Device&>(device));
-  if (error == cudaSuccess) error = shared_memory_limit(device.shared_bytes);
-  int major = 0, minor = 0;
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-  }
-  device.hopper = major == 9 && minor == 0;
-  return error;
-}
-
 // K as the kernels pad it, with rows of zeros.
 constexpr int padded_hidden(int hidden) {
   return (hidden + 63) / 64 * 64;
@@ -40,7 +19,7 @@ constexpr int padded_hidden(int hidden) {
 // Launches blocks with as much shared memory as they need, in clusters. On devices that can, they
 // come while the kernel before may still run: each kernel calls wait_for_kernel_before() first.
 template <typename... Parameters, typename... Args>
-cudaError_t launch_wide(void (*kernel)(Parameters...), const WeightsDevice& device, int64_t blocks,
+cudaError_t launch_wide(void (*kernel)(Parameters...), const Device& device, int64_t blocks,
                         int cluster, int threads, int shared_bytes, cudaStream_t stream,
                         const Args&... args) {
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
@@ -63,23 +42,23 @@ cudaError_t launch_wide(void (*kernel)(Parameters...), const WeightsDevice& devi
 }
 
 template <typename T>
-cudaError_t weights_forward(const ConnectionWeightsForward& p, const WeightsDevice& device,
+cudaError_t weights_forward(const ConnectionWeightsForward& p, const Device& device,
                             cudaStream_t stream);
 template <typename T>
-cudaError_t weights_hidden_backward(const ConnectionWeightsHiddenBackward& p,
-                                    const WeightsDevice& device, cudaStream_t stream);
+cudaError_t weights_hidden_backward(const ConnectionWeightsHiddenBackward& p, const Device& device,
+                                    cudaStream_t stream);
 template <typename T>
-cudaError_t weights_input_backward(const ConnectionWeightsInputBackward& p,
-                                   const WeightsDevice& device, cudaStream_t stream);
+cudaError_t weights_input_backward(const ConnectionWeightsInputBackward& p, const Device& device,
+                                   cudaStream_t stream);
 
 // The same with the instructions of Hopper, for the shapes and devices that these take.
-bool on_hopper(const ConnectionWeightsShape& shape, const WeightsDevice& device);
-cudaError_t weights_forward_hopper(const ConnectionWeightsForward& p, const WeightsDevice& device,
+bool on_hopper(const ConnectionWeightsShape& shape, const Device& device);
+cudaError_t weights_forward_hopper(const ConnectionWeightsForward& p, const Device& device,
                                    cudaStream_t stream);
 cudaError_t weights_input_backward_hopper(const ConnectionWeightsInputBackward& p,
-                                          const WeightsDevice& device, cudaStream_t stream);
+                                          const Device& device, cudaStream_t stream);
 // Blocks that share a split of the tokens in the input's backward.
-int input_blocks(const ConnectionWeightsShape& shape, const WeightsDevice& device);
+int input_blocks(const ConnectionWeightsShape& shape, const Device& device);
 
 // The hidden rows' backward: tokens and columns of K of a block, and blocks whose tokens are added
 // up before they leave the chip.

@@ -10,10 +10,9 @@
 // start from. A warp has one token and 256 of its columns: dV and 16 rows of G at a time lie in its
 // own part of shared memory, so that the memory sees rows of 512 bytes; the sums take G's place
 // there and leave as whole rows. Warps wait for nobody else. The next 16 rows are under way
-// meanwhile. More than 16 factors or 64 sources take several launches.
+// meanwhile in a second buffer. More than 16 factors or 64 sources take several launches.
 #include "aggregate_checks.h"
 #include "deferred_flush.h"
-#include "device.h"
 #include "tensor_core.cuh"
 #include "vector.cuh"
 
@@ -28,11 +27,12 @@ constexpr int kRowBytes = 2 * kColumns;
 constexpr int kTileBytes = 16 * kRowBytes;
 constexpr int kWeightsRowBytes = 2 * kSources;
 constexpr int kWeightsBytes = kFactors * kWeightsRowBytes;
-constexpr int kWarps = 4;
+constexpr int kWarps = 2;
 
-// Shared memory of a warp.
-__host__ __device__ constexpr int warp_bytes(int buffers) {
-  return kWeightsBytes + (1 + buffers) * kTileBytes;
+// Shared memory of a warp. What counts is how many warps a multiprocessor has room for: eight rows
+// less are 2 more.
+__host__ __device__ constexpr int warp_bytes(int rows) {
+  return kWeightsBytes + kTileBytes + rows * kRowBytes;
 }
 
 template <typename T>
@@ -47,7 +47,7 @@ struct FlushArgs {
   int dim;
   int sources;
   int factors;
-  int buffers;
+  int rows;  // of G in shared memory: 8, 16, or with a second buffer 24 or 32
 };
 
 // The weights of a token as a tile [factor][source], zeros where there are none. All are under way
@@ -69,9 +69,10 @@ __device__ __forceinline__ void bring_weights(const FlushArgs<T>& args, unsigned
   }
 }
 
-// Adds the products to a tile of G, in place. A lane changes the words that it reads.
+// Adds the products to a tile of G, in place; half a tile has 8 rows. A lane changes the words that
+// it reads.
 template <typename T>
-__device__ __forceinline__ void add_products(unsigned char* tile, uint32_t factors,
+__device__ __forceinline__ void add_products(unsigned char* tile, bool half_tile, uint32_t factors,
                                              const uint32_t (&a)[4]) {
   const int lane = threadIdx.x % 32;
   const int row = lane / 4;
@@ -84,12 +85,12 @@ __device__ __forceinline__ void add_products(unsigned char* tile, uint32_t facto
       auto* upper =
           reinterpret_cast<uint32_t*>(tile + swizzled(row, chunk + half, kRowBytes) + lane % 4 * 4);
       uint32_t* lower = upper + 8 * kRowBytes / 4;
-      float sums[4];
+      float sums[4] = {};
       unpack_word<T>(*upper, sums);
-      unpack_word<T>(*lower, sums + 2);
+      if (!half_tile) unpack_word<T>(*lower, sums + 2);
       multiply_add<T>(sums, a, b[2 * half], b[2 * half + 1]);
       *upper = pack_word<T>(sums);
-      *lower = pack_word<T>(sums + 2);
+      if (!half_tile) *lower = pack_word<T>(sums + 2);
     }
   }
 }
@@ -107,9 +108,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int64_t place = token * args.dim + column;
   const bool active = column < args.dim;
 
-  unsigned char* const factors = shared + warp * warp_bytes(args.buffers);
+  unsigned char* const factors = shared + warp * warp_bytes(args.rows);
   unsigned char* const tiles = factors + kTileBytes;
-  unsigned char* const weights = tiles + args.buffers * kTileBytes;
+  unsigned char* const weights = tiles + args.rows * kRowBytes;
   const uint32_t factors_at = address_in_shared(factors);
   const uint32_t weights_at = address_in_shared(weights);
 
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   int buffer = 0;
   for (int first = 0; first < args.sources; first += kTile) {
-    const bool ahead = args.buffers == 2 && first + kTile < args.sources;
+    const bool ahead = first + kTile < args.sources;
     if (ahead) {
       request_tile(first + kTile, buffer ^ 1);
       copy_wait<1>();
@@ -145,19 +146,15 @@ __global__ void __launch_bounds__(32 * kWarps)
     unsigned char* const tile = tiles + buffer * kTileBytes;
     uint32_t a[4];
     load_left_transposed(a, weights_at, first / 8, 0, kWeightsRowBytes);
-    add_products<T>(tile, factors_at, a);
-    __syncwarp();
     const int rows = min(kTile, args.sources - first);
+    add_products<T>(tile, rows <= kTile / 2, factors_at, a);
+    __syncwarp();
     for (int i = 0; active && i < rows; ++i) {
       store_once(args.grad_out[first + i] + place,
                  *reinterpret_cast<const uint4*>(tile + swizzled(i, lane, kRowBytes)));
     }
     __syncwarp();  // before this buffer is filled again
-    if (ahead) {
-      buffer ^= 1;
-    } else if (first + kTile < args.sources) {
-      request_tile(first + kTile, buffer);
-    }
+    if (ahead) buffer ^= 1;
   }
 }
 
@@ -181,13 +178,10 @@ cudaError_t flush(const DeferredFlush& p, const void* const* grad_in, int first_
   args.dim = static_cast<int>(p.dim);
   args.chunks = (args.dim + kColumns - 1) / kColumns;
   args.items = p.tokens * args.chunks;
-  int limit = 0;
-  cudaError_t error = shared_memory_limit(limit);
-  if (error != cudaSuccess) return error;
-  args.buffers = args.sources > kTile && kWarps * warp_bytes(2) <= limit ? 2 : 1;
-  const int shared_bytes = kWarps * warp_bytes(args.buffers);
-  error = cudaFuncSetAttribute(flush_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               shared_bytes);
+  args.rows = std::min((args.sources + 7) / 8 * 8, 2 * kTile);
+  const int shared_bytes = kWarps * warp_bytes(args.rows);
+  const cudaError_t error = cudaFuncSetAttribute(
+      flush_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   const auto blocks = static_cast<unsigned>((args.items + kWarps - 1) / kWarps);
   flush_kernel<T><<<blocks, 32 * kWarps, shared_bytes, stream>>>(args);

@@ -1,5 +1,6 @@
 // The properties of the current device. See device.h.
 #include <atomic>
+#include <cstdint>
 
 #include "device.h"
 
@@ -14,15 +15,21 @@ __global__ void probe() {}
 constexpr int kMaxDevices = 64;
 
 cudaError_t query(int index, Device& device) {
+  const auto attribute = [&](cudaDeviceAttr which, int& value) {
+    return cudaDeviceGetAttribute(&value, which, index);
+  };
   int major = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  }
+  int minor = 0;
   cudaFuncAttributes code{};
+  cudaError_t error = attribute(cudaDevAttrMultiProcessorCount, device.multiprocessors);
+  if (error == cudaSuccess) {
+    error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_bytes);
+  }
+  if (error == cudaSuccess) error = attribute(cudaDevAttrComputeCapabilityMajor, major);
+  if (error == cudaSuccess) error = attribute(cudaDevAttrComputeCapabilityMinor, minor);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, probe);
   device.bulk_copy = major >= 9 && code.ptxVersion >= 90;
+  device.hopper = major == 9 && minor == 0;
   return error;
 }
 
@@ -30,28 +37,25 @@ cudaError_t query(int index, Device& device) {
 
 cudaError_t current_device(Device& device) {
   // One word per device, zero until known: threads that come at the same time store the same word.
-  static std::atomic<unsigned> known[kMaxDevices];
+  static std::atomic<uint64_t> known[kMaxDevices];
   int index = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error != cudaSuccess) return error;
   if (index >= kMaxDevices) return query(index, device);
-  unsigned word = known[index].load(std::memory_order_relaxed);
+  uint64_t word = known[index].load(std::memory_order_relaxed);
   if (word == 0) {
     error = query(index, device);
     if (error != cudaSuccess) return error;
-    word = 2u * static_cast<unsigned>(device.multiprocessors) + (device.bulk_copy ? 1 : 0);
+    word = static_cast<uint64_t>(device.multiprocessors) << 32 |
+           static_cast<uint64_t>(device.shared_bytes) << 2 | (device.bulk_copy ? 2 : 0) |
+           (device.hopper ? 1 : 0);
     known[index].store(word, std::memory_order_relaxed);
   }
-  device.multiprocessors = static_cast<int>(word / 2);
-  device.bulk_copy = word % 2 != 0;
+  device.multiprocessors = static_cast<int>(word >> 32);
+  device.shared_bytes = static_cast<int>((word & 0xffffffff) >> 2);
+  device.bulk_copy = (word & 2) != 0;
+  device.hopper = (word & 1) != 0;
   return cudaSuccess;
-}
-
-cudaError_t shared_memory_limit(int& bytes) {
-  int index = 0;
-  const cudaError_t error = cudaGetDevice(&index);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
 }
 
 }  // namespace muddformer::kernels

@@ -7,12 +7,11 @@ namespace muddformer::kernels {
 
 struct Device {
   int multiprocessors;
-  bool bulk_copy;  // compute capability 9.0 or later, and this binary holds code for it
+  int shared_bytes;  // that a block can have when it asks for them
+  bool bulk_copy;    // compute capability 9.0 or later, and this binary holds code for it
+  bool hopper;       // compute capability 9.0, which has instructions of its own
 };
 
 cudaError_t current_device(Device& device);
-
-// Bytes of shared memory that a block on the current device can have when it asks for them.
-cudaError_t shared_memory_limit(int& bytes);
 
 }  // namespace muddformer::kernels
