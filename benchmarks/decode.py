@@ -92,6 +92,7 @@ def measure(args: Any, batch: int, norm: str, device: torch.device, copy_speed: 
     ]
     hiddens = [make(batch, 1, width) for _ in range(sources)]
     exact = step([x.double() for x in hiddens], {k: cast(v) for k, v in layers[0].items()})
+    torch._dynamo.reset()
     forms = {
         "eager": eager,
         "compile": torch.compile(eager, fullgraph=True, dynamic=False),

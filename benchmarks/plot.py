@@ -92,7 +92,7 @@ def kind_bars(name: str) -> None:
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.4), constrained_layout=True, squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         found = [r for r in rows if (r["model"], r["batch"]) == model]
-        found = [r for r in found if max(float(r["plain_ms"]), float(r["mudd_ms"])) >= 0.005][::-1]
+        found = [r for r in found if max(abs(float(r[k])) for k in ("plain_ms", "mudd_ms")) >= 0.005][::-1]
         more = [float(r["difference_ms"]) for r in found]
         drawn = axis.barh([r["category"] for r in found], more, color=["#2e7d32" if x > 0 else "#6fa8dc" for x in more])
         axis.bar_label(drawn, [f"{x:+.2f}" for x in more], fontsize=6.5, padding=2)
