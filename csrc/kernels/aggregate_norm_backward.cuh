@@ -39,9 +39,9 @@ struct TokenBarriers {
   uint64_t sums[2];     // the dot products are there, and the weights are not read any more
 };
 
-// Which blocks a kernel is for: those with norm weights too small to divide by, those without, any.
-// A path that is never taken still costs the others registers, so that two kernels are faster, one
-// of which ends at once.
+// Which norm weights a kernel is for: any, some too small to divide by, none too small. The path
+// for small weights costs registers even where it is not taken. With kNewest, where they are short,
+// two kernels are launched instead of one, of which one ends at once.
 enum class Remake { Any, Some, None };
 
 // kNewest: the last source has more to its gradient.

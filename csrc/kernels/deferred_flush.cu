@@ -29,8 +29,8 @@ constexpr int kWeightsRowBytes = 2 * kSources;
 constexpr int kWeightsBytes = kFactors * kWeightsRowBytes;
 constexpr int kWarps = 2;
 
-// Shared memory of a warp. What counts is how many warps a multiprocessor has room for: eight rows
-// less are 2 more.
+// Shared memory of a warp. What counts is how many warps a multiprocessor has room for: on an H100
+// eight rows less are 2 more.
 __host__ __device__ constexpr int warp_bytes(int rows) {
   return kWeightsBytes + kTileBytes + rows * kRowBytes;
 }
@@ -179,12 +179,11 @@ cudaError_t flush(const DeferredFlush& p, const void* const* grad_in, int first_
   args.chunks = (args.dim + kColumns - 1) / kColumns;
   args.items = p.tokens * args.chunks;
   args.rows = std::min((args.sources + 7) / 8 * 8, 2 * kTile);
-  const int shared_bytes = kWarps * warp_bytes(args.rows);
   const cudaError_t error = cudaFuncSetAttribute(
-      flush_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      flush_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kWarps * warp_bytes(2 * kTile));
   if (error != cudaSuccess) return error;
   const auto blocks = static_cast<unsigned>((args.items + kWarps - 1) / kWarps);
-  flush_kernel<T><<<blocks, 32 * kWarps, shared_bytes, stream>>>(args);
+  flush_kernel<T><<<blocks, 32 * kWarps, kWarps * warp_bytes(args.rows), stream>>>(args);
   return cudaGetLastError();
 }
 

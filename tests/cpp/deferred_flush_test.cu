@@ -113,7 +113,7 @@ TYPED_TEST(FlushOf, EveryWidth) {
 }
 
 TYPED_TEST(FlushOf, EveryNumberOfSourcesAndFactors) {
-  for (const int sources : {1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 130}) {
+  for (const int sources : {1, 2, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 63, 64, 65, 130}) {
     for (const int factors : {1, 3, 13, 16, 17, 40}) {
       ASSERT_NO_FATAL_FAILURE(check_flush<TypeParam>({3, 264, sources, factors}));
     }
