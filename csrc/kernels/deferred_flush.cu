@@ -133,10 +133,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   request_tile(0, 0);
   bring_weights(args, weights, token);
 
-  int buffer = 0;
-  for (int first = 0; first < args.sources; first += kTile) {
-    const bool ahead = first + kTile < args.sources;
-    if (ahead) {
+  for (int first = 0, buffer = 0; first < args.sources; first += kTile, buffer ^= 1) {
+    if (first + kTile < args.sources) {
       request_tile(first + kTile, buffer ^ 1);
       copy_wait<1>();
     } else {
@@ -154,7 +152,6 @@ __global__ void __launch_bounds__(32 * kWarps)
                  *reinterpret_cast<const uint4*>(tile + swizzled(i, lane, kRowBytes)));
     }
     __syncwarp();  // before this buffer is filled again
-    if (ahead) buffer ^= 1;
   }
 }
 

@@ -97,14 +97,12 @@ struct Limits {
 };
 
 template <typename Kernel>
-cudaError_t find_limits(Kernel kernel, int device, Limits& limits) {
-  cudaError_t error =
-      cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
+cudaError_t find_limits(Kernel kernel, const Device& device, Limits& limits) {
   cudaFuncAttributes code{};
-  error = cudaFuncGetAttributes(&code, kernel);
+  cudaError_t error = cudaFuncGetAttributes(&code, kernel);
   if (error != cudaSuccess) return error;
-  limits.shared -= static_cast<int>(code.sharedSizeBytes);  // what the barriers take
+  // The barriers take the rest.
+  limits.shared = device.shared_bytes - static_cast<int>(code.sharedSizeBytes);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
   if (error != cudaSuccess) return error;
   Launch launch;
@@ -124,24 +122,24 @@ cudaError_t find_limits(Kernel kernel, int device, Limits& limits) {
 }
 
 template <typename T, int kTokens>
-cudaError_t step_limits(Limits& limits) {
+cudaError_t step_limits(const Device& device, Limits& limits) {
   // One word per device, zero until known: threads that come at the same time store the same word.
   static std::atomic<uint64_t> known[kMaxDevices];
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
   if (error != cudaSuccess) return error;
-  const uint64_t word = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  const uint64_t word = index < kMaxDevices ? known[index].load(std::memory_order_relaxed) : 0;
   if (word != 0) {
     limits = {static_cast<int>(word & 0xffff), static_cast<int>(word >> 16 & 0xffff),
               static_cast<int>(word >> 32)};
     return cudaSuccess;
   }
   error = find_limits(aggregation_step<T, kTokens>, device, limits);
-  if (error != cudaSuccess || device >= kMaxDevices) return error;
-  known[device].store(static_cast<uint64_t>(limits.shared) << 32 |
-                          static_cast<uint64_t>(limits.small) << 16 |
-                          static_cast<uint64_t>(limits.large),
-                      std::memory_order_relaxed);
+  if (error != cudaSuccess || index >= kMaxDevices) return error;
+  known[index].store(static_cast<uint64_t>(limits.shared) << 32 |
+                         static_cast<uint64_t>(limits.small) << 16 |
+                         static_cast<uint64_t>(limits.large),
+                     std::memory_order_relaxed);
   return cudaSuccess;
 }
 
@@ -167,17 +165,17 @@ cudaError_t launch(const AggregationStep& p, const Limits& limits, cudaStream_t 
 // Several tokens to a cluster read W1 once for all of them, but take longer: only where clusters of
 // fewer tokens could not run side by side.
 template <typename T>
-cudaError_t launch_tokens(const AggregationStep& p, cudaStream_t stream) {
+cudaError_t launch_tokens(const AggregationStep& p, const Device& device, cudaStream_t stream) {
   if (!possible(p, kVector<T>)) return cudaErrorNotSupported;
   Limits limits;
-  cudaError_t error = step_limits<T, 1>(limits);
+  cudaError_t error = step_limits<T, 1>(device, limits);
   if (error != cudaSuccess) return error;
   if (limits.small == 0) return cudaErrorNotSupported;  // no cluster fits
   if (p.tokens <= limits.small) return launch<T, 1>(p, limits, stream);
-  error = step_limits<T, 2>(limits);
+  error = step_limits<T, 2>(device, limits);
   if (error != cudaSuccess) return error;
   if (p.tokens <= 2 * limits.small) return launch<T, 2>(p, limits, stream);
-  error = step_limits<T, 4>(limits);
+  error = step_limits<T, 4>(device, limits);
   return error != cudaSuccess ? error : launch<T, 4>(p, limits, stream);
 }
 
@@ -192,11 +190,11 @@ cudaError_t launch_aggregation_step(const AggregationStep& p, cudaStream_t strea
   if (!device.bulk_copy) return cudaErrorNotSupported;
   switch (p.dtype) {
     case DType::Float32:
-      return launch_tokens<float>(p, stream);
+      return launch_tokens<float>(p, device, stream);
     case DType::BFloat16:
-      return launch_tokens<__nv_bfloat16>(p, stream);
+      return launch_tokens<__nv_bfloat16>(p, device, stream);
     case DType::Float16:
-      return launch_tokens<__half>(p, stream);
+      return launch_tokens<__half>(p, device, stream);
     case DType::Float64:
       return cudaErrorNotSupported;
   }
