@@ -21,348 +21,317 @@
 // dV_c is written where it is asked for: the factors of the deferred sources (deferred_flush.h).
 //
 // Work is split as in aggregate_backward.cuh, but the blocks stay and walk over the tokens: each
-// keeps the sums over its tokens for these and dbias in shared memory, every thread those of its
+// keeps the sums over its tokens for dweight and dbias in shared memory, every thread those of its
 // own columns. They are added over the blocks, in fixed order, by sum_partials (aggregate_norm.cu).
-// A stage of the ring holds X_j and G_j, or dY_c and Y_c. Two more warps keep waiting out of the
-// consumers' way: the producer of the ring, and a helper that brings the weights of the next token
-// and adds up the dot products of the last.
+//
+// A stage of the ring holds X_j and G_j. dY_c and Y_c of all ways have a place of their own, where
+// dV_c takes the place of dY_c: the loops over the ways are not unrolled, which keeps both the code
+// and the registers of a thread small.
 #pragma once
 
-#include "aggregate_norm_launch.h"
-#include "aggregate_norm_partial.cuh"
+#include "aggregate_norm_block.cuh"
 
 namespace muddformer::kernels {
 
-// What the warps tell each other about the two tokens under way.
-struct TokenBarriers {
-  uint64_t weights[2];  // the weights and statistics have come
-  uint64_t sums[2];     // the dot products are there, and the weights are not read any more
-};
-
-// Which norm weights a kernel is for: any, some too small to divide by, none too small. The path
-// for small weights costs registers even where it is not taken. With kNewest, where they are short,
-// two kernels are launched instead of one, of which one ends at once.
-enum class Remake { Any, Some, None };
+#if __CUDA_ARCH__ >= 900
 
 // kNewest: the last source has more to its gradient.
-template <typename T, int C, bool kNewest, Remake kRemake>
-__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
-    backward_norm_ring(const __grid_constant__ BackwardNormArgs<T, C> args) {
-#if __CUDA_ARCH__ >= 900
-  constexpr int V = kVector<T>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ RingBarriers barriers;
-  __shared__ TokenBarriers tokens;
-  __shared__ float scratch[2][3][kMaxConsumers / 32 * C];  // of two tokens
-  __shared__ float statistics[2][2 * (C + 1)];
-  const int consumers = blockDim.x - 64;
-  const int row_bytes = consumers * 16;
-  const int stage_bytes = 2 * row_bytes;
-  const int chunk = consumers * V;
-  const bool one_chunk = args.dim <= chunk;
-  const int sources = args.sources;
-  const bool pre = kNewest && args.pre_weight != nullptr;
-  const int others = sources - (kNewest ? 1 : 0);
-  const int norm_floats = args.slots * args.dim;
-  const int weights_size = sources * kWaysPadded<C>;
-  const int sums_size = consumers / 32 * C * sources;
-  float* partial = reinterpret_cast<float*>(shared + args.stages * stage_bytes);
-  float* norms = partial + norm_floats;
-  // With a pre weight and more than one chunk: the last source's gradient, but for its part along
-  // n.
-  float* held = norms + (args.shared_norms ? norm_floats : 0);
-  float* weights = held + (pre && !one_chunk ? args.dim : 0);  // of two tokens
-  float* sums = weights + 2 * weights_size;                    // of two tokens
-  // For every vector of a row, the ways that ways_to_remake() finds there.
-  auto* to_remake = reinterpret_cast<unsigned char*>(sums + 2 * sums_size);
+template <typename T, int C, bool kNewest>
+class NormConsumer : NormBlock<T, C, kNewest> {
+  using Base = NormBlock<T, C, kNewest>;
 
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  if (static_cast<int>(threadIdx.x) == consumers) {
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&tokens.weights[i], 32);
-      barrier_init(&tokens.sums[i], consumers);
-    }
-    ring_init(barriers, args.stages, consumers);
-  }
-  bool some = false;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < args.dim / V; i += blockDim.x) {
-    to_remake[i] = ways_to_remake<T, C>(args, i * V);
-    some |= to_remake[i] != 0;
-  }
-  if (kRemake != Remake::Any && (__syncthreads_or(some) != 0) != (kRemake == Remake::Some)) return;
-#pragma unroll 1
-  for (int c = 0; c < C; ++c) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < args.dim; i += blockDim.x) {
-      const int place = partial_place<T>(i, args.dim);
-      if (args.norm_weight[c] != nullptr) {
-        const int at = args.weight_slot[c] * args.dim + place;
-        partial[at] = 0.0f;
-        if (args.shared_norms) norms[at] = norm_entry<T>(args.norm_weight[c], args.wide, i);
-      }
-      if (args.norm_bias[c] != nullptr) {
-        const int at = args.bias_slot[c] * args.dim + place;
-        partial[at] = 0.0f;
-        if (args.shared_norms) norms[at] = norm_entry<T>(args.norm_bias[c], args.wide, i);
-      }
-    }
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x; pre && i < args.dim; i += blockDim.x) {
-    const int at = args.pre_slot * args.dim + partial_place<T>(i, args.dim);
-    partial[at] = 0.0f;
-    if (args.shared_norms) norms[at] = norm_entry<T>(args.pre_weight, args.wide, i);
-  }
-  __syncthreads();
-
-  PairRing ring{barriers, shared, row_bytes, args.stages};
-  if (warp == consumers / 32) {
-    if (lane != 0) return;
-    for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
-      const int64_t row = token * args.dim;
-      const auto request_ways = [&](int column) {
-        const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
-#pragma unroll 1
-        for (int c = 0; c < C; ++c) {
-          ring.request(args.dy[c] != nullptr ? args.dy[c] + row + column : nullptr,
-                       args.saved[c] != nullptr ? args.saved[c] + row + column : nullptr, bytes);
-        }
-      };
-#pragma unroll 1
-      for (int column = 0; column < args.dim; column += chunk) request_ways(column);
-#pragma unroll 1
-      for (int column = 0; column < args.dim; column += chunk) {
-        const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
-        if (!one_chunk) request_ways(column);
-        const auto source = [&](int j) { return args.x[j] + token * args.x_stride[j] + column; };
-        const auto request_source = [&](int j) {
-          ring.request(source(j),
-                       args.grad_in[j] != nullptr ? args.grad_in[j] + row + column : nullptr,
-                       bytes);
-        };
-        if (kNewest) request_source(others);
-#pragma unroll 1
-        for (int j = 0; j < args.deferred; j += 2) {
-          ring.request(source(j), j + 1 < args.deferred ? source(j + 1) : nullptr, bytes);
-        }
-#pragma unroll 1
-        for (int j = args.deferred; j < others; ++j) request_source(j);
-      }
-    }
-    return;
-  }
-
-  if (warp > consumers / 32) {
-    const auto bring = [&](int64_t token, int buffer) {
-      const T* w = args.w + token * args.w_stride;
-#pragma unroll 1
-      for (int j = lane; j < sources; j += 32) {
+ public:
+  __device__ __forceinline__ NormConsumer(const BackwardNormArgs<T, C>& arguments,
+                                          NormShared<C>& block_shared, unsigned char* memory)
+      : Base(arguments, block_shared, memory), scale(1.0f / static_cast<float>(args.dim)) {
 #pragma unroll
-        for (int c = 0; c < C; ++c) {
-          weights[buffer * weights_size + j * kWaysPadded<C> + c] =
-              widen(w[c * args.way_stride + j]);
-        }
-      }
-      if (lane < (pre ? 2 * (C + 1) : 2 * C)) {
-        statistics[buffer][lane] = args.statistics[lane * args.tokens + token];
-      }
-      barrier_arrive(&tokens.weights[buffer]);
-    };
-    RingPlace buffer;
-    bring(blockIdx.x, 0);
-    for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
-      const int64_t next = token + gridDim.x;
-      if (next < args.tokens) bring(next, buffer.index ^ 1);
-      barrier_wait(&tokens.sums[buffer.index], buffer.phase);
-      store_dw<T, C>(args, token, sums + buffer.index * sums_size, consumers / 32, lane, 32);
-      buffer.advance(2);
+    for (int c = 0; c < C; ++c) {
+      form |= (args.dy[c] != nullptr ? 1u : 0u) << c;
+      form |= (args.saved[c] != nullptr ? 1u : 0u) << (4 + c);
+      form |= (args.norm_bias[c] != nullptr ? 1u : 0u) << (8 + c);
+      slots |= (args.weight_slot[c] & 15u) << (4 * c);
+      slots |= (args.bias_slot[c] & 15u) << (16 + 4 * c);
     }
-    return;
   }
 
+  __device__ __forceinline__ void run() {
+    this->start();
+    const int warp = threadIdx.x / 32;
+    if (warp < consumers / 32) {
+      consume();
+    } else if (warp > consumers / 32) {
+      this->help();
+    } else if (threadIdx.x % 32 == 0) {
+      this->produce();
+    }
+  }
+
+ private:
+  using Base::args, Base::chunk, Base::consumers, Base::held, Base::norms, Base::one_chunk,
+      Base::others, Base::own, Base::partial, Base::pre, Base::ring, Base::row_bytes, Base::V;
+
+  // Of way c: whether there is dY, whether it is normed, whether it has a bias; and the places of
+  // its weight and bias among the slots. Bits, since loads of indexed parameters are slow.
+  __device__ __forceinline__ bool given(int c) const { return (form >> c & 1) != 0; }
+  __device__ __forceinline__ bool normed(int c) const { return (form >> (4 + c) & 1) != 0; }
+  __device__ __forceinline__ bool biased(int c) const { return (form >> (8 + c) & 1) != 0; }
+  __device__ __forceinline__ bool is_post(int c) const {
+    return kNewest && args.post && c == C - 1;
+  }
+  __device__ __forceinline__ int weight_slot(int c) const { return slots >> (4 * c) & 15; }
+  __device__ __forceinline__ int bias_slot(int c) const { return slots >> (16 + 4 * c) & 15; }
+
+  // This thread's vector of dY_c (0), later dV_c, or of Y_c (1).
+  __device__ __forceinline__ uint4* way(int c, int which) const {
+    return reinterpret_cast<uint4*>(this->ways + (2 * c + which) * row_bytes) + threadIdx.x;
+  }
+  __device__ __forceinline__ void receive_ways() {
+    barrier_wait(&own.ways_full, ways_phase);
+    ways_phase ^= 1;
+  }
+  // m and r of the ways, then of the last source.
+  __device__ __forceinline__ const float* means(int buffer) const {
+    return own.statistics[buffer];
+  }
+  __device__ __forceinline__ const float* factors(int buffer) const {
+    return own.statistics[buffer] + (pre ? C + 1 : C);
+  }
+  __device__ __forceinline__ const float* own_weights(int buffer) const {
+    return this->weights + buffer * this->weights_size();
+  }
   // A vector of a norm's weight or bias.
-  const auto norm_values = [&](int slot, const void* from, int column, float (&to)[V]) {
-    if (!args.shared_norms) {
+  __device__ __forceinline__ void norm_values(int slot, const void* const& from, int column,
+                                              float (&to)[V]) const {
+    if (args.shared_norms) {
+      get_floats<T>(norms + slot * args.dim, column, args.dim, to);
+    } else {
       load_norm<T>(from, args.wide, column, to);
-      return;
     }
-    get_floats<T>(norms + slot * args.dim, column, args.dim, to);
-  };
-  const float scale = 1.0f / static_cast<float>(args.dim);
-  RingPlace buffer;
-  for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
-    const int64_t row = token * args.dim;
-    const float* own_weights = weights + buffer.index * weights_size;
-    float* own_sums = sums + buffer.index * sums_size + warp * C * sources;
-    const float* mean = statistics[buffer.index];
-    const float* r = statistics[buffer.index] + (pre ? C + 1 : C);
-    const auto newest_r = [&] { return pre ? r[C] : 1.0f; };
-    const auto newest_slope = [&] { return scale * newest_r() * newest_r(); };
-    uint4 dv[C];  // dY_c, then dV_c
-    uint4 saved[C];
-    const auto receive_ways = [&](bool active) {
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        ring.receive(active && args.dy[c] != nullptr, active && args.saved[c] != nullptr, dv[c],
-                     saved[c]);
-      }
-    };
+  }
 
-    barrier_wait(&tokens.weights[buffer.index], buffer.phase);
-
-    // <g, n> and sum(g) of the whole row.
+  // This warp's shares of <g, n> and sum(g) of a token.
+  __device__ __forceinline__ void share_along(int buffer) {
     float along[C] = {};
     float total[C] = {};
     for (int first_column = 0; first_column < args.dim; first_column += chunk) {
       const int column = first_column + threadIdx.x * V;
-      const bool active = column < args.dim;
-      receive_ways(active);
-#pragma unroll
+      receive_ways();
+#pragma unroll 1
       for (int c = 0; c < C; ++c) {
-        if (!active || args.saved[c] == nullptr) continue;
-        const bool post = kNewest && args.post && c == C - 1;
+        const uint4 dy_bits = *way(c, 0);
+        const uint4 y_bits = *way(c, 1);
+        if (column >= args.dim || !given(c) || !normed(c)) continue;
         float dy[V];
         float y[V];
         float value[V];
-        unpack<T>(dv[c], dy);
-        unpack<T>(saved[c], y);
-        if (post || args.layer) {
-          norm_values(args.weight_slot[c], args.norm_weight[c], column, value);
+        float sum = 0.0f;
+        unpack<T>(dy_bits, dy);
+        unpack<T>(y_bits, y);
+        if (is_post(c) || args.layer) {
+          norm_values(weight_slot(c), args.norm_weight[c], column, value);
+          const float factor = is_post(c) ? factors(buffer)[c] : 1.0f;
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            total[c] = fmaf(dy[i], value[i], total[c]);
-            if (post) dy[i] *= value[i] * r[c];
+            value[i] *= dy[i];
+            sum += value[i];
+            if (is_post(c)) dy[i] = value[i] * factor;
           }
+          add_to<C>(total, c, sum);
+          sum = 0.0f;
         }
-        if (args.norm_bias[c] != nullptr) {
-          norm_values(args.bias_slot[c], args.norm_bias[c], column, value);
+        if (biased(c)) {
+          norm_values(bias_slot(c), args.norm_bias[c], column, value);
 #pragma unroll
           for (int i = 0; i < V; ++i) y[i] -= value[i];
         }
 #pragma unroll
-        for (int i = 0; i < V; ++i) along[c] = fmaf(dy[i], y[i], along[c]);
+        for (int i = 0; i < V; ++i) sum = fmaf(dy[i], y[i], sum);
+        add_to<C>(along, c, sum);
       }
+      if (!one_chunk) release(&own.ways_empty);
     }
-    consumer_sums<C>(along, scratch[buffer.index][0], consumers);
-    if (args.layer) consumer_sums<C>(total, scratch[buffer.index][1], consumers);
+    put_shares<C>(along, own.shares[buffer][0]);
+    if (args.layer) put_shares<C>(total, own.shares[buffer][1]);
+  }
 
-    float newest_along[1] = {};  // <g, n> of the last source
-    for (int first_column = 0; first_column < args.dim; first_column += chunk) {
-      const int column = first_column + threadIdx.x * V;
-      const bool active = column < args.dim;
-      if (!one_chunk) receive_ways(active);
-      const unsigned remade = kRemake != Remake::None && active ? to_remake[column / V] : 0;
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        if (!active) continue;
-        const bool post = kNewest && args.post && c == C - 1;
-        float dy[V];
-        unpack<T>(dv[c], dy);
-        if (args.saved[c] != nullptr) {
-          float n[V];
-          float weight[V];
-          norm_values(args.weight_slot[c], args.norm_weight[c], column, weight);
-          if (args.norm_bias[c] != nullptr) {
-            add_partial<T>(partial + args.bias_slot[c] * args.dim, column, args.dim, dy);
-          }
-          if ((remade >> c & 1) != 0) {
-            float words[V];  // in local memory
+  // Puts n in place of Y where the norm's weight is too small to divide by.
+  __device__ __forceinline__ void remake(unsigned remade, int buffer, int64_t token, int column) {
 #pragma unroll 1
-            for (int i = 0; i < V; i += kWord<T>) {
-              remake_normed<T, C, kNewest>(args, own_weights, c, token, column + i, mean[c], r[c],
-                                           newest_r(), words + i);
-            }
-#pragma unroll
-            for (int i = 0; i < V; ++i) n[i] = words[i];
-          } else {
-            unpack<T>(saved[c], n);
-            if (args.norm_bias[c] != nullptr) {
-              float bias[V];
-              norm_values(args.bias_slot[c], args.norm_bias[c], column, bias);
-#pragma unroll
-              for (int i = 0; i < V; ++i) n[i] -= bias[i];
-            }
-#pragma unroll
-            for (int i = 0; i < V; ++i) n[i] *= post ? r[c] : reciprocal(weight[i]);
-          }
-          const float shift = args.layer && !post ? total[c] * scale : 0.0f;
-          const float slope = along[c] * scale;
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            const float g = fmaf(dy[i], weight[i], -shift);
-            weight[i] = dy[i] * n[i];
-            dy[i] = r[c] * fmaf(-slope, n[i], g);
-          }
-          add_partial<T>(partial + args.weight_slot[c] * args.dim, column, args.dim, weight);
-          if (kNewest && post) saved[c] = dv[c];  // dY_c
-          dv[c] = pack<T>(dy);
-          if (args.dv[c] != nullptr) store_once(args.dv[c] + row + column, dv[c]);
-        }
+    for (int i = 0; i < 4 * C; ++i) {
+      const int c = i / 4;
+      if ((remade >> c & 1) == 0) continue;
+      float n[kWord<T>];
+      remake_normed<T, C, kNewest>(args, own_weights(buffer), c, token, column + i % 4 * kWord<T>,
+                                   means(buffer)[c], factors(buffer)[c],
+                                   pre ? factors(buffer)[C] : 1.0f, n);
+      reinterpret_cast<uint32_t*>(way(c, 1))[i % 4] = pack_word<T>(n);
+    }
+  }
+
+  // dV_c in place of dY_c, and what this token adds to dweight and dbias.
+  __device__ __forceinline__ void make_dv(int buffer, int64_t token, int column) {
+    float along[C];
+    float total[C] = {};
+    get_sums<C>(own.shares[buffer][0], consumers / 32, along);
+    if (args.layer) get_sums<C>(own.shares[buffer][1], consumers / 32, total);
+    const unsigned remade = this->to_remake[column / V];
+    if (remade != 0) remake(remade, buffer, token, column);
+#pragma unroll 1
+    for (int c = 0; c < C; ++c) {
+      uint4* at = way(c, 0);
+      const uint4 dy_bits = given(c) ? *at : uint4{};
+      const uint4 y_bits = *way(c, 1);
+      if (!normed(c)) {
+        if (!given(c)) *at = dy_bits;
+        continue;
       }
-      if constexpr (kNewest) {
+      float dy[V];
+      float n[V];
+      float weight[V];
+      float sum[V];
+      float* weight_sums = partial + weight_slot(c) * args.dim;
+      norm_values(weight_slot(c), args.norm_weight[c], column, weight);
+      get_floats<T>(weight_sums, column, args.dim, sum);
+      const float r = factors(buffer)[c];
+      unpack<T>(dy_bits, dy);
+      unpack<T>(y_bits, n);
+      if (biased(c)) {
+        add_partial<T>(partial + bias_slot(c) * args.dim, column, args.dim, dy);
+      }
+      if ((remade >> c & 1) == 0) {
+        if (biased(c)) {
+          float bias[V];
+          norm_values(bias_slot(c), args.norm_bias[c], column, bias);
+#pragma unroll
+          for (int i = 0; i < V; ++i) n[i] -= bias[i];
+        }
+#pragma unroll
+        for (int i = 0; i < V; ++i) n[i] *= is_post(c) ? r : reciprocal(weight[i]);
+      }
+      const float shift = args.layer && !is_post(c) ? entry_of<C>(total, c) * scale : 0.0f;
+      const float slope = entry_of<C>(along, c) * scale;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        sum[i] = fmaf(dy[i], n[i], sum[i]);
+        dy[i] = r * fmaf(-slope, n[i], fmaf(dy[i], weight[i], -shift));
+      }
+      put_floats<T>(weight_sums, column, args.dim, sum);
+      if (is_post(c)) *way(c, 1) = dy_bits;
+      const uint4 bits = pack<T>(dy);
+      *at = bits;
+      if (args.dv[c] != nullptr) store_once(args.dv[c] + token * args.dim + column, bits);
+    }
+  }
+
+  __device__ __forceinline__ void consume() {
+    RingPlace buffer;  // of the weights and statistics
+    for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+      const int64_t row = token * args.dim;
+      const float* w = own_weights(buffer.index);
+      float* own_sums = this->sums + buffer.index * this->sums_size() +
+                        threadIdx.x / 32 * C * args.sources;
+      barrier_wait(&own.weights[buffer.index], buffer.phase);
+      share_along(buffer.index);
+      sync_consumers(consumers);
+
+      const float newest_r = pre ? factors(buffer.index)[C] : 1.0f;
+      const float newest_scale = newest_r * newest_r * scale;
+      float newest_along[1] = {0.0f};  // <g, n> of the last source
+      for (int first_column = 0; first_column < args.dim; first_column += chunk) {
+        const int column = first_column + threadIdx.x * V;
+        const bool active = column < args.dim;
+        if (!one_chunk) receive_ways();
+        if (active) make_dv(buffer.index, token, column);
+        uint4 dv[C];
+#pragma unroll
+        for (int c = 0; c < C; ++c) dv[c] = active ? *way(c, 0) : uint4{};
+        const uint4 post_dy = active && is_post(C - 1) ? *way(C - 1, 1) : uint4{};
+        release(&own.ways_empty);
+
         uint4 x;
         uint4 grad;
         float dots[C];
-        float weight[V];
-        float result[V];
-        ring.receive(active, active && args.grad_in[others] != nullptr, x, grad);
+        const auto receive = [&](int j) {
+          ring.receive(active, active && args.grad_in[j] != nullptr, x, grad);
+        };
+        const auto store = [&](int j, const uint4& result) {
+          if (active && args.grad_out[j] != nullptr) {
+            store_once(args.grad_out[j] + row + column, result);
+          }
+        };
+        const auto keep = [&](int j) {
+          keep_dots<C, 1>(dots, own_sums, args.sources, j, args.sources, first_column != 0);
+        };
+        if constexpr (kNewest) {
+          float weight[V];
+          float result[V];
+          receive(others);
 #pragma unroll
-        for (int i = 0; i < V; ++i) weight[i] = 1.0f;
-        if (pre && active) norm_values(args.pre_slot, args.pre_weight, column, weight);
-        chain_newest<T, C>(x, grad, dv, saved[C - 1], own_weights + others * kWaysPadded<C>,
-                           newest_r(), args.add_newest, args.post, weight, dots, newest_along[0],
-                           result);
-        keep_dots<C, 1>(dots, own_sums, sources, others, sources, first_column != 0);
-        if (pre && active) {
-          add_partial<T>(partial + args.pre_slot * args.dim, column, args.dim, weight);
+          for (int i = 0; i < V; ++i) weight[i] = 1.0f;
+          if (pre && active) norm_values(args.pre_slot, args.pre_weight, column, weight);
+          chain_newest<T, C>(x, grad, dv, post_dy, w + others * kWaysPadded<C>, newest_r,
+                             args.add_newest, args.post, weight, dots, newest_along[0], result);
+          keep(others);
+          if (pre && active) {
+            add_partial<T>(partial + args.pre_slot * args.dim, column, args.dim, weight);
+          }
+          if (pre && one_chunk) {
+            consumer_sums<1>(newest_along, own.shares[buffer.index][2], consumers);
+            subtract_along<T>(x, newest_along[0] * newest_scale, result);
+          }
+          if (!pre || one_chunk) {
+            store(others, pack<T>(result));
+          } else if (active) {
+            put_floats<T>(held, column, args.dim, result);
+          }
         }
-        if (pre && one_chunk) {
-          consumer_sums<1>(newest_along, scratch[buffer.index][2], consumers);
-          subtract_along<T>(x, newest_along[0] * newest_slope(), result);
-        }
-        if (active && pre && !one_chunk) {
-          put_floats<T>(held, column, args.dim, result);
-        } else if (active && args.grad_out[others] != nullptr) {
-          store_once(args.grad_out[others] + row + column, pack<T>(result));
+        take_deferred<T, C>(ring, active, dv, args.deferred, args.sources, own_sums,
+                            first_column != 0);
+        for (int j = args.deferred; j < others; ++j) {
+          receive(j);
+          store(j, chain<T, C>(x, grad, dv, w + j * kWaysPadded<C>, dots));
+          keep(j);
         }
       }
-      take_deferred<T, C>(ring, active, dv, args.deferred, sources, own_sums, first_column != 0);
-      for (int j = args.deferred; j < others; ++j) {
-        uint4 x;
-        uint4 grad;
-        float dots[C];
-        ring.receive(active, active && args.grad_in[j] != nullptr, x, grad);
-        grad = chain<T, C>(x, grad, dv, own_weights + j * kWaysPadded<C>, dots);
-        if (active && args.grad_out[j] != nullptr) {
-          store_once(args.grad_out[j] + row + column, grad);
+      if (pre && !one_chunk) {
+        consumer_sums<1>(newest_along, own.shares[buffer.index][2], consumers);
+        for (int column = threadIdx.x * V; column < args.dim; column += chunk) {
+          float result[V];
+          get_floats<T>(held, column, args.dim, result);
+          subtract_along<T>(load_once(this->source(token, others, column)),
+                            newest_along[0] * newest_scale, result);
+          if (args.grad_out[others] != nullptr) {
+            store_once(args.grad_out[others] + row + column, pack<T>(result));
+          }
         }
-        keep_dots<C, 1>(dots, own_sums, sources, j, sources, first_column != 0);
       }
+      barrier_arrive(&own.sums[buffer.index]);  // the statistics are not read any more either
+      buffer.advance(2);
     }
-    if (pre && !one_chunk) {
-      consumer_sums<1>(newest_along, scratch[buffer.index][2], consumers);
-      for (int column = threadIdx.x * V; column < args.dim; column += chunk) {
-        float grad[V];
-        get_floats<T>(held, column, args.dim, grad);
-        const T* x = args.x[others] + token * args.x_stride[others] + column;
-        subtract_along<T>(load_once(x), newest_along[0] * newest_slope(), grad);
-        if (args.grad_out[others] != nullptr) {
-          store_once(args.grad_out[others] + row + column, pack<T>(grad));
-        }
+    sync_consumers(consumers);
+    float* to = args.partial + static_cast<int64_t>(blockIdx.x) * args.slots * args.dim;
+    for (int slot = 0; slot < args.slots; ++slot) {
+      for (int i = threadIdx.x; i < args.dim; i += consumers) {
+        to[slot * args.dim + i] = partial[slot * args.dim + partial_place<T>(i, args.dim)];
       }
-    }
-    barrier_arrive(&tokens.sums[buffer.index]);  // the statistics are not read any more either
-    buffer.advance(2);
-  }
-  sync_consumers(consumers);
-  float* to = args.partial + static_cast<int64_t>(blockIdx.x) * norm_floats;
-  for (int slot = 0; slot < args.slots; ++slot) {
-    for (int i = threadIdx.x; i < args.dim; i += consumers) {
-      to[slot * args.dim + i] = partial[slot * args.dim + partial_place<T>(i, args.dim)];
     }
   }
+
+  const float scale;
+  uint32_t ways_phase = 0;
+  unsigned form = 0;
+  unsigned slots = 0;
+};
+
+#endif  // __CUDA_ARCH__ >= 900
+
+template <typename T, int C, bool kNewest, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_norm_ring(const __grid_constant__ BackwardNormArgs<T, C> args) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ NormShared<C> shared;
+  NormConsumer<T, C, kNewest>(args, shared, memory).run();
 #endif
 }
 
@@ -400,12 +369,8 @@ cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaS
     return launch_ring(kernel, args, blocks, layout.columns.threads + 32, layout.stage_bytes,
                        layout.other_bytes, stream);
   };
-  if constexpr (kNewest) {
-    const cudaError_t error = launch(backward_norm_ring<T, C, kNewest, Remake::Some>);
-    return error != cudaSuccess ? error : launch(backward_norm_ring<T, C, kNewest, Remake::None>);
-  } else {
-    return launch(backward_norm_ring<T, C, kNewest, Remake::Any>);
-  }
+  return layout.roomy ? launch(backward_norm_ring<T, C, kNewest, NormThreads::kBackwardRoomy>)
+                      : launch(backward_norm_ring<T, C, kNewest, NormThreads::kBackward>);
 }
 
 template <typename T, bool kNewest>

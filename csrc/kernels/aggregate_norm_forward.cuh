@@ -7,7 +7,7 @@
 // written once. Where the last source is also base, or is normed itself before it is mixed, it
 // comes first.
 //
-// A block has one token. Its row is walked in chunks of at most 256 vectors of 16 bytes, one for
+// A block has one token. Its row is walked in chunks of at most 512 vectors of 16 bytes, one for
 // each thread; where there is more than one chunk, the sums of all wait in shared memory, each
 // thread's own, until the statistics of the row are known. The ring of bulk copies alone: there is
 // no path for devices before 9.0.
@@ -44,13 +44,13 @@ __host__ __device__ constexpr int held_float4s(int consumers, int chunks) {
 }
 
 // kNewest: the last source is also base, or is normed itself.
-template <typename T, int C, bool kNewest>
-__global__ void __launch_bounds__(kRingThreads, kRingBlocks)
+template <typename T, int C, bool kNewest, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1)
     forward_norm_ring(const __grid_constant__ ForwardNormArgs<T, C> args) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ RingBarriers ring;
-  __shared__ float scratch[3][kMaxConsumers / 32 * C];
+  __shared__ float scratch[3][kMaxNormConsumers / 32 * C];
   constexpr int V = kVector<T>;
   const int consumers = blockDim.x - 32;
   const int stage_bytes = consumers * 16;
@@ -250,7 +250,8 @@ __global__ void __launch_bounds__(kRingThreads, kRingBlocks)
 
 template <typename T, int C, bool kNewest>
 cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream) {
-  const Columns columns = split_columns(static_cast<int>(p.dim) / kVector<T>);
+  const Columns columns = 
+      split_columns(static_cast<int>(p.dim) / kVector<T>, kMaxNormConsumers);
   ForwardNormArgs<T, C> args;
   set_forward_args<T, C>(args, p, 0, columns);
   for (int c = 0; c < C; ++c) {
@@ -271,8 +272,14 @@ cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream
   const int stage_bytes = columns.threads * 16;
   args.stages = ring_stages(columns.threads, stage_bytes, kForwardBytesInFlight);
   const int held_bytes = held_float4s<T, C>(columns.threads, columns.chunks) * 16;
-  return launch_ring(forward_norm_ring<T, C, kNewest>, args, p.tokens, columns.threads, stage_bytes,
-                     held_bytes + weights_bytes<C>(p.sources), stream);
+  const auto launch = [&](auto* kernel) {
+    return launch_ring(kernel, args, p.tokens, columns.threads, stage_bytes,
+                       held_bytes + weights_bytes<C>(p.sources), stream);
+  };
+  const int threads = columns.threads + 32;
+  return NormThreads::kForwardRoomy / threads == NormThreads::kForward / threads
+             ? launch(forward_norm_ring<T, C, kNewest, NormThreads::kForwardRoomy>)
+             : launch(forward_norm_ring<T, C, kNewest, NormThreads::kForward>);
 }
 
 template <typename T, bool kNewest>

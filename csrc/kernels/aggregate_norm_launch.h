@@ -10,13 +10,22 @@
 
 namespace muddformer::kernels {
 
-// The backward needs more registers than the plain one, so that two blocks share a multiprocessor;
-// their rings fill up while they are busy with the norms of their next token.
-inline constexpr int kNormThreads = kRingThreads + 32;
-inline constexpr int kNormBlocks = 2;
+// A block has at most 16 consumer warps here, so that a row of 4096 columns of 2 bytes is one chunk.
+inline constexpr int kMaxNormConsumers = 512;
+
+// Threads that a multiprocessor is to hold, which is what limits their registers (72 and 96). Where
+// as many blocks fit with fewer threads, the kernel that has more registers (80 and 128) is faster.
+struct NormThreads {
+  static constexpr int kForward = 864;
+  static constexpr int kForwardRoomy = 768;
+  static constexpr int kBackward = 640;
+  static constexpr int kBackwardRoomy = 512;
+};
+
 inline constexpr int kSharedMemory = 227 * 1024;  // of a multiprocessor, 1 KB of it for each block
-inline constexpr int kStaticBytes = 2048;         // at most, of a block
-inline constexpr int kNormBytesInFlight = 64 * 1024;
+inline constexpr int kStaticBytes = 2560;         // at most, of a block
+inline constexpr int kNormBytesInFlight = 48 * 1024;
+inline constexpr int kLeastNormStages = 3;
 
 // Whether the last source comes first, because more is done with it than with the others.
 template <typename Args>
@@ -48,34 +57,46 @@ struct NormLayout {
   int stages;
   bool shared_norms;
   int other_bytes;
-  int blocks;  // 0: it does not fit
+  int blocks = 0;  // 0: it does not fit
+  bool roomy;  // the kernel with more registers
 
   explicit NormLayout(const AggregateNormBackward& p) {
+    // Smaller chunks leave more shared memory to the sums over the tokens.
+    for (int most = kMaxNormConsumers; blocks == 0 && most >= 64; most /= 2) lay_out(p, most);
+  }
+
+ private:
+  void lay_out(const AggregateNormBackward& p, int most) {
     const int vector = p.dtype == DType::Float32 ? 4 : 8;
-    columns = split_columns(static_cast<int>(p.dim) / vector);
+    columns = split_columns(static_cast<int>(p.dim) / vector, most);
     stage_bytes = 2 * columns.threads * 16;
-    stages = ring_stages(columns.threads, stage_bytes, kNormBytesInFlight, kNormBlocks);
-    const int by_threads = kNormBlocks * kNormThreads / (columns.threads + 64);
     const int padded = p.ways == 3 ? 4 : p.ways;  // kWaysPadded
-    const int64_t small =
+    const int64_t norms = 4 * NormSlots(p).count * p.dim;
+    const int64_t least =
+        p.ways * stage_bytes + norms +
         4 * (2 * p.sources * padded + 2 * columns.threads / 32 * p.ways * p.sources) +
         (p.dim / vector + 3) / 4 * 4 +
         (p.pre_weight != nullptr && columns.chunks > 1 ? 4 * p.dim : 0);
-    const int64_t norms = 4 * NormSlots(p).count * p.dim;
-    const auto blocks_with = [&](int64_t other) {
-      const int64_t all = stages * stage_bytes + other + kStaticBytes + 1024;
-      return static_cast<int>(std::min<int64_t>(by_threads, kSharedMemory / all));
+    const int threads = columns.threads + 64;
+    blocks = NormThreads::kBackward / threads;
+    const auto stages_beside = [&](int64_t other) {
+      const int64_t room = kSharedMemory / blocks - 1024 - kStaticBytes - other;
+      const int wanted = (kNormBytesInFlight / blocks + stage_bytes - 1) / stage_bytes;
+      return static_cast<int>(std::min<int64_t>(std::min(wanted, kMaxStages), room / stage_bytes));
     };
-    blocks = blocks_with(small + norms);
-    shared_norms = blocks > 0 && blocks_with(small + 2 * norms) == blocks;
-    other_bytes = blocks > 0 ? static_cast<int>(small + (shared_norms ? 2 : 1) * norms) : 0;
+    while (blocks > 0 && stages_beside(least) < kLeastNormStages) --blocks;
+    if (blocks == 0) return;
+    shared_norms = stages_beside(least + norms) >= kLeastNormStages;
+    other_bytes = static_cast<int>(least + (shared_norms ? norms : 0));
+    stages = stages_beside(other_bytes);
+    roomy = blocks * threads <= NormThreads::kBackwardRoomy;
   }
 };
 
 // Shared memory of a block of the forward.
 inline int64_t forward_norm_shared_bytes(const AggregateNormForward& p) {
   const int vector = p.dtype == DType::Float32 ? 4 : 8;
-  const Columns columns = split_columns(static_cast<int>(p.dim) / vector);
+  const Columns columns = split_columns(static_cast<int>(p.dim) / vector, kMaxNormConsumers);
   const int stage_bytes = columns.threads * 16;
   const int64_t held =
       columns.chunks == 1 ? 0 : int64_t{4} * p.ways * columns.chunks * columns.threads * vector;

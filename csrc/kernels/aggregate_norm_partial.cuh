@@ -188,6 +188,21 @@ __device__ __forceinline__ void subtract_along(const uint4& x_bits, float factor
   for (int i = 0; i < kVector<T>; ++i) grad[i] = fmaf(-factor, x[i], grad[i]);
 }
 
+// Entry c of values that are in registers.
+template <int C>
+__device__ __forceinline__ float entry_of(const float (&values)[C], int c) {
+  float value = values[0];
+#pragma unroll
+  for (int i = 1; i < C; ++i) value = i == c ? values[i] : value;
+  return value;
+}
+
+template <int C>
+__device__ __forceinline__ void add_to(float (&values)[C], int c, float value) {
+#pragma unroll
+  for (int i = 0; i < C; ++i) values[i] += i == c ? value : 0.0f;
+}
+
 __device__ __forceinline__ float reciprocal(float value) {
   asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(value));
   return value;

@@ -60,25 +60,38 @@ __device__ __forceinline__ uint4 rms_normed(const float (&x)[kVector<T>], float 
 
 #if __CUDA_ARCH__ >= 900
 
-// Adds up N values over the consumers; every thread gets the sums. scratch: [warps][N], free again
-// after the next barrier of the consumers. The order of the additions is fixed.
+// This warp's shares of N sums over the consumers. shares: [warps][N].
 template <int N>
-__device__ __forceinline__ void consumer_sums(float (&values)[N], float* scratch, int consumers) {
+__device__ __forceinline__ void put_shares(float (&values)[N], float* shares) {
   const int lane = threadIdx.x % 32;
   const int first = warp_sums<N>(values, lane);
   if (lane % kSharers<N> == 0) {
 #pragma unroll
     for (int i = 0; i < N >> kHalvings<N>; ++i) {
-      scratch[threadIdx.x / 32 * N + first + i] = values[i];
+      shares[threadIdx.x / 32 * N + first + i] = values[i];
     }
   }
-  sync_consumers(consumers);
+}
+
+// The sums of all shares, added in the order of the warps.
+template <int N>
+__device__ __forceinline__ void get_sums(const float* shares, int warps, float (&values)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) values[i] = 0.0f;
-  for (int warp = 0; warp < consumers / 32; ++warp) {
+#pragma unroll 4
+  for (int warp = 0; warp < warps; ++warp) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) values[i] += scratch[warp * N + i];
+    for (int i = 0; i < N; ++i) values[i] += shares[warp * N + i];
   }
+}
+
+// Adds up N values over the consumers; every thread gets the sums. shares are free again after the
+// next barrier of the consumers.
+template <int N>
+__device__ __forceinline__ void consumer_sums(float (&values)[N], float* shares, int consumers) {
+  put_shares<N>(values, shares);
+  sync_consumers(consumers);
+  get_sums<N>(shares, consumers / 32, values);
 }
 
 #endif  // __CUDA_ARCH__ >= 900

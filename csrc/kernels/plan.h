@@ -15,14 +15,15 @@ inline bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// A row is split into chunks of columns: one vector of 16 bytes for each thread of a block.
+// A row is split into chunks of columns: one vector of 16 bytes for each consumer of a block, of
+// which there are at most `most`.
 struct Columns {
   int chunks;
   int threads;  // a multiple of 32; a chunk has threads vectors, the last one may have fewer
 };
 
-constexpr Columns split_columns(int vectors) {
-  const int chunks = (vectors + kMaxConsumers - 1) / kMaxConsumers;
+constexpr Columns split_columns(int vectors, int most = kMaxConsumers) {
+  const int chunks = (vectors + most - 1) / most;
   const int width = (vectors + chunks - 1) / chunks;
   return {chunks, (width + 31) / 32 * 32};
 }
@@ -32,20 +33,19 @@ inline constexpr int kBackwardBytesInFlight = 48 * 1024;
 
 // Stages of a block, such that the blocks of a multiprocessor have about bytes_in_flight under way
 // together. More is slower: it only makes the memory switch more often between more places.
-constexpr int ring_stages(int consumers, int stage_bytes, int bytes_in_flight,
-                          int ring_blocks = kRingBlocks) {
-  const int blocks = ring_blocks * kRingThreads / (consumers + 32);
+constexpr int ring_stages(int consumers, int stage_bytes, int bytes_in_flight) {
+  const int blocks = kRingBlocks * kRingThreads / (consumers + 32);
   const int stages = (bytes_in_flight / blocks + stage_bytes - 1) / stage_bytes;
   return std::min(std::max(stages, 2), kMaxStages);
 }
 
-// Launches a ring kernel, which has the member stages among its parameters. Shared memory over 48
-// KB needs permission.
+// Launches a ring kernel, which has the member stages among its parameters. More than 48 KB of
+// shared memory need permission; a kernel's own variables, below 4 KB, count as well.
 template <typename Args>
 cudaError_t launch_ring(void (*kernel)(Args), const Args& args, int64_t blocks, int consumers,
                         int stage_bytes, int other_bytes, cudaStream_t stream) {
   const int shared_bytes = args.stages * stage_bytes + other_bytes;
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > 44 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;

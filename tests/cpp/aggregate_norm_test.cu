@@ -309,7 +309,7 @@ using FastTypes = testing::Types<float, __nv_bfloat16, __half>;
 TYPED_TEST_SUITE(NormKernelsOf, FastTypes);
 
 TYPED_TEST(NormKernelsOf, EveryWidth) {
-  for (const int64_t dim : {8, 64, 256, 384, 1000, 1024, 2048, 2056, 2560, 4096}) {
+  for (const int64_t dim : {8, 64, 256, 384, 1000, 1024, 2048, 2056, 2560, 4096, 4104}) {
     ASSERT_NO_FATAL_FAILURE(this->check({7, dim, 5, 4}));
   }
 }
@@ -326,18 +326,21 @@ TYPED_TEST(NormKernelsOf, EveryNumberOfSourcesAndWays) {
 TYPED_TEST(NormKernelsOf, ManyTokens) {
   ASSERT_NO_FATAL_FAILURE(this->check({1500, 64, 3, 4}));
   ASSERT_NO_FATAL_FAILURE(this->check({1100, 264, 9, 3}));
-  ASSERT_NO_FATAL_FAILURE(this->check({1100, 2560, 3, 2}));  // more than one chunk
+  ASSERT_NO_FATAL_FAILURE(this->check({280, 2560, 3, 2}));
+  ASSERT_NO_FATAL_FAILURE(this->check({400, 4608, 3, 2}));  // more than one chunk
 }
 
 TYPED_TEST(NormKernelsOf, StridesPriorAndHoles) {
   for (const int ways : {1, 2, 4}) {
-    ASSERT_NO_FATAL_FAILURE(this->check({6, 2560, 11, ways, 16, 0, true, true}));
+    for (const int64_t dim : {2560, 4608}) {
+      ASSERT_NO_FATAL_FAILURE(this->check({6, dim, 11, ways, 16, 0, true, true}));
+    }
   }
 }
 
 TYPED_TEST(NormKernelsOf, DeferredSources) {
   for (const int deferred : {1, 2, 5, 12}) {
-    for (const int64_t dim : {8, 248, 512, 2560}) {
+    for (const int64_t dim : {8, 248, 512, 2560, 4608}) {
       ASSERT_NO_FATAL_FAILURE(this->check({6, dim, 12, 4, 8, 0, false, false, deferred}));
     }
   }
@@ -346,8 +349,22 @@ TYPED_TEST(NormKernelsOf, DeferredSources) {
   }
 }
 
+// n is made again for some columns of the other ways, and not of the post way.
+TYPED_TEST(NormKernelsOf, SmallWeightsBesidePost) {
+  for (const Norm norm : {Norm::RMS, Norm::Layer}) {
+    for (const int64_t dim : {264, 2560, 4608}) {
+      NormShape s{{9, dim, 5, 4}, norm};
+      s.bias = norm == Norm::Layer;
+      s.add = s.pre = s.post = s.small = true;
+      ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
+      s.wide = false;
+      ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, TypeParam>(s)));
+    }
+  }
+}
+
 TYPED_TEST(NormKernelsOf, RepeatsBitForBit) {
-  for (const int64_t dim : {512, 2560}) {
+  for (const int64_t dim : {512, 2560, 4608}) {
     NormShape s{{600, dim, 3, 4}, Norm::Layer};
     s.bias = s.add = s.pre = s.post = true;
     NormProblem<TypeParam, float> p(s);
