@@ -38,13 +38,12 @@ class Step : StepWeights<T, kTokens> {
   __device__ __forceinline__ void run() {
     this->start();
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const float prior = this->prior_of(threadIdx.x);
     if (p.hidden > 0) {
-      this->hidden_sums(prior);
+      this->hidden_sums();
       __syncthreads();
       this->gelu();
     } else {
-      this->stage(prior);
+      this->stage();
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
@@ -52,6 +51,8 @@ class Step : StepWeights<T, kTokens> {
       this->make_part();
       __syncthreads();
     }
+    // From here on all blocks have started and their barriers are ready.
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     if (p.hidden > 0) {
       this->send_part();
       wait_for_sent(&barriers.parts);
@@ -76,14 +77,9 @@ class Step : StepWeights<T, kTokens> {
     return (pass * static_cast<int>(blockDim.x) + threadIdx.x) / 4;
   }
 
-  // Whether there is this weight of a norm, or, after those of all ways, this bias.
-  __device__ __forceinline__ bool has_param(int n) const {
-    return this->template at<const unsigned char*>(places.params)[n] != nullptr;
-  }
-
   __device__ __forceinline__ void write(int t, int way, int word, const float* values) const {
     if (first_token + t >= p.tokens) return;
-    T* to = this->template at<T*>(places.outputs)[way] + token(t) * p.dim + word * kWord<T>;
+    T* to = p.y[way] + token(t) * p.dim + rank * p.vectors * kVector<T> + word * kWord<T>;
     *reinterpret_cast<uint32_t*>(to) = pack_word<T>(values);
   }
 
@@ -120,7 +116,7 @@ class Step : StepWeights<T, kTokens> {
         warp_sums<4 * kWord<T>, float, 2>(sums, threadIdx.x);
 #pragma unroll
         for (int i = 0; p.normed && i < kWord<T>; ++i) mixed(row, pass)[i] = sums[i];
-        if (inside && way < p.ways && !has_param(way)) write(t, way, word, sums);
+        if (inside && way < p.ways && p.norm_weight[way] == nullptr) write(t, way, word, sums);
       }
     }
   }
@@ -181,7 +177,7 @@ class Step : StepWeights<T, kTokens> {
     for (int row = 0; row < kTokens * p.chunks; ++row) {
       const int t = p.chunks == 1 ? row : row / 2;
       const int way = 4 * (row - t * p.chunks) + threadIdx.x % 4;
-      if (way >= p.ways || !has_param(way)) continue;
+      if (way >= p.ways || p.norm_weight[way] == nullptr) continue;
       const int stream = 4 * row + threadIdx.x % 4;
       const float mean = mean_of(stream);
       const float factor = rsqrtf(total(1, stream) * p.inverse_dim + p.norm_eps);
@@ -194,7 +190,7 @@ class Step : StepWeights<T, kTokens> {
         for (int i = 0; i < kWord<T>; ++i) {
           const int place = way * columns + word * kWord<T> + i;
           values[i] = (mixed(row, pass)[i] - mean) * factor * parameter<T>(norms, p.wide, place);
-          if (has_param(p.ways + way)) {
+          if (p.norm_bias[way] != nullptr) {
             values[i] += parameter<T>(norms, p.wide, place + p.ways * columns);
           }
         }

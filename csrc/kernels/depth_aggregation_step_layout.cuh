@@ -47,9 +47,6 @@ struct StepBarriers {
 
 // Places in dynamic shared memory, in bytes. The tokens of a cluster are t, its blocks b.
 struct StepShared {
-  int x;        // [t][padded] pointers to the block's columns of the sources
-  int outputs;  // [C] pointers to those of Y
-  int params;   // [2][C] pointers to those of the norms' weights and biases
   int sources;  // [t][padded][vectors] of 16 bytes
   int norms;    // [2][C] weights and biases of the block's columns
   int w2;       // [n][rows]
@@ -76,9 +73,6 @@ __host__ __device__ StepShared step_shared(const StepArgs<T>& p, int tokens, int
     return start;
   };
   StepShared s;
-  s.x = place(tokens * p.padded * 8);
-  s.outputs = place(p.ways * 8);
-  s.params = place(2 * p.ways * 8);
   s.sources = place(tokens * p.padded * p.vectors * 16);
   s.norms = place(p.normed ? 2 * p.ways * columns * (p.wide ? 4 : int{sizeof(T)}) : 0);
   s.w2 = place(entries * p.rows * int{sizeof(T)});

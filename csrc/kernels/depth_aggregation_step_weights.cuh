@@ -74,8 +74,6 @@ class StepWeights {
     return way < p.ways && source < p.sources;
   }
 
-  // What can be done before the kernel ahead is over. Parameters that are first touched later are
-  // waited for one by one: hence the tables of pointers.
   __device__ __forceinline__ void start() {
     const int i = threadIdx.x;
     if (i < 3) {
@@ -93,36 +91,10 @@ class StepWeights {
                    "r"(p.dim * int{sizeof(T)})
                    : "memory");
     }
-    const int first_column = rank * p.vectors * kVector<T>;
-#pragma unroll 1
-    for (int n = i; n < kTokens * p.padded; n += blockDim.x) {
-      const int t = n / p.padded;
-      const int j = n - t * p.padded;
-      at<const T*>(places.x)[n] =
-          j < p.sources ? p.x[j] + token(t) * p.x_stride[j] + first_column : nullptr;
-    }
-    if (i < p.ways) {
-      const int bytes = first_column * (p.wide ? 4 : int{sizeof(T)});
-      const auto* weight = static_cast<const unsigned char*>(p.norm_weight[i]);
-      const auto* bias = static_cast<const unsigned char*>(p.norm_bias[i]);
-      at<T*>(places.outputs)[i] = p.y[i] + first_column;
-      at<const unsigned char*>(places.params)[i] = weight != nullptr ? weight + bytes : nullptr;
-      at<const unsigned char*>(places.params)[p.ways + i] = bias != nullptr ? bias + bytes : nullptr;
-    }
-    __syncthreads();
-    // From here on all blocks have started and their barriers are ready.
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   }
 
-  __device__ __forceinline__ float prior_of(int n) const {
-    int way, source;
-    return place_of(n, way, source) ? parameter<T>(p.prior, p.wide, way * p.sources + source)
-                                    : 0.0f;
-  }
-
-  // Asks for everything but x and W1, and clears what is padding. first_prior: of entry threadIdx.x
-  // of A.
-  __device__ __forceinline__ void stage(float first_prior) {
+  // Asks for everything but x and W1, and clears what is padding.
+  __device__ __forceinline__ void stage() {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int warps = blockDim.x / 32;
@@ -131,10 +103,12 @@ class StepWeights {
       uint4* to = at<uint4>(places.sources) + t * p.padded * p.vectors;
 #pragma unroll 1
       for (int j = warp; j < p.padded; j += warps) {
-        const T* from = at<const T*>(places.x)[t * p.padded + j];
+        const bool valid = j < p.sources;
+        const T* from =
+            valid ? p.x[j] + token(t) * p.x_stride[j] + rank * p.vectors * kVector<T> : nullptr;
 #pragma unroll 1
         for (int v = lane; v < vectors; v += 32) {
-          if (from != nullptr) {
+          if (valid) {
             copy_async<16>(to + j * p.vectors + v, from + v * kVector<T>);
           } else {
             to[j * p.vectors + v] = make_uint4(0, 0, 0, 0);
@@ -147,7 +121,7 @@ class StepWeights {
       int way, source;
       const bool valid = place_of(n, way, source);
       const int row = way * p.sources + source;
-      const float prior = n == static_cast<int>(threadIdx.x) ? first_prior : prior_of(n);
+      const float prior = valid ? parameter<T>(p.prior, p.wide, row) : 0.0f;
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) at<float>(places.a)[t * entries + n] = prior;
       const T* from = p.w2 + static_cast<int64_t>(row) * p.hidden + first_row;
@@ -165,18 +139,19 @@ class StepWeights {
     const int bytes = kVector<T> * (p.wide ? 4 : int{sizeof(T)});  // for a vector
 #pragma unroll 1
     for (int row = warp; row < 2 * p.ways; row += warps) {
-      const unsigned char* from = at<const unsigned char*>(places.params)[row];
+      const void* from = row < p.ways ? p.norm_weight[row] : p.norm_bias[row - p.ways];
       if (from == nullptr) continue;
       unsigned char* to = at<unsigned char>(places.norms) + row * p.vectors * bytes;
 #pragma unroll 1
       for (int i = lane * 16; i < vectors * bytes; i += 32 * 16) {
-        copy_async<16>(to + i, from + i);
+        copy_async<16>(to + i,
+                       static_cast<const unsigned char*>(from) + rank * p.vectors * bytes + i);
       }
     }
   }
 
   // Sums over the columns of each warp of x W1^T and of x^2.
-  __device__ __forceinline__ void hidden_sums(float first_prior) {
+  __device__ __forceinline__ void hidden_sums() {
     const int lane = threadIdx.x % 32;
     const int row_vectors = p.dim / kVector<T>;
     float* to = at<float>(places.sums) + threadIdx.x / 32;
@@ -199,7 +174,7 @@ class StepWeights {
         for (int r = 0; r < kRows; ++r) {
           if (first + r < rows) w[r] = load_vector(from + static_cast<int64_t>(r) * p.dim);
         }
-        if (first == 0 && v == static_cast<int>(threadIdx.x)) stage(first_prior);
+        if (first == 0 && v == static_cast<int>(threadIdx.x)) stage();
         float values[kTokens][kVector<T>];
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
@@ -294,8 +269,6 @@ class StepWeights {
   __device__ __forceinline__ void send_part() {
     const int quads = kTokens * entries / 4;
     const float4* part = at<float4>(places.part);
-    // A warp sends to one block at a time: lanes that send to different ones take three times as
-    // long until all has come.
 #pragma unroll 1
     for (int b = threadIdx.x / 32; b < blocks; b += blockDim.x / 32) {
       const uint32_t to = in_block(at<float4>(places.parts) + rank * quads, b);
