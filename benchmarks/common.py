@@ -204,7 +204,8 @@ def measure_shapes(
                 for r in rows:
                     print(
                         f"{shape:>11} {dtype:>9} {count:>3} {r['method']:>8} {r['kind']:>8} {r['ms']:>9.4f} "
-                        f"{r['floor_ms']:>8.4f} {r['fraction_of_floor']:>8.3f} {r['gb_per_s']:>7.1f}",
+                        f"{r['floor_ms']:>8.4f} {r['fraction_of_floor']:>8.3f} {r['gb_per_s']:>7.1f} "
+                        f"{r.get('norms', '')}".rstrip(),
                         flush=True,
                     )
                 write_rows(rows, args.csv, device)
