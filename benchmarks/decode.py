@@ -2,8 +2,8 @@
 
 A call runs a chain of layers, each with weights of its own, the residual stream of one being the newest hidden state of
 the next; figures are per layer. On CUDA some passes over the chain are one CUDA graph, so that neither host time nor
-the start of a graph is in them: for torch.compile this is what mode="reduce-overhead" does at its best. The floor counts W1, W2, the sources and the streams
-once, at the speed of a large copy.
+the start of a graph is in them: for torch.compile this is what mode="reduce-overhead" does at its best. The floor
+counts W1, W2, the sources and the streams once, at the speed of a large copy.
 
     python benchmarks/decode.py --csv benchmarks/results/h100_decode.csv
 """

@@ -90,9 +90,7 @@ class NormConsumer : NormBlock<T, C, kNewest> {
     ways_phase ^= 1;
   }
   // m and r of the ways, then of the last source.
-  __device__ __forceinline__ const float* means(int buffer) const {
-    return own.statistics[buffer];
-  }
+  __device__ __forceinline__ const float* means(int buffer) const { return own.statistics[buffer]; }
   __device__ __forceinline__ const float* factors(int buffer) const {
     return own.statistics[buffer] + (pre ? C + 1 : C);
   }
@@ -228,8 +226,8 @@ class NormConsumer : NormBlock<T, C, kNewest> {
     for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
       const int64_t row = token * args.dim;
       const float* w = own_weights(buffer.index);
-      float* own_sums = this->sums + buffer.index * this->sums_size() +
-                        threadIdx.x / 32 * C * args.sources;
+      float* own_sums =
+          this->sums + buffer.index * this->sums_size() + threadIdx.x / 32 * C * args.sources;
       barrier_wait(&own.weights[buffer.index], buffer.phase);
       share_along(buffer.index);
       sync_consumers(consumers);

@@ -77,8 +77,8 @@ class NormBlock {
     __syncthreads();
   }
 
-  // One thread asks for all rows. Where a row has more than one chunk, dY and Y come twice, first of
-  // all for <g, n>, then with each chunk.
+  // One thread asks for all rows. Where a row has more than one chunk, dY and Y come twice, first
+  // of all for <g, n>, then with each chunk.
   __device__ __forceinline__ void produce() {
     uint32_t phase = 1;  // of ways_empty: at once in the first round
     const auto request_ways = [&](int64_t token, int column) {
@@ -172,12 +172,12 @@ class NormBlock {
   const bool pre;
   const int others;  // sources, but for the last where it comes first
   PairRing ring;
-  unsigned char* ways;  // [C][2] rows: dY_c, then dV_c; Y_c, then dY_c of the post way
-  float* partial;       // [slots][D]
-  float* norms;         // [slots][D], with shared_norms
-  float* held;          // [D], with a pre weight and more than one chunk
-  float* weights;       // [2][S][C padded]
-  float* sums;          // [2][warps][C][S]
+  unsigned char* ways;       // [C][2] rows: dY_c, then dV_c; Y_c, then dY_c of the post way
+  float* partial;            // [slots][D]
+  float* norms;              // [slots][D], with shared_norms
+  float* held;               // [D], with a pre weight and more than one chunk
+  float* weights;            // [2][S][C padded]
+  float* sums;               // [2][warps][C][S]
   unsigned char* to_remake;  // [D / V]: ways_to_remake()
 };
 

@@ -250,8 +250,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, int C, bool kNewest>
 cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream) {
-  const Columns columns = 
-      split_columns(static_cast<int>(p.dim) / kVector<T>, kMaxNormConsumers);
+  const Columns columns = split_columns(static_cast<int>(p.dim) / kVector<T>, kMaxNormConsumers);
   ForwardNormArgs<T, C> args;
   set_forward_args<T, C>(args, p, 0, columns);
   for (int c = 0; c < C; ++c) {

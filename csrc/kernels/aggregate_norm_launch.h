@@ -10,7 +10,8 @@
 
 namespace muddformer::kernels {
 
-// A block has at most 16 consumer warps here, so that a row of 4096 columns of 2 bytes is one chunk.
+// A block has at most 16 consumer warps here, so that a row of 4096 columns of 2 bytes is one
+// chunk.
 inline constexpr int kMaxNormConsumers = 512;
 
 // Threads that a multiprocessor is to hold, which is what limits their registers (72 and 96). Where
@@ -58,7 +59,7 @@ struct NormLayout {
   bool shared_norms;
   int other_bytes;
   int blocks = 0;  // 0: it does not fit
-  bool roomy;  // the kernel with more registers
+  bool roomy;      // the kernel with more registers
 
   explicit NormLayout(const AggregateNormBackward& p) {
     // Smaller chunks leave more shared memory to the sums over the tokens.
