@@ -116,7 +116,7 @@ cudaError_t launch_aggregate_norm_forward(const AggregateNormForward& p, cudaStr
   if (error != cudaSuccess) return error;
   if (p.pre_weight != nullptr && p.normed == nullptr) return cudaErrorInvalidValue;
   if (!aligned(p.y, p.ways) || !aligned(p.normed)) return cudaErrorNotSupported;
-  const cudaError_t room = check_shared_memory(device, forward_norm_shared_bytes(p));
+  const cudaError_t room = check_shared_memory(device, NormForwardLayout(p).shared_bytes);
   if (room != cudaSuccess) return room;
   if (p.tokens == 0) return cudaSuccess;
   switch (p.dtype) {

@@ -20,13 +20,14 @@
 //
 // dV_c is written where it is asked for: the factors of the deferred sources (deferred_flush.h).
 //
-// Work is split as in aggregate_backward.cuh, but the blocks stay and walk over the tokens: each
-// keeps the sums over its tokens for dweight and dbias in shared memory, every thread those of its
-// own columns. They are added over the blocks, in fixed order, by sum_partials (aggregate_norm.cu).
+// Work is split as in aggregate_backward.cuh, but a chunk has up to 512 vectors (NormLayout), and
+// the blocks stay and walk over the tokens: each keeps the sums over its tokens for dweight and
+// dbias in shared memory, every thread those of its own columns. They are added over the blocks, in
+// fixed order, by sum_partials (aggregate_norm.cu).
 //
-// A stage of the ring holds X_j and G_j. dY_c and Y_c of all ways have a place of their own, where
-// dV_c takes the place of dY_c: the loops over the ways are not unrolled, which keeps both the code
-// and the registers of a thread small.
+// A stage of the ring holds X_j and G_j, or two deferred sources. dY_c and Y_c of all ways have a
+// place of their own, where dV_c takes the place of dY_c: the loops over the ways are not unrolled,
+// which keeps the registers of a thread few.
 #pragma once
 
 #include "aggregate_norm_block.cuh"
@@ -37,11 +38,11 @@ namespace muddformer::kernels {
 
 // kNewest: the last source has more to its gradient.
 template <typename T, int C, bool kNewest>
-class NormConsumer : NormBlock<T, C, kNewest> {
+class NormBackward : NormBlock<T, C, kNewest> {
   using Base = NormBlock<T, C, kNewest>;
 
  public:
-  __device__ __forceinline__ NormConsumer(const BackwardNormArgs<T, C>& arguments,
+  __device__ __forceinline__ NormBackward(const BackwardNormArgs<T, C>& arguments,
                                           NormShared<C>& block_shared, unsigned char* memory)
       : Base(arguments, block_shared, memory), scale(1.0f / static_cast<float>(args.dim)) {
 #pragma unroll
@@ -49,8 +50,8 @@ class NormConsumer : NormBlock<T, C, kNewest> {
       form |= (args.dy[c] != nullptr ? 1u : 0u) << c;
       form |= (args.saved[c] != nullptr ? 1u : 0u) << (4 + c);
       form |= (args.norm_bias[c] != nullptr ? 1u : 0u) << (8 + c);
-      slots |= (args.weight_slot[c] & 15u) << (4 * c);
-      slots |= (args.bias_slot[c] & 15u) << (16 + 4 * c);
+      places |= (args.weight_slot[c] & 15u) << (4 * c);
+      places |= (args.bias_slot[c] & 15u) << (16 + 4 * c);
     }
   }
 
@@ -78,8 +79,8 @@ class NormConsumer : NormBlock<T, C, kNewest> {
   __device__ __forceinline__ bool is_post(int c) const {
     return kNewest && args.post && c == C - 1;
   }
-  __device__ __forceinline__ int weight_slot(int c) const { return slots >> (4 * c) & 15; }
-  __device__ __forceinline__ int bias_slot(int c) const { return slots >> (16 + 4 * c) & 15; }
+  __device__ __forceinline__ int weight_slot(int c) const { return places >> (4 * c) & 15; }
+  __device__ __forceinline__ int bias_slot(int c) const { return places >> (16 + 4 * c) & 15; }
 
   // This thread's vector of dY_c (0), later dV_c, or of Y_c (1).
   __device__ __forceinline__ uint4* way(int c, int which) const {
@@ -94,10 +95,11 @@ class NormConsumer : NormBlock<T, C, kNewest> {
   __device__ __forceinline__ const float* factors(int buffer) const {
     return own.statistics[buffer] + (pre ? C + 1 : C);
   }
-  __device__ __forceinline__ const float* own_weights(int buffer) const {
+  __device__ __forceinline__ const float* token_weights(int buffer) const {
     return this->weights + buffer * this->weights_size();
   }
-  // A vector of a norm's weight or bias.
+  // A vector of a norm's weight or bias. from is a reference: the parameter is read where it is
+  // used.
   __device__ __forceinline__ void norm_values(int slot, const void* const& from, int column,
                                               float (&to)[V]) const {
     if (args.shared_norms) {
@@ -152,14 +154,14 @@ class NormConsumer : NormBlock<T, C, kNewest> {
     if (args.layer) put_shares<C>(total, own.shares[buffer][1]);
   }
 
-  // Puts n in place of Y where the norm's weight is too small to divide by.
+  // Puts n, rounded as Y is, in place of Y where the norm's weight is too small to divide by.
   __device__ __forceinline__ void remake(unsigned remade, int buffer, int64_t token, int column) {
 #pragma unroll 1
     for (int i = 0; i < 4 * C; ++i) {
       const int c = i / 4;
       if ((remade >> c & 1) == 0) continue;
       float n[kWord<T>];
-      remake_normed<T, C, kNewest>(args, own_weights(buffer), c, token, column + i % 4 * kWord<T>,
+      remake_normed<T, C, kNewest>(args, token_weights(buffer), c, token, column + i % 4 * kWord<T>,
                                    means(buffer)[c], factors(buffer)[c],
                                    pre ? factors(buffer)[C] : 1.0f, n);
       reinterpret_cast<uint32_t*>(way(c, 1))[i % 4] = pack_word<T>(n);
@@ -225,10 +227,10 @@ class NormConsumer : NormBlock<T, C, kNewest> {
     RingPlace buffer;  // of the weights and statistics
     for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
       const int64_t row = token * args.dim;
-      const float* w = own_weights(buffer.index);
-      float* own_sums =
+      const float* w = token_weights(buffer.index);
+      float* warp_dots =
           this->sums + buffer.index * this->sums_size() + threadIdx.x / 32 * C * args.sources;
-      barrier_wait(&own.weights[buffer.index], buffer.phase);
+      barrier_wait(&own.weights_full[buffer.index], buffer.phase);
       share_along(buffer.index);
       sync_consumers(consumers);
 
@@ -258,7 +260,7 @@ class NormConsumer : NormBlock<T, C, kNewest> {
           }
         };
         const auto keep = [&](int j) {
-          keep_dots<C, 1>(dots, own_sums, args.sources, j, args.sources, first_column != 0);
+          keep_dots<C, 1>(dots, warp_dots, args.sources, j, args.sources, first_column != 0);
         };
         if constexpr (kNewest) {
           float weight[V];
@@ -283,7 +285,7 @@ class NormConsumer : NormBlock<T, C, kNewest> {
             put_floats<T>(held, column, args.dim, result);
           }
         }
-        take_deferred<T, C>(ring, active, dv, args.deferred, args.sources, own_sums,
+        take_deferred<T, C>(ring, active, dv, args.deferred, args.sources, warp_dots,
                             first_column != 0);
         for (int j = args.deferred; j < others; ++j) {
           receive(j);
@@ -303,7 +305,7 @@ class NormConsumer : NormBlock<T, C, kNewest> {
           }
         }
       }
-      barrier_arrive(&own.sums[buffer.index]);  // the statistics are not read any more either
+      barrier_arrive(&own.sums_full[buffer.index]);  // the statistics are not read any more either
       buffer.advance(2);
     }
     sync_consumers(consumers);
@@ -318,7 +320,7 @@ class NormConsumer : NormBlock<T, C, kNewest> {
   const float scale;
   uint32_t ways_phase = 0;
   unsigned form = 0;
-  unsigned slots = 0;
+  unsigned places = 0;
 };
 
 #endif  // __CUDA_ARCH__ >= 900
@@ -327,9 +329,10 @@ template <typename T, int C, bool kNewest, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_norm_ring(const __grid_constant__ BackwardNormArgs<T, C> args) {
 #if __CUDA_ARCH__ >= 900
+  static_assert(sizeof(NormShared<C>) <= kStaticBytes);
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ NormShared<C> shared;
-  NormConsumer<T, C, kNewest>(args, shared, memory).run();
+  NormBackward<T, C, kNewest>(args, shared, memory).run();
 #endif
 }
 

@@ -14,10 +14,10 @@ namespace muddformer::kernels {
 template <int C>
 struct NormShared {
   RingBarriers ring;
-  uint64_t weights[2];  // the weights and statistics have come
-  uint64_t sums[2];     // the dot products are there, and the weights are not read any more
-  uint64_t ways_full;   // dY and Y have come
-  uint64_t ways_empty;  // they, and dV, are not read any more
+  uint64_t weights_full[2];  // the weights and statistics have come
+  uint64_t sums_full[2];     // the dot products are there, and the weights are not read any more
+  uint64_t ways_full;        // dY and Y have come
+  uint64_t ways_empty;       // they, and dV, are not read any more
   float shares[2][3][kMaxNormConsumers / 32 * C];  // of <g, n>, sum(g); <g, n> of the last source
   float statistics[2][2 * (C + 1)];
 };
@@ -49,8 +49,8 @@ class NormBlock {
   __device__ __forceinline__ void start() {
     if (static_cast<int>(threadIdx.x) == consumers) {
       for (int i = 0; i < 2; ++i) {
-        barrier_init(&own.weights[i], 32);
-        barrier_init(&own.sums[i], consumers);
+        barrier_init(&own.weights_full[i], 32);
+        barrier_init(&own.sums_full[i], consumers);
       }
       barrier_init(&own.ways_full, 1);
       barrier_init(&own.ways_empty, consumers);
@@ -61,8 +61,9 @@ class NormBlock {
       to_remake[i] = ways_to_remake<T, C>(args, i * V);
     }
     const auto set_slot = [&](int slot, const void* from) {
+      if (from == nullptr) return;
 #pragma unroll 1
-      for (int i = threadIdx.x; from != nullptr && i < args.dim; i += blockDim.x) {
+      for (int i = threadIdx.x; i < args.dim; i += blockDim.x) {
         const int at = slot * args.dim + partial_place<T>(i, args.dim);
         partial[at] = 0.0f;
         if (args.shared_norms) norms[at] = norm_entry<T>(from, args.wide, i);
@@ -73,7 +74,7 @@ class NormBlock {
       set_slot(args.weight_slot[c], args.norm_weight[c]);
       set_slot(args.bias_slot[c], args.norm_bias[c]);
     }
-    if (pre) set_slot(args.pre_slot, args.pre_weight);
+    set_slot(args.pre_slot, args.pre_weight);
     __syncthreads();
   }
 
@@ -138,14 +139,14 @@ class NormBlock {
       if (lane < (pre ? 2 * (C + 1) : 2 * C)) {
         own.statistics[buffer][lane] = args.statistics[lane * args.tokens + token];
       }
-      barrier_arrive(&own.weights[buffer]);
+      barrier_arrive(&own.weights_full[buffer]);
     };
     RingPlace buffer;
     bring(blockIdx.x, 0);
     for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
       const int64_t next = token + gridDim.x;
       if (next < args.tokens) bring(next, buffer.index ^ 1);
-      barrier_wait(&own.sums[buffer.index], buffer.phase);
+      barrier_wait(&own.sums_full[buffer.index], buffer.phase);
       store_dw<T, C>(args, token, sums + buffer.index * sums_size(), consumers / 32, lane, 32);
       buffer.advance(2);
     }

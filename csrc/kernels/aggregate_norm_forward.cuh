@@ -13,8 +13,6 @@
 // no path for devices before 9.0.
 #pragma once
 
-#include <algorithm>
-
 #include "aggregate_forward.cuh"
 #include "aggregate_norm_launch.h"
 #include "norm.cuh"
@@ -250,9 +248,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, int C, bool kNewest>
 cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream) {
-  const Columns columns = split_columns(static_cast<int>(p.dim) / kVector<T>, kMaxNormConsumers);
+  const NormForwardLayout layout(p);
   ForwardNormArgs<T, C> args;
-  set_forward_args<T, C>(args, p, 0, columns);
+  set_forward_args<T, C>(args, p, 0, layout.columns);
   for (int c = 0; c < C; ++c) {
     args.norm_weight[c] = p.norm_weight[c];
     args.norm_bias[c] = p.norm_bias[c];
@@ -268,14 +266,12 @@ cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream
   args.eps = p.eps;
   args.layer = p.norm == Norm::Layer;
   args.wide = p.wide;
-  const int stage_bytes = columns.threads * 16;
-  args.stages = ring_stages(columns.threads, stage_bytes, kForwardBytesInFlight);
-  const int held_bytes = held_float4s<T, C>(columns.threads, columns.chunks) * 16;
+  args.stages = layout.stages;
   const auto launch = [&](auto* kernel) {
-    return launch_ring(kernel, args, p.tokens, columns.threads, stage_bytes,
-                       held_bytes + weights_bytes<C>(p.sources), stream);
+    return launch_ring(kernel, args, p.tokens, layout.columns.threads, layout.stage_bytes,
+                       static_cast<int>(layout.held_bytes) + weights_bytes<C>(p.sources), stream);
   };
-  const int threads = columns.threads + 32;
+  const int threads = layout.columns.threads + 32;
   return NormThreads::kForwardRoomy / threads == NormThreads::kForward / threads
              ? launch(forward_norm_ring<T, C, kNewest, NormThreads::kForwardRoomy>)
              : launch(forward_norm_ring<T, C, kNewest, NormThreads::kForward>);

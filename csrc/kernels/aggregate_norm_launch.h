@@ -10,12 +10,14 @@
 
 namespace muddformer::kernels {
 
-// A block has at most 16 consumer warps here, so that a row of 4096 columns of 2 bytes is one
-// chunk.
+// A block has at most 16 consumer warps, so that a row of 4096 columns of 2 bytes is one chunk.
+// Where shared memory is short it has fewer: smaller chunks leave more of it to what is kept of a
+// row.
 inline constexpr int kMaxNormConsumers = 512;
 
 // Threads that a multiprocessor is to hold, which is what limits their registers (72 and 96). Where
 // as many blocks fit with fewer threads, the kernel that has more registers (80 and 128) is faster.
+// Each of the four schedulers has a quarter of the registers: five warps of 96, never 21 in all.
 struct NormThreads {
   static constexpr int kForward = 864;
   static constexpr int kForwardRoomy = 768;
@@ -23,9 +25,10 @@ struct NormThreads {
   static constexpr int kBackwardRoomy = 512;
 };
 
-inline constexpr int kSharedMemory = 227 * 1024;  // of a multiprocessor, 1 KB of it for each block
+static_assert(NormThreads::kForward == kRingBlocks * kRingThreads, "as ring_stages() assumes");
+
+inline constexpr int kSharedMemory = 227 * 1024;  // of all blocks, 1 KB of it for each
 inline constexpr int kStaticBytes = 2560;         // at most, of a block
-inline constexpr int kNormBytesInFlight = 48 * 1024;
 inline constexpr int kLeastNormStages = 3;
 
 // Whether the last source comes first, because more is done with it than with the others.
@@ -62,7 +65,6 @@ struct NormLayout {
   bool roomy;      // the kernel with more registers
 
   explicit NormLayout(const AggregateNormBackward& p) {
-    // Smaller chunks leave more shared memory to the sums over the tokens.
     for (int most = kMaxNormConsumers; blocks == 0 && most >= 64; most /= 2) lay_out(p, most);
   }
 
@@ -82,8 +84,9 @@ struct NormLayout {
     blocks = NormThreads::kBackward / threads;
     const auto stages_beside = [&](int64_t other) {
       const int64_t room = kSharedMemory / blocks - 1024 - kStaticBytes - other;
-      const int wanted = (kNormBytesInFlight / blocks + stage_bytes - 1) / stage_bytes;
-      return static_cast<int>(std::min<int64_t>(std::min(wanted, kMaxStages), room / stage_bytes));
+      const int even = (kBackwardBytesInFlight / blocks + stage_bytes - 1) / stage_bytes;
+      const int wanted = std::min(std::max(even, kLeastNormStages), kMaxStages);
+      return static_cast<int>(std::min<int64_t>(wanted, room / stage_bytes));
     };
     while (blocks > 0 && stages_beside(least) < kLeastNormStages) --blocks;
     if (blocks == 0) return;
@@ -94,16 +97,27 @@ struct NormLayout {
   }
 };
 
-// Shared memory of a block of the forward.
-inline int64_t forward_norm_shared_bytes(const AggregateNormForward& p) {
-  const int vector = p.dtype == DType::Float32 ? 4 : 8;
-  const Columns columns = split_columns(static_cast<int>(p.dim) / vector, kMaxNormConsumers);
-  const int stage_bytes = columns.threads * 16;
-  const int64_t held =
-      columns.chunks == 1 ? 0 : int64_t{4} * p.ways * columns.chunks * columns.threads * vector;
-  return ring_stages(columns.threads, stage_bytes, kForwardBytesInFlight) * stage_bytes + held +
-         p.sources * 16;
-}
+// How a forward is laid out: the ring, and the sums that wait where a row has more than one chunk.
+struct NormForwardLayout {
+  Columns columns;
+  int stage_bytes;
+  int stages;
+  int64_t held_bytes;
+  int64_t shared_bytes;  // in all, which may be more than there is
+
+  explicit NormForwardLayout(const AggregateNormForward& p) {
+    const int vector = p.dtype == DType::Float32 ? 4 : 8;
+    for (int most = kMaxNormConsumers; most >= 64; most /= 2) {
+      columns = split_columns(static_cast<int>(p.dim) / vector, most);
+      stage_bytes = columns.threads * 16;
+      stages = ring_stages(columns.threads, stage_bytes, kForwardBytesInFlight);
+      held_bytes =
+          columns.chunks == 1 ? 0 : int64_t{4} * p.ways * columns.chunks * columns.threads * vector;
+      shared_bytes = int64_t{stages} * stage_bytes + held_bytes + p.sources * 16;
+      if (shared_bytes <= kSharedMemory - kStaticBytes) break;
+    }
+  }
+};
 
 template <typename T>
 cudaError_t forward_norm(const AggregateNormForward& p, cudaStream_t stream);

@@ -1,5 +1,6 @@
 // Parts of the backward of the aggregation with normed streams (aggregate_norm_backward.cuh): its
-// parameters, n made again where it cannot be had by division, and the blocks' partial sums.
+// parameters, n made again where it cannot be had by division, the blocks' partial sums, and the
+// gradient of the newest source.
 #pragma once
 
 #include "aggregate_backward.cuh"

@@ -10,9 +10,9 @@
 
 namespace muddformer::kernels {
 
-// A block has at most 8 consumer warps and the producer's. Three blocks of this size share a
-// multiprocessor, so that some compute or store while others wait: a thread may have 72 registers.
-// Of smaller blocks there are more.
+// A block has at most 8 consumer warps (kMaxNormConsumers has more) and the producer's. Three
+// blocks of this size share a multiprocessor, so that some compute or store while others wait: a
+// thread may have 72 registers. Of smaller blocks there are more.
 inline constexpr int kMaxConsumers = 256;
 inline constexpr int kRingThreads = kMaxConsumers + 32;
 inline constexpr int kRingBlocks = 3;

@@ -363,6 +363,27 @@ TYPED_TEST(NormKernelsOf, SmallWeightsBesidePost) {
   }
 }
 
+TYPED_TEST(NormKernelsOf, NothingNormed) {
+  for (const bool pre : {false, true}) {
+    for (const int64_t dim : {264, 4608}) {
+      NormShape s{{5, dim, 4, 3, 0, 0, false, true}};
+      s.normed = 0;
+      s.add = s.pre = pre;
+      ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
+    }
+  }
+}
+
+// Rows for which smaller chunks save shared memory.
+TYPED_TEST(NormKernelsOf, WideRows) {
+  NormShape s{{3, 10240, 3, 4}};
+  ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
+  s = NormShape{{3, 5120, 3, 4}, Norm::Layer};
+  s.normed = 4;
+  s.bias = s.add = s.pre = true;
+  ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
+}
+
 TYPED_TEST(NormKernelsOf, RepeatsBitForBit) {
   for (const int64_t dim : {512, 2560, 4608}) {
     NormShape s{{600, dim, 3, 4}, Norm::Layer};
