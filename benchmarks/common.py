@@ -11,11 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -146,6 +147,30 @@ def write_rows(rows: list[dict], path: Path | None, device: torch.device) -> Non
         if new:
             writer.writeheader()
         writer.writerows({**row, **context} for row in rows)
+
+
+def check_outputs(method: str, outputs: Iterable[Tensor], expected: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """Raises unless every output is what is expected, but for the rounding of dtype."""
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    for y, z in zip(outputs, expected, strict=True):
+        error = ((y.double() - z).abs().max() / z.abs().max()).item()
+        assert error < tolerance, f"{method}: relative error {error}"
+
+
+def row_names(
+    op: str, method: str, kind: str, dtype: torch.dtype, tokens: int, width: int, sources: int, ways: int
+) -> dict[str, object]:
+    """The columns that say what a row measures, as far as all operators have them."""
+    return {
+        "op": op,
+        "method": method,
+        "kind": kind,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "D": width,
+        "S": sources,
+        "C": ways,
+    }
 
 
 class Figure(NamedTuple):

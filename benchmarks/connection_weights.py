@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import Figure, measure_shapes, reference, result_rows
+from common import Figure, check_outputs, measure_shapes, reference, result_rows, row_names
 from torch import Tensor
 
 from muddformer import ops
@@ -42,7 +42,7 @@ def chained(inputs: list[Tensor], grad: Tensor, incoming: Tensor) -> Callable:
     return lambda: torch.autograd.grad(ops.connection_weights_chained(*inputs), inputs, [grad, incoming])
 
 
-def check(inputs: list[Tensor], grad: Tensor, functions: dict[str, Callable], tolerance: float) -> None:
+def check(inputs: list[Tensor], grad: Tensor, functions: dict[str, Callable]) -> None:
     """Every formulation computes the same, against float64 on 256 tokens."""
 
     def evaluate(function: Callable, dtype: torch.dtype) -> list[Tensor]:
@@ -50,11 +50,10 @@ def check(inputs: list[Tensor], grad: Tensor, functions: dict[str, Callable], to
         weights = function(*leaves)
         return [weights, *torch.autograd.grad(weights, leaves, grad[:256].to(dtype))]
 
+    dtype = inputs[0].dtype
     expected = evaluate(reference.connection_weights, torch.float64)
     for name, function in functions.items():
-        for y, z in zip(evaluate(function, inputs[0].dtype), expected, strict=True):
-            error = ((y.double() - z).abs().max() / z.abs().max()).item()
-            assert error < tolerance, f"{name}: relative error {error}"
+        check_outputs(name, evaluate(function, dtype), expected, dtype)
 
 
 def measure(
@@ -80,22 +79,11 @@ def measure(
         "ours": [ops.connection_weights],
     }
     forms = {method: forms[method] for method in methods}
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    check(inputs, grad, {f"{k} {i}": f for k, fs in forms.items() for i, f in enumerate(fs)}, tolerance)
+    check(inputs, grad, {f"{k} {i}": f for k, fs in forms.items() for i, f in enumerate(fs)})
     unit = tokens * width * inputs[0].element_size()
 
     def figure(method: str, kind: str, calls: list[Callable]) -> Figure:
-        names = {
-            "op": "connection_weights",
-            "method": method,
-            "kind": kind,
-            "dtype": str(dtype).removeprefix("torch."),
-            "tokens": tokens,
-            "D": width,
-            "S": sources,
-            "C": WAYS,
-            "K": hidden,
-        }
+        names = {**row_names("connection_weights", method, kind, dtype, tokens, width, sources, WAYS), "K": hidden}
         return Figure(names, calls, UNITS[kind] * unit)
 
     figures = []

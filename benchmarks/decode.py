@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import copy_gb_per_s, median_ms, parser, reference, write_rows
+from common import check_outputs, copy_gb_per_s, median_ms, parser, reference, write_rows
 from torch import Tensor
 
 from muddformer import ops
@@ -103,9 +103,7 @@ def measure(args: Any, batch: int, norm: str, device: torch.device, copy_speed: 
     rows = []
     for method in args.methods:
         function = forms[method]
-        for y, z in zip(function(hiddens, layers[0]), exact, strict=True):
-            error = ((y.double() - z).abs().max() / z.abs().max()).item()
-            assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"{method}: relative error {error}"
+        check_outputs(method, function(hiddens, layers[0]), exact, dtype)
         call = graphed(lambda f=function: chain(f, hiddens, layers, args.passes), device)
         us = 1e3 * median_ms(call, device, args.seconds) / (args.layers * args.passes)
         floor_us = floor_bytes / copy_speed / 1e3

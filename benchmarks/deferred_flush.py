@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Figure, measure_shapes, reference, result_rows
+from common import Figure, check_outputs, measure_shapes, reference, result_rows, row_names
 from torch import Tensor
 
 import muddformer.ops  # noqa: F401  (registers the operators)
@@ -62,29 +62,18 @@ def measure(
         "compile": torch.compile(reference.deferred_flush, fullgraph=True),
         "ours": OPS.deferred_flush,
     }
+    forms = {method: forms[method] for method in methods}
     few = [t[:64] for t in incoming[:older]], [t[:64] for t in sums], [t[:64] for t in weights]
     expected = reference.deferred_flush(*([t.double() for t in tensors] for tensors in few))
     for name, function in forms.items():
-        for y, z in zip(function(*few), expected, strict=True) if name in methods else ():
-            error = ((y.double() - z).abs().max() / z.abs().max()).item()
-            assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"{name}: relative error {error}"
+        check_outputs(name, function(*few), expected, dtype)
     unit = tokens * width * hiddens[0].element_size()
 
     def figure(method: str, kind: str, call: Callable) -> Figure:
-        names = {
-            "op": "deferred_flush",
-            "method": method,
-            "kind": kind,
-            "dtype": str(dtype).removeprefix("torch."),
-            "tokens": tokens,
-            "D": width,
-            "S": older,
-            "C": WAYS,
-            "layers": LAYERS,
-        }
+        names = {**row_names("deferred_flush", method, kind, dtype, tokens, width, older, WAYS), "layers": LAYERS}
         return Figure(names, [call], units(older, kind, method) * unit)
 
-    flush = {m: lambda m=m: forms[m](incoming[:older], sums, weights) for m in forms if m in methods}
+    flush = {m: lambda m=m: forms[m](incoming[:older], sums, weights) for m in forms}
     figures = [figure(method, "flush", call) for method, call in flush.items()]
     if "ours" in methods:
         figures.append(figure("single", "group", lambda: group(hiddens, sums, weights, incoming, 0)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Figure, measure_shapes, reference, result_rows
+from common import Figure, check_outputs, measure_shapes, reference, result_rows, row_names
 from torch import Tensor
 
 from muddformer import ops
@@ -47,14 +47,12 @@ def chained(hiddens: list[Tensor], weights: Tensor, grads: list[Tensor], incomin
     return call
 
 
-def check(hiddens: list[Tensor], weights: Tensor, functions: dict[str, Callable], tolerance: float) -> None:
+def check(hiddens: list[Tensor], weights: Tensor, functions: dict[str, Callable]) -> None:
     """Every formulation computes the same, on 64 tokens against float64."""
     few = [x[:64] for x in hiddens], weights[:64]
     expected = reference.depth_aggregate([x.double() for x in few[0]], few[1].double())
     for name, function in functions.items():
-        for y, z in zip(function(*few), expected, strict=True):
-            error = ((y.double() - z).abs().max() / z.abs().max()).item()
-            assert error < tolerance, f"{name}: relative error {error}"
+        check_outputs(name, function(*few), expected, weights.dtype)
 
 
 def measure(
@@ -74,21 +72,11 @@ def measure(
         "ours": [ops.depth_aggregate],
     }
     forms = {method: forms[method] for method in methods}
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    check(hiddens, weights, {f"{k} {i}": f for k, fs in forms.items() for i, f in enumerate(fs)}, tolerance)
+    check(hiddens, weights, {f"{k} {i}": f for k, fs in forms.items() for i, f in enumerate(fs)})
     unit = tokens * width * hiddens[0].element_size()
 
     def figure(method: str, kind: str, calls: list[Callable]) -> Figure:
-        names = {
-            "op": "depth_aggregate",
-            "method": method,
-            "kind": kind,
-            "dtype": str(dtype).removeprefix("torch."),
-            "tokens": tokens,
-            "D": width,
-            "S": sources,
-            "C": WAYS,
-        }
+        names = row_names("depth_aggregate", method, kind, dtype, tokens, width, sources, WAYS)
         return Figure(names, calls, units(sources, kind) * unit)
 
     figures = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Figure, measure_shapes, reference, result_rows
+from common import Figure, check_outputs, measure_shapes, reference, result_rows, row_names
 from torch import Tensor
 
 from muddformer import ops
@@ -89,23 +89,11 @@ def measure_norms(
         few = [x[:64] for x in hiddens], weights[:64]
         expected = naive([x.double() for x in few[0]], few[1].double())
         for method, function in forms.items():
-            for y, z in zip(function(*few)[0], expected, strict=True):
-                error = ((y.double() - z).abs().max() / z.abs().max()).item()
-                assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"{method}: relative error {error}"
+            check_outputs(method, function(*few)[0], expected, dtype)
     unit = tokens * width * hiddens[0].element_size()
 
     def figure(method: str, kind: str, call: Callable) -> Figure:
-        names = {
-            "op": "depth_aggregate_norm",
-            "method": method,
-            "kind": kind,
-            "norms": norms,
-            "dtype": str(dtype).removeprefix("torch."),
-            "tokens": tokens,
-            "D": width,
-            "S": sources,
-            "C": WAYS,
-        }
+        names = {**row_names("depth_aggregate_norm", method, kind, dtype, tokens, width, sources, WAYS), "norms": norms}
         return Figure(names, [call], units(sources, kind, pre, post) * unit)
 
     figures = []

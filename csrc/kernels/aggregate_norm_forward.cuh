@@ -35,12 +35,6 @@ struct ForwardNormArgs : ForwardArgs<T, C> {
   bool add_newest;
 };
 
-// Sums that wait in shared memory.
-template <typename T, int C>
-__host__ __device__ constexpr int held_float4s(int consumers, int chunks) {
-  return chunks == 1 ? 0 : chunks * C * (kVector<T> / 4) * consumers;
-}
-
 // kNewest: the last source is also base, or is normed itself.
 template <typename T, int C, bool kNewest, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -54,7 +48,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int stage_bytes = consumers * 16;
   const int chunk = consumers * V;
   float4* held = reinterpret_cast<float4*>(shared + args.stages * stage_bytes);
-  float* weights = reinterpret_cast<float*>(held + held_float4s<T, C>(consumers, args.chunks));
+  float* weights = reinterpret_cast<float*>(
+      held + static_cast<int>(held_float4s(C, V, {args.chunks, consumers})));
   const int64_t token = blockIdx.x;
   const bool pre = kNewest && args.pre_weight != nullptr;
   const int others = args.sources - (kNewest ? 1 : 0);
@@ -271,10 +266,8 @@ cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream
     return launch_ring(kernel, args, p.tokens, layout.columns.threads, layout.stage_bytes,
                        static_cast<int>(layout.held_bytes) + weights_bytes<C>(p.sources), stream);
   };
-  const int threads = layout.columns.threads + 32;
-  return NormThreads::kForwardRoomy / threads == NormThreads::kForward / threads
-             ? launch(forward_norm_ring<T, C, kNewest, NormThreads::kForwardRoomy>)
-             : launch(forward_norm_ring<T, C, kNewest, NormThreads::kForward>);
+  return layout.roomy ? launch(forward_norm_ring<T, C, kNewest, NormThreads::kForwardRoomy>)
+                      : launch(forward_norm_ring<T, C, kNewest, NormThreads::kForward>);
 }
 
 template <typename T, bool kNewest>

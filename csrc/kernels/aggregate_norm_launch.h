@@ -97,6 +97,11 @@ struct NormLayout {
   }
 };
 
+// Of the forward: float4s of the sums that wait in shared memory.
+__host__ __device__ constexpr int64_t held_float4s(int ways, int vector, const Columns& columns) {
+  return columns.chunks == 1 ? 0 : int64_t{ways} * (vector / 4) * columns.chunks * columns.threads;
+}
+
 // How a forward is laid out: the ring, and the sums that wait where a row has more than one chunk.
 struct NormForwardLayout {
   Columns columns;
@@ -104,6 +109,7 @@ struct NormForwardLayout {
   int stages;
   int64_t held_bytes;
   int64_t shared_bytes;  // in all, which may be more than there is
+  bool roomy;            // the kernel with more registers
 
   explicit NormForwardLayout(const AggregateNormForward& p) {
     const int vector = p.dtype == DType::Float32 ? 4 : 8;
@@ -111,11 +117,12 @@ struct NormForwardLayout {
       columns = split_columns(static_cast<int>(p.dim) / vector, most);
       stage_bytes = columns.threads * 16;
       stages = ring_stages(columns.threads, stage_bytes, kForwardBytesInFlight);
-      held_bytes =
-          columns.chunks == 1 ? 0 : int64_t{4} * p.ways * columns.chunks * columns.threads * vector;
+      held_bytes = 16 * held_float4s(p.ways, vector, columns);
       shared_bytes = int64_t{stages} * stage_bytes + held_bytes + p.sources * 16;
       if (shared_bytes <= kSharedMemory - kStaticBytes) break;
     }
+    const int threads = columns.threads + 32;
+    roomy = NormThreads::kForwardRoomy / threads == NormThreads::kForward / threads;
   }
 };
 

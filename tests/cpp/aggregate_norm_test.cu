@@ -326,7 +326,7 @@ TYPED_TEST(NormKernelsOf, EveryNumberOfSourcesAndWays) {
 TYPED_TEST(NormKernelsOf, ManyTokens) {
   ASSERT_NO_FATAL_FAILURE(this->check({1500, 64, 3, 4}));
   ASSERT_NO_FATAL_FAILURE(this->check({1100, 264, 9, 3}));
-  ASSERT_NO_FATAL_FAILURE(this->check({280, 2560, 3, 2}));
+  ASSERT_NO_FATAL_FAILURE(this->check({400, 2560, 3, 2}));
   ASSERT_NO_FATAL_FAILURE(this->check({400, 4608, 3, 2}));  // more than one chunk
 }
 
