@@ -37,16 +37,16 @@ bool possible(const AggregationStep& p, int vector) {
 template <typename T>
 StepArgs<T> step_args(const AggregationStep& p) {
   StepArgs<T> args;
-  args.normed = false;
+  args.normed_ways = args.biased_ways = 0;
   for (int j = 0; j < p.sources; ++j) {
-    args.x[j] = static_cast<const T*>(p.x[j]);
-    args.x_stride[j] = p.x_stride[j];
+    args.source[j] = {static_cast<const T*>(p.x[j]), p.x_stride[j]};
   }
   for (int c = 0; c < p.ways; ++c) {
     args.y[c] = static_cast<T*>(p.y[c]);
     args.norm_weight[c] = p.norm_weight[c];
     args.norm_bias[c] = p.norm_bias[c];
-    args.normed = args.normed || p.norm_weight[c] != nullptr;
+    if (p.norm_weight[c] != nullptr) args.normed_ways |= 1u << c;
+    if (p.norm_bias[c] != nullptr) args.biased_ways |= 1u << c;
   }
   args.w1 = static_cast<const T*>(p.w1);
   args.w2 = static_cast<const T*>(p.w2);
@@ -62,7 +62,7 @@ StepArgs<T> step_args(const AggregationStep& p) {
   args.tokens = static_cast<int>(p.tokens);
   args.dim = static_cast<int>(p.dim);
   args.sources = p.sources;
-  args.padded = (p.sources + 3) / 4 * 4;
+  args.padded = (p.sources + 15) / 16 * 16;
   args.ways = p.ways;
   args.chunks = (p.ways + 3) / 4;
   args.hidden = p.hidden;
@@ -121,7 +121,7 @@ cudaError_t find_limits(Kernel kernel, const Device& device, Limits& limits) {
   return cudaSuccess;
 }
 
-template <typename T, int kTokens>
+template <typename T, int kTokens, bool kOnce = false>
 cudaError_t step_limits(const Device& device, Limits& limits) {
   // One word per device, zero until known: threads that come at the same time store the same word.
   static std::atomic<uint64_t> known[kMaxDevices];
@@ -134,7 +134,7 @@ cudaError_t step_limits(const Device& device, Limits& limits) {
               static_cast<int>(word >> 32)};
     return cudaSuccess;
   }
-  error = find_limits(aggregation_step<T, kTokens>, device, limits);
+  error = find_limits(aggregation_step<T, kTokens, kOnce>, device, limits);
   if (error != cudaSuccess || index >= kMaxDevices) return error;
   known[index].store(static_cast<uint64_t>(limits.shared) << 32 |
                          static_cast<uint64_t>(limits.small) << 16 |
@@ -143,27 +143,54 @@ cudaError_t step_limits(const Device& device, Limits& limits) {
   return cudaSuccess;
 }
 
+// Whether a thread passes once through every loop of the kernel.
+template <typename T>
+bool once(const StepArgs<T>& p, int row_vectors) {
+  return p.blocks_log2 == 4 && p.chunks == 1 && p.hidden > 0 && p.rows <= 16 &&
+         row_vectors <= p.threads && row_vectors % 32 == 0 && 4 * p.padded <= p.threads &&
+         p.passes == 1 && p.padded <= 64 && p.scale == nullptr;
+}
+
 template <typename T, int kTokens>
-cudaError_t launch(const AggregationStep& p, const Limits& limits, cudaStream_t stream) {
+cudaError_t launch(const AggregationStep& p, const Device& device, const Limits& limits,
+                   cudaStream_t stream) {
   const int clusters = (static_cast<int>(p.tokens) + kTokens - 1) / kTokens;
-  // Fewer blocks let more clusters run side by side.
-  const int blocks = clusters <= limits.large ? 16 : 8;
+  // As many as a device allows; those that do not fit at once run one after the other.
+  const int blocks = limits.large > 0 ? 16 : 8;
   StepArgs<T> args = step_args<T>(p);
   const int row_vectors = args.dim / kVector<T>;
   const int rounds = (row_vectors + kStepThreads - 1) / kStepThreads;
-  const int threads = std::max(((row_vectors + rounds - 1) / rounds + 31) / 32 * 32, 128);
+  // A thread has a vector of x, and later an entry of A.
+  const int threads = std::max({((row_vectors + rounds - 1) / rounds + 31) / 32 * 32,
+                                std::min(4 * args.chunks * args.padded, kStepThreads), 128});
+  args.threads = threads;
+  args.blocks_log2 = blocks == 16 ? 4 : 3;
   args.rows = (args.hidden + 4 * blocks - 1) / (4 * blocks) * 4;
   args.vectors = (row_vectors + blocks - 1) / blocks;
+  args.stride = args.vectors | 1;
   args.passes = (args.vectors * 16 + threads - 1) / threads;
-  const int shared = step_shared(args, kTokens, blocks, threads).bytes;
-  if (shared > limits.shared) return cudaErrorNotSupported;
+  args.warp_sources = (args.sources * 32 + threads - 1) / threads;
+  args.owned_log2 = 4;
+  while (kTokens * 4 * args.chunks * args.padded > blocks << args.owned_log2) ++args.owned_log2;
+  args.places = step_shared(args, kTokens);
+  if (args.places.bytes > limits.shared) return cudaErrorNotSupported;
+  // A block has a multiprocessor to itself: two would share its way to the L2 cache.
+  const int bytes = std::max(args.places.bytes, limits.shared / 2 + 1);
   Launch launch;
-  configure(launch, clusters, blocks, threads, shared, stream);
-  return cudaLaunchKernelEx(&launch.config, aggregation_step<T, kTokens>, args);
+  configure(launch, clusters, blocks, threads, bytes, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (once(args, row_vectors)) {
+      Limits same;
+      const cudaError_t error = step_limits<T, kTokens, true>(device, same);
+      if (error != cudaSuccess) return error;
+      return cudaLaunchKernelEx(&launch.config, aggregation_step<T, kTokens, true>, args);
+    }
+  }
+  return cudaLaunchKernelEx(&launch.config, aggregation_step<T, kTokens, false>, args);
 }
 
-// Several tokens to a cluster read W1 once for all of them, but take longer: only where clusters of
-// fewer tokens could not run side by side.
+// Clusters are to run side by side, if possible with 16 blocks. Several tokens to a cluster read W1
+// once for all of them, but take longer.
 template <typename T>
 cudaError_t launch_tokens(const AggregationStep& p, const Device& device, cudaStream_t stream) {
   if (!possible(p, kVector<T>)) return cudaErrorNotSupported;
@@ -171,12 +198,13 @@ cudaError_t launch_tokens(const AggregationStep& p, const Device& device, cudaSt
   cudaError_t error = step_limits<T, 1>(device, limits);
   if (error != cudaSuccess) return error;
   if (limits.small == 0) return cudaErrorNotSupported;  // no cluster fits
-  if (p.tokens <= limits.small) return launch<T, 1>(p, limits, stream);
+  const int clusters = limits.large > 0 ? limits.large : limits.small;
+  if (p.tokens <= clusters) return launch<T, 1>(p, device, limits, stream);
   error = step_limits<T, 2>(device, limits);
   if (error != cudaSuccess) return error;
-  if (p.tokens <= 2 * limits.small) return launch<T, 2>(p, limits, stream);
+  if (p.tokens <= 2 * clusters) return launch<T, 2>(p, device, limits, stream);
   error = step_limits<T, 4>(device, limits);
-  return error != cudaSuccess ? error : launch<T, 4>(p, limits, stream);
+  return error != cudaSuccess ? error : launch<T, 4>(p, device, limits, stream);
 }
 
 }  // namespace

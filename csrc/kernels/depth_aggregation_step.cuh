@@ -1,13 +1,17 @@
 // The kernel of depth_aggregation_step.h.
 //
-// A cluster of 16 or 8 blocks has kTokens tokens. Its blocks share the rows of W1, so that all of
-// them are read at once, and later the columns of the sources:
+// A cluster of 16 blocks (8 where a device has no room for more) has kTokens tokens. Its blocks
+// share the rows of W1, so that all of them are read at once, and later the columns of the sources:
 //
-//   1. A block reads x and its rows of W1, a thread having a vector of 16 bytes of each, and sums
-//      up h of its rows over the block. Meanwhile its columns of the sources, its columns of W2 and
-//      the norms' parameters come into shared memory.
-//   2. It multiplies GELU(h) by its columns of W2: a part of every A, sent to all blocks.
-//   3. Each block adds the parts up to A and mixes its columns of the sources.
+//   1. A block reads x and its rows of W1 and sums up h of its rows over the block (by tensor
+//   cores,
+//      where T has 2 bytes and there is no scale). Meanwhile its columns of the sources, its
+//      columns of W2 and the norms' parameters come into shared memory.
+//   2. It multiplies GELU(h) by its columns of W2, a part of every A, and sends each entry to the
+//      block that owns it. The owners add up their parts, and send the sums to all blocks: bytes
+//      are what such an exchange takes long for, and this way there are few.
+//   3. Each block mixes its columns of the sources (by tensor cores, with A as the sum of two
+//      numbers of type T).
 //   4. For a norm the blocks send each other the sums of their columns.
 //
 // What is sent counts at a barrier of the block that it goes to (st.async): an exchange takes one
@@ -15,8 +19,9 @@
 // launch is programmatic: it may start before the kernel ahead of it is over and meanwhile asks for
 // W1 to come into the L2 cache, which is harmless even if that kernel writes W1.
 //
-// A block passes through this code once with few warps, so the length of the code counts: loops are
-// not unrolled unless it pays, and rare cases are out of the way.
+// A block passes through this code once with few warps, waiting for one instruction after the
+// other: their number counts. Hence kOnce, for launches that need no loops; elsewhere loops are not
+// unrolled unless it pays, and rare cases are out of the way.
 //
 // Entry n of A is that of way 4 * chunk + n % 4 and source n / 4 - chunk * padded, so that one load
 // fetches the weights of a source; entries without a way or a source are 0.
@@ -28,103 +33,187 @@ namespace muddformer::kernels {
 
 #if __CUDA_ARCH__ >= 900
 
-template <typename T, int kTokens>
-class Step : StepWeights<T, kTokens> {
-  using Base = StepWeights<T, kTokens>;
+template <typename T, int kTokens, bool kOnce>
+class Step : StepWeights<T, kTokens, kOnce> {
+  using Base = StepWeights<T, kTokens, kOnce>;
 
  public:
   using Base::Base;
 
   __device__ __forceinline__ void run() {
     this->start();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    T* const output = output_of(min(member(), p.ways - 1));
     if (p.hidden > 0) {
       this->hidden_sums();
-      __syncthreads();
-      this->gelu();
     } else {
       this->stage();
+      this->copy_prior();
     }
+    __syncthreads();
+    if (p.hidden > 0) this->send_parts();
     asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
+    barrier_wait(&barriers.sources, 0);
+    uint32_t x[kSteps][4];
+    if constexpr (kPreloads) load_sources(x);
     if (p.hidden > 0) {
-      this->make_part();
-      __syncthreads();
+      this->send_a();
+      wait_for_sent(&barriers.a);
     }
-    // From here on all blocks have started and their barriers are ready.
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    if (p.hidden > 0) {
-      this->send_part();
-      wait_for_sent(&barriers.parts);
-    }
-    this->make_a();
-    __syncthreads();
-    mix();
-    if (p.normed) norm();
+    mix(output, x);
+    if (p.normed_ways != 0) norm(output);
   }
 
  private:
-  using Base::barriers, Base::blocks, Base::first_token, Base::p, Base::places, Base::rank,
-      Base::streams, Base::token, Base::vectors;
+  using Base::barriers, Base::blocks, Base::chunks, Base::passes, Base::first_token, Base::lane,
+      Base::p, Base::places, Base::rank, Base::streams, Base::thread, Base::token, Base::vectors,
+      Base::warp, Base::warps;
 
-  // The block's columns are dealt out in words of 4 bytes. Four threads have a word, and each of
-  // them one of four ways; here is the word's place in the mixed streams.
+  using Base::kHasTensorCores;
+
+  // The block's columns are dealt out in words of 4 bytes, 8 to a warp. Four threads have a word,
+  // and each of them one of four ways; here is the word's place in the mixed streams.
   __device__ __forceinline__ float* mixed(int row, int pass) const {
     return this->template at<float>(places.y) +
-           ((row * p.passes + pass) * static_cast<int>(blockDim.x) + threadIdx.x) * kWord<T>;
+           ((row * passes + pass) * p.threads + thread) * kWord<T>;
   }
   __device__ __forceinline__ int word_of_pass(int pass) const {
-    return (pass * static_cast<int>(blockDim.x) + threadIdx.x) / 4;
+    return (pass * warps + warp) * 8 + (kHasTensorCores ? lane / 16 * 4 + lane % 4 : lane / 4);
+  }
+  __device__ __forceinline__ int member() const {
+    return kHasTensorCores ? lane / 4 % 4 : lane % 4;
   }
 
-  __device__ __forceinline__ void write(int t, int way, int word, const float* values) const {
-    if (first_token + t >= p.tokens) return;
-    T* to = p.y[way] + token(t) * p.dim + rank * p.vectors * kVector<T> + word * kWord<T>;
+  // Where this thread's word of the first pass goes, of the first token.
+  __device__ __forceinline__ T* output_of(int way) const {
+    return p.y[way] + token(0) * p.dim + rank * p.vectors * kVector<T> + word_of_pass(0) * kWord<T>;
+  }
+  __device__ __forceinline__ void write(T* output, int t, int pass, const float* values) const {
+    if (kTokens > 1 && first_token + t >= p.tokens) return;
+    T* to = output + t * static_cast<int64_t>(p.dim) + pass * warps * 8 * kWord<T>;
     *reinterpret_cast<uint32_t*>(to) = pack_word<T>(values);
   }
 
-  // Each of a word's four threads adds up every fourth source for four ways.
-  __device__ __forceinline__ void mix() {
-    const int member = threadIdx.x % 4;
+  __device__ __forceinline__ void mix(T* output, const uint32_t (*x)[4]) {
 #pragma unroll 1
-    for (int row = 0; row < kTokens * p.chunks; ++row) {
-      const int t = p.chunks == 1 ? row : row / 2;
-      const int way = 4 * (row - t * p.chunks) + member;
-      const float4* a = this->template at<float4>(places.a) + row * p.padded;
+    for (int row = 0; row < kTokens * chunks; ++row) {
+      const int t = chunks == 1 ? row : row / 2;
+      const int way = 4 * (row - t * chunks) + member();
 #pragma unroll 1
-      for (int pass = 0; pass < p.passes; ++pass) {
+      for (int pass = 0; pass < passes; ++pass) {
         const int word = word_of_pass(pass);
         const bool inside = word < vectors * 4;
-        const int stride = p.vectors * 4;
-        const uint32_t* x = this->template at<uint32_t>(places.sources) +
-                            (t * p.padded + member) * stride + (inside ? word : 0);
-        float sums[4 * kWord<T>] = {};
-#pragma unroll 3
-        for (int j = member; j < p.padded; j += 4) {
-          const float4 w = a[j];
-          float values[kWord<T>];
-          unpack_word<T>(*x, values);
-          x += 4 * stride;
-#pragma unroll
-          for (int i = 0; i < kWord<T>; ++i) {
-            sums[i] = fmaf(w.x, values[i], sums[i]);
-            sums[kWord<T> + i] = fmaf(w.y, values[i], sums[kWord<T> + i]);
-            sums[2 * kWord<T> + i] = fmaf(w.z, values[i], sums[2 * kWord<T> + i]);
-            sums[3 * kWord<T> + i] = fmaf(w.w, values[i], sums[3 * kWord<T> + i]);
-          }
+        float values[kWord<T>];
+        if constexpr (kHasTensorCores) {
+          multiply_sources(t, row, pass, x, values);
+        } else {
+          add_up_sources(t, row, inside ? word : 0, values);
         }
-        warp_sums<4 * kWord<T>, float, 2>(sums, threadIdx.x);
 #pragma unroll
-        for (int i = 0; p.normed && i < kWord<T>; ++i) mixed(row, pass)[i] = sums[i];
-        if (inside && way < p.ways && p.norm_weight[way] == nullptr) write(t, way, word, sums);
+        for (int i = 0; p.normed_ways != 0 && i < kWord<T>; ++i) mixed(row, pass)[i] = values[i];
+        if (inside && way < p.ways && (p.normed_ways >> way & 1) == 0) {
+          write(way < 4 ? output : output_of(way), t, pass, values);
+        }
       }
     }
   }
 
+  // Whether the sources are in registers before A is there, and of how many times 16 sources.
+  static constexpr bool kPreloads = kOnce && kTokens == 1;
+  static constexpr int kSteps = kPreloads ? 4 : 1;
+
+  // Where the lane's row is of the right operand that load_matrices_transposed fetches: the first
+  // 16 sources of the warp's 16 columns.
+  __device__ __forceinline__ uint32_t source_tile(int t, int pass) const {
+    // Past the last column the last is read again, for nobody.
+    const int vector = max(0, min(2 * (pass * warps + warp) + lane / 16, vectors - 1));
+    return address_in_shared(this->template at<uint4>(places.sources) +
+                             (t * p.padded + lane % 16) * p.stride + vector);
+  }
+  __device__ __forceinline__ void load_sources(uint32_t (*x)[4]) const {
+    const uint32_t tile = source_tile(0, 0);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (16 * i < p.padded) load_matrices_transposed(x[i], tile + i * 16 * 16 * p.stride);
+    }
+  }
+
+  // Four ways of 16 columns by tensor cores. A is taken as two numbers of type T, which together
+  // are as good as float32 here: rows 0 to 3 of the left operand, and 4 to 7 for what those lack.
+  __device__ __forceinline__ void multiply_sources(int t, int row, int pass, const uint32_t (*x)[4],
+                                                   float (&values)[kWord<T>]) const {
+    const float* a = this->template at<float>(places.a) + row * p.padded * 4 + member();
+    float sums[2][4] = {};
+    if constexpr (kPreloads) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (16 * i < p.padded) multiply_step(a + i * 16 * 4, x[i], sums);
+      }
+    } else {
+      const uint32_t tile = source_tile(t, pass);
+#pragma unroll 1
+      for (int k = 0; k < p.padded; k += 16) {
+        uint32_t right[4];
+        load_matrices_transposed(right, tile + k * 16 * p.stride);
+        multiply_step(a + k * 4, right, sums);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float keep = lane < 16 ? sums[0][i] : sums[1][i];
+      const float give = lane < 16 ? sums[1][i] : sums[0][i];
+      values[i] = keep + __shfl_xor_sync(0xffffffffu, give, 16);
+    }
+  }
+  __device__ __forceinline__ void multiply_step(const float* a, const uint32_t (&right)[4],
+                                                float (&sums)[2][4]) const {
+    uint32_t left[4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* from = a + (8 * half + lane % 4 * 2) * 4;
+      const float pair[2] = {from[0], from[4]};
+      const uint32_t bits = pack_word<T>(pair);
+      float high[2];
+      unpack_word<T>(bits, high);
+      const float low[2] = {pair[0] - high[0], pair[1] - high[1]};
+      left[2 * half] = lane < 16 ? bits : pack_word<T>(low);
+    }
+    multiply_add<T>(sums[0], left, right[0], right[1]);
+    multiply_add<T>(sums[1], left, right[2], right[3]);
+  }
+
+  // In float32: each of a word's four threads adds up every fourth source for four ways.
+  __device__ __forceinline__ void add_up_sources(int t, int row, int word,
+                                                 float (&values)[kWord<T>]) const {
+    const float4* a = this->template at<float4>(places.a) + row * p.padded;
+    const uint32_t* x =
+        this->template at<uint32_t>(places.sources) + t * p.padded * p.stride * 4 + word;
+    float sums[4 * kWord<T>] = {};
+#pragma unroll 4
+    for (int j = member(); j < p.padded; j += 4) {
+      const float4 w = a[j];
+      float from[kWord<T>];
+      unpack_word<T>(x[j * p.stride * 4], from);
+#pragma unroll
+      for (int i = 0; i < kWord<T>; ++i) {
+        sums[i] = fmaf(w.x, from[i], sums[i]);
+        sums[kWord<T> + i] = fmaf(w.y, from[i], sums[kWord<T> + i]);
+        sums[2 * kWord<T> + i] = fmaf(w.z, from[i], sums[2 * kWord<T> + i]);
+        sums[3 * kWord<T> + i] = fmaf(w.w, from[i], sums[3 * kWord<T> + i]);
+      }
+    }
+    warp_sums<4 * kWord<T>, float, 2>(sums, lane);
+#pragma unroll
+    for (int i = 0; i < kWord<T>; ++i) values[i] = sums[i];
+  }
+
   // Sum over a whole row, of Y or (round 1) of the squared deviations from its mean.
   __device__ __forceinline__ float total(int round, int stream) const {
-    return sum_of(this->template at<float>(places.totals) + (round * streams + stream) * blocks,
-                  blocks);
+    return sum_of_16(this->template at<float>(places.totals) + (round * streams + stream) * 16);
+  }
+
+  // Sums over the columns of each warp.
+  __device__ __forceinline__ float* warp_sums_of(int round, int stream) const {
+    return this->template at<float>(places.warp_sums) + (round * streams + stream) * kStepWarps;
   }
 
   // RMSNorm is LayerNorm with a mean of 0.
@@ -133,14 +222,13 @@ class Step : StepWeights<T, kTokens> {
   }
 
   __device__ __forceinline__ void make_totals(int round) {
-    const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int row = 0; row < kTokens * p.chunks; ++row) {
-      const int stream = 4 * row + lane % 4;
+    for (int row = 0; row < kTokens * chunks; ++row) {
+      const int stream = 4 * row + member();
       const float mean = round == 1 ? mean_of(stream) : 0.0f;
       float sum = 0.0f;
 #pragma unroll 1
-      for (int pass = 0; pass < p.passes; ++pass) {
+      for (int pass = 0; pass < passes; ++pass) {
         if (word_of_pass(pass) >= vectors * 4) break;
 #pragma unroll
         for (int i = 0; i < kWord<T>; ++i) {
@@ -149,40 +237,41 @@ class Step : StepWeights<T, kTokens> {
         }
       }
 #pragma unroll
-      for (int distance = 4; distance < 32; distance *= 2) {
+      for (const int distance : {kHasTensorCores ? 1 : 4, kHasTensorCores ? 2 : 8, 16}) {
         sum += __shfl_xor_sync(0xffffffffu, sum, distance);
       }
-      if (lane < 4)
-        this->template at<float>(places.sums)[stream * kStepWarps + threadIdx.x / 32] = sum;
+      const bool first = kHasTensorCores ? lane < 16 && lane % 4 == 0 : lane < 4;
+      float* to = warp_sums_of(round, stream);
+      if (first) to[warp] = sum;
     }
     __syncthreads();
-    const int shift = 31 - __clz(blocks);
-    for (int i = threadIdx.x; i < streams << shift; i += blockDim.x) {
-      const int stream = i >> shift;
-      const int b = i & (blocks - 1);
-      float* to =
-          this->template at<float>(places.totals) + (round * streams + stream) * blocks + rank;
-      send(in_block(to, b), in_block(&barriers.totals[round], b),
-           sum_of(this->template at<float>(places.sums) + stream * kStepWarps));
+    // A warp sends to one block at a time.
+    for (int stream = lane; stream < streams; stream += 32) {
+      const float sum = sum_of_16(warp_sums_of(round, stream));
+      float* to = this->template at<float>(places.totals) + (round * streams + stream) * 16 + rank;
+#pragma unroll 2
+      for (int b = warp; b < blocks; b += warps) {
+        send(in_block(to, b), in_block(&barriers.totals[round], b), sum);
+      }
     }
     wait_for_sent(&barriers.totals[round]);
   }
 
-  __device__ __forceinline__ void norm() {
+  __device__ __forceinline__ void norm(T* output) {
     if (p.layer_norm) make_totals(0);
     make_totals(1);
     const int columns = p.vectors * kVector<T>;
     const void* norms = this->template at<unsigned char>(places.norms);
 #pragma unroll 1
-    for (int row = 0; row < kTokens * p.chunks; ++row) {
-      const int t = p.chunks == 1 ? row : row / 2;
-      const int way = 4 * (row - t * p.chunks) + threadIdx.x % 4;
-      if (way >= p.ways || p.norm_weight[way] == nullptr) continue;
-      const int stream = 4 * row + threadIdx.x % 4;
+    for (int row = 0; row < kTokens * chunks; ++row) {
+      const int t = chunks == 1 ? row : row / 2;
+      const int way = 4 * (row - t * chunks) + member();
+      if ((p.normed_ways >> way & 1) == 0) continue;
+      const int stream = 4 * row + member();
       const float mean = mean_of(stream);
       const float factor = rsqrtf(total(1, stream) * p.inverse_dim + p.norm_eps);
 #pragma unroll 1
-      for (int pass = 0; pass < p.passes; ++pass) {
+      for (int pass = 0; pass < passes; ++pass) {
         const int word = word_of_pass(pass);
         if (word >= vectors * 4) break;
         float values[kWord<T>];
@@ -190,11 +279,11 @@ class Step : StepWeights<T, kTokens> {
         for (int i = 0; i < kWord<T>; ++i) {
           const int place = way * columns + word * kWord<T> + i;
           values[i] = (mixed(row, pass)[i] - mean) * factor * parameter<T>(norms, p.wide, place);
-          if (p.norm_bias[way] != nullptr) {
+          if ((p.biased_ways >> way & 1) != 0) {
             values[i] += parameter<T>(norms, p.wide, place + p.ways * columns);
           }
         }
-        write(t, way, word, values);
+        write(way < 4 ? output : output_of(way), t, pass, values);
       }
     }
   }
@@ -202,14 +291,24 @@ class Step : StepWeights<T, kTokens> {
 
 #endif  // __CUDA_ARCH__ >= 900
 
-template <typename T, int kTokens>
+template <typename T, int kTokens, bool kOnce>
 __global__ void __launch_bounds__(kStepThreads, 1)
     aggregation_step(const __grid_constant__ StepArgs<T> args) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ StepBarriers barriers;
+  __shared__ uint32_t touched[kStepWarps];
+  // A line of parameters takes long when it is first touched: all are asked for at once.
+  const int used = offsetof(StepArgs<T>, source) + args.sources * int{sizeof(args.source[0])};
+  for (int line = threadIdx.x / 32; line * 64 < used; line += args.threads / 32) {
+    const uint32_t word = reinterpret_cast<const uint32_t*>(&args)[line * 16];
+    uint32_t* to = touched + threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) {
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(word));
+    }
+  }
   asm volatile("griddepcontrol.launch_dependents;");
-  Step<T, kTokens>(args, shared, barriers).run();
+  Step<T, kTokens, kOnce>(args, shared, barriers).run();
 #endif
 }
 

@@ -9,6 +9,30 @@ namespace muddformer::kernels {
 inline constexpr int kStepThreads = 512;  // at most
 inline constexpr int kStepWarps = kStepThreads / 32;
 
+struct StepBarriers {
+  uint64_t sources;    // the copies of the sources
+  uint64_t parts;      // of the entries of A that this block adds up
+  uint64_t a;          // all of A
+  uint64_t totals[2];  // of the norms
+};
+inline constexpr int kStepBarriers = sizeof(StepBarriers) / sizeof(uint64_t);
+
+// Places in dynamic shared memory, in bytes. The tokens of a cluster are t, its blocks b.
+struct StepShared {
+  int sources;    // [t][padded][stride] of 16 bytes
+  int norms;      // [2][C] weights and biases of the block's columns
+  int x;          // [warp][t][32] vectors
+  int w2;         // [n][rows]
+  int sums;       // [t][rows + 1][warps], the last row of x^2
+  int gelu;       // [warp][t][rows]
+  int parts;      // [b][owned]
+  int a;          // [t][n]
+  int y;          // [t][chunk][pass][threads] words
+  int warp_sums;  // [2][t][chunk][4][warps]
+  int totals;     // [2][t][chunk][4][16]
+  int bytes;
+};
+
 template <typename T>
 struct StepArgs {
   const T* w1;
@@ -19,53 +43,44 @@ struct StepArgs {
   float norm_eps;
   float cap;
   float inverse_dim;
+  StepShared places;
+  int threads;
+  int blocks_log2;  // of a cluster
   int tokens;
   int dim;
   int sources;
-  int padded;  // sources, rounded up to a multiple of 4
+  int padded;  // sources, rounded up to a multiple of 16
   int ways;
   int chunks;  // of 4 ways
   int hidden;
   int rows;     // of W1 in a block, a multiple of 4
   int vectors;  // of 16 bytes of a source's row in a block
+  int stride;   // from one of them to the next in shared memory, odd: no bank is asked twice
   int passes;   // of the threads over the words of 4 bytes of these vectors, 4 threads to a word
+  int warp_sources;  // that a warp copies, a lane for each
+  int owned_log2;    // entries of A that a block adds up, at least 16
   bool wide;
   bool gelu_tanh;
   bool layer_norm;
-  bool normed;  // any way is
+  uint32_t normed_ways;  // bit c: way c has a norm's weight
+  uint32_t biased_ways;
   const void* norm_weight[kMaxStepWays];
   const void* norm_bias[kMaxStepWays];
   T* y[kMaxStepWays];
-  const T* x[kMaxStepSources];
-  int64_t x_stride[kMaxStepSources];
-};
-
-struct StepBarriers {
-  uint64_t parts;  // of A
-  uint64_t totals[2];
-};
-
-// Places in dynamic shared memory, in bytes. The tokens of a cluster are t, its blocks b.
-struct StepShared {
-  int sources;  // [t][padded][vectors] of 16 bytes
-  int norms;    // [2][C] weights and biases of the block's columns
-  int w2;       // [n][rows]
-  int sums;     // [t][rows + 1][warps], the last row of x^2; later [t][chunk][4][warps]
-  int gelu;     // [t][rows]
-  int part;     // [t][n]
-  int parts;    // [b][t][n]
-  int a;        // [t][n]
-  int y;        // [t][chunk][pass][threads] words
-  int totals;   // [2][t][chunk][4][b]
-  int bytes;
+  struct {
+    const T* x;
+    int64_t stride;
+  } source[kMaxStepSources];
 };
 
 template <typename T>
-__host__ __device__ StepShared step_shared(const StepArgs<T>& p, int tokens, int blocks,
-                                           int threads) {
+StepShared step_shared(const StepArgs<T>& p, int tokens) {
+  const int blocks = 1 << p.blocks_log2;
   const int entries = 4 * p.chunks * p.padded;
   const int streams = 4 * p.chunks * tokens;
   const int columns = p.vectors * kVector<T>;
+  const int warps = p.threads / 32;
+  const bool normed = p.normed_ways != 0;
   int end = 0;
   const auto place = [&](int bytes) {
     const int start = end;
@@ -73,17 +88,17 @@ __host__ __device__ StepShared step_shared(const StepArgs<T>& p, int tokens, int
     return start;
   };
   StepShared s;
-  s.sources = place(tokens * p.padded * p.vectors * 16);
-  s.norms = place(p.normed ? 2 * p.ways * columns * (p.wide ? 4 : int{sizeof(T)}) : 0);
+  s.sources = place(tokens * p.padded * p.stride * 16);
+  s.norms = place(normed ? 2 * p.ways * columns * (p.wide ? 4 : int{sizeof(T)}) : 0);
+  s.x = place(warps * tokens * 32 * 16);
   s.w2 = place(entries * p.rows * int{sizeof(T)});
-  const int rows = p.rows + 1 > 4 * p.chunks ? p.rows + 1 : 4 * p.chunks;
-  s.sums = place(tokens * rows * kStepWarps * 4);
-  s.gelu = place(tokens * p.rows * 4);
-  s.part = place(p.hidden == 0 ? 0 : tokens * entries * 4);
-  s.parts = place(p.hidden == 0 ? 0 : blocks * tokens * entries * 4);
+  s.sums = place(tokens * (p.rows + 1) * kStepWarps * 4);
+  s.gelu = place(warps * tokens * p.rows * 4);
+  s.parts = place(p.hidden == 0 ? 0 : blocks * 4 << p.owned_log2);
   s.a = place(tokens * entries * 4);
-  s.y = place(p.normed ? tokens * p.chunks * p.passes * threads * kWord<T> * 4 : 0);
-  s.totals = place(p.normed ? 2 * streams * blocks * 4 : 0);
+  s.y = place(normed ? tokens * p.chunks * p.passes * p.threads * kWord<T> * 4 : 0);
+  s.warp_sums = place(normed ? 2 * streams * kStepWarps * 4 : 0);
+  s.totals = place(normed ? 2 * streams * 16 * 4 : 0);
   s.bytes = end;
   return s;
 }

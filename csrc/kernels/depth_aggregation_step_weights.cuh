@@ -1,192 +1,164 @@
 // The first half of the kernel of depth_aggregation_step.cuh: from x to A.
 #pragma once
 
-#include "depth_aggregation_step_layout.cuh"
-#include "exchange.cuh"
-#include "vector.cuh"
+#include "connection_weights_gelu.cuh"
+#include "depth_aggregation_step_block.cuh"
+#include "tensor_core.cuh"
 #include "warp_sums.cuh"
 
 namespace muddformer::kernels {
 
 #if __CUDA_ARCH__ >= 900
 
-// Out of the way of what is usual.
-__device__ __noinline__ float step_tanh(float x) {
-  return tanhf(x);
-}
+template <typename T, int kTokens, bool kOnce>
+class StepWeights : protected StepBlock<T, kTokens, kOnce> {
+  using Base = StepBlock<T, kTokens, kOnce>;
 
-// An entry of the prior, the scale or a norm's parameters.
-template <typename T>
-__device__ __forceinline__ float parameter(const void* from, bool wide, int i) {
-  return wide ? static_cast<const float*>(from)[i] : widen(static_cast<const T*>(from)[i]);
-}
-
-// Sum over the warps, or over the first count of 16 values that lie together.
-__device__ __forceinline__ float sum_of(const float* values, int count = kStepWarps) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kStepWarps; i += 4) {
-    if (i >= count) break;
-    const float4 four = *reinterpret_cast<const float4*>(values + i);
-    sum += (four.x + four.y) + (four.z + four.w);
-  }
-  return sum;
-}
-
-// A block of the kernel.
-template <typename T, int kTokens>
-class StepWeights {
  public:
-  __device__ __forceinline__ StepWeights(const StepArgs<T>& args, unsigned char* shared,
-                                         StepBarriers& block_barriers)
-      : p(args),
-        rank(cluster_rank()),
-        blocks(cluster_size()),
-        first_token(static_cast<int>(blockIdx.x) / blocks * kTokens),
-        entries(4 * args.chunks * args.padded),
-        streams(4 * args.chunks * kTokens),
-        vectors(max(0, min(args.vectors, args.dim / kVector<T> - rank * args.vectors))),
-        first_row(min(rank * args.rows, args.hidden)),
-        rows(min(args.rows, args.hidden - first_row)),
-        memory(shared),
-        places(step_shared(args, kTokens, blocks, blockDim.x)),
-        barriers(block_barriers) {}
+  using Base::Base;
 
  protected:
+  using Base::barriers, Base::blocks, Base::capped, Base::entries, Base::first_owned,
+      Base::first_row, Base::first_token, Base::kHasTensorCores, Base::lane, Base::newest,
+      Base::newest_stride, Base::owned, Base::owned_prior, Base::p, Base::places, Base::prior_bits,
+      Base::rank, Base::row_of_w1, Base::rows, Base::thread, Base::token, Base::warp, Base::warps;
+
   static constexpr int kRows = kTokens == 1 ? 16 : 8;  // of W1 that a thread has in flight
-
-  template <typename V>
-  __device__ __forceinline__ V* at(int place) const {
-    return reinterpret_cast<V*>(memory + place);
-  }
-  __device__ __forceinline__ const T* row_of_w1(int r) const {
-    return p.w1 + static_cast<int64_t>(first_row + r) * p.dim;
-  }
-  // The last cluster repeats the last token where it has none of its own.
-  __device__ __forceinline__ int64_t token(int t) const {
-    return min(first_token + t, p.tokens - 1);
-  }
-  // Whether entry n of A has a way and a source, and which.
-  __device__ __forceinline__ bool place_of(int n, int& way, int& source) const {
-    const int chunk = n >= 4 * p.padded ? 1 : 0;
-    way = 4 * chunk + n % 4;
-    source = n / 4 - chunk * p.padded;
-    return way < p.ways && source < p.sources;
-  }
-
-  __device__ __forceinline__ void start() {
-    const int i = threadIdx.x;
-    if (i < 3) {
-      uint64_t* barrier = i == 0 ? &barriers.parts : &barriers.totals[i - 1];
-      barrier_init(barrier, 1);
-      barrier_expect(barrier, blocks * 4 * (i == 0 ? kTokens * entries : streams));
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncwarp();
-    // The fence has published the barriers: a release here would wait a microsecond for nothing.
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#pragma unroll 1
-    for (int r = i; r < rows; r += blockDim.x) {
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row_of_w1(r)),
-                   "r"(p.dim * int{sizeof(T)})
-                   : "memory");
-    }
-  }
-
-  // Asks for everything but x and W1, and clears what is padding.
-  __device__ __forceinline__ void stage() {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    const int warps = blockDim.x / 32;
-#pragma unroll 1
-    for (int t = 0; t < kTokens; ++t) {
-      uint4* to = at<uint4>(places.sources) + t * p.padded * p.vectors;
-#pragma unroll 1
-      for (int j = warp; j < p.padded; j += warps) {
-        const bool valid = j < p.sources;
-        const T* from =
-            valid ? p.x[j] + token(t) * p.x_stride[j] + rank * p.vectors * kVector<T> : nullptr;
-#pragma unroll 1
-        for (int v = lane; v < vectors; v += 32) {
-          if (valid) {
-            copy_async<16>(to + j * p.vectors + v, from + v * kVector<T>);
-          } else {
-            to[j * p.vectors + v] = make_uint4(0, 0, 0, 0);
-          }
-        }
-      }
-    }
-#pragma unroll 1
-    for (int n = threadIdx.x; n < entries; n += blockDim.x) {
-      int way, source;
-      const bool valid = place_of(n, way, source);
-      const int row = way * p.sources + source;
-      const float prior = valid ? parameter<T>(p.prior, p.wide, row) : 0.0f;
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) at<float>(places.a)[t * entries + n] = prior;
-      const T* from = p.w2 + static_cast<int64_t>(row) * p.hidden + first_row;
-#pragma unroll 1
-      for (int k = 0; valid && k < rows; k += 4) {
-        copy_async<4 * int{sizeof(T)}>(at<T>(places.w2) + n * p.rows + k, from + k);
-      }
-    }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kTokens * max(p.rows + 1, 4 * p.chunks) * kStepWarps;
-         i += blockDim.x) {
-      if (i % kStepWarps >= warps) at<float>(places.sums)[i] = 0.0f;
-    }
-    if (!p.normed) return;
-    const int bytes = kVector<T> * (p.wide ? 4 : int{sizeof(T)});  // for a vector
-#pragma unroll 1
-    for (int row = warp; row < 2 * p.ways; row += warps) {
-      const void* from = row < p.ways ? p.norm_weight[row] : p.norm_bias[row - p.ways];
-      if (from == nullptr) continue;
-      unsigned char* to = at<unsigned char>(places.norms) + row * p.vectors * bytes;
-#pragma unroll 1
-      for (int i = lane * 16; i < vectors * bytes; i += 32 * 16) {
-        copy_async<16>(to + i,
-                       static_cast<const unsigned char*>(from) + rank * p.vectors * bytes + i);
-      }
-    }
-  }
 
   // Sums over the columns of each warp of x W1^T and of x^2.
   __device__ __forceinline__ void hidden_sums() {
-    const int lane = threadIdx.x % 32;
+    if constexpr (kOnce) {
+      multiply_rows();
+    } else if (kHasTensorCores && p.scale == nullptr) {
+      if constexpr (kHasTensorCores) multiply_rows();
+    } else {
+      add_up_rows();
+    }
+  }
+
+  __device__ __forceinline__ void load_x(int vector, bool inside, uint4 (&x)[kTokens]) const {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const T* from = newest + (token(t) - first_token) * newest_stride + vector * kVector<T>;
+      x[t] = inside ? load_vector(from) : make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  __device__ __forceinline__ void store_squares(float (&squares)[kTokens]) const {
+    float* to = this->template at<float>(places.sums) + p.rows * kStepWarps + warp;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      warp_sums<1>(&squares[t], lane);
+      if (lane == 0) to[t * (p.rows + 1) * kStepWarps] = squares[t];
+    }
+  }
+
+  // By tensor cores, 16 rows by 8 tokens at a time. A lane's 16 bytes of a row are 8 neighbours,
+  // which the product takes for others; x is taken in the same order.
+  __device__ __forceinline__ void multiply_rows() {
+    constexpr int kGroups = 8;  // of 4 vectors
+    constexpr int kChains = 4;  // of products that wait for each other
     const int row_vectors = p.dim / kVector<T>;
-    float* to = at<float>(places.sums) + threadIdx.x / 32;
+    const int row = lane / 4, member = lane % 4;
+    uint4* own = this->template at<uint4>(places.x) + warp * kTokens * 32;
+    float* to = this->template at<float>(places.sums) + warp;
+#pragma unroll 1
+    for (int first = 0; first < p.rows; first += 16) {
+      float sums[kChains][4] = {};
+      float squares[kTokens] = {};
+#pragma unroll 1
+      for (int base = 0; base < row_vectors; base += p.threads) {
+        const int start = base + warp * 32;
+        uint4 x[kTokens], w[kGroups][2];
+        load_x(start + lane, start + lane < row_vectors, x);
+        // Rows past the last spoil only themselves.
+        const auto load_if = [](bool wanted, const T* address, uint4& to) {
+          if (!kOnce) to = make_uint4(0, 0, 0, 0);
+          if (wanted) to = load_vector(address);
+        };
+        const T* from = row_of_w1(first + row) + (start + member) * kVector<T>;
+        const T* below = from + static_cast<int64_t>(8) * p.dim;
+        const int left = row_vectors - start - member;
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          const int column = i * 4 * kVector<T>;
+          const bool inside = kOnce ? start < row_vectors : 4 * i < left;
+          load_if(inside && first + row < rows, from + column, w[i][0]);
+          load_if(inside && first + row + 8 < rows, below + column, w[i][1]);
+        }
+        if (kOnce || (first == 0 && base == 0)) this->stage();
+        __syncwarp();
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          own[t * 32 + lane] = x[t];
+          float values[kVector<T>];
+          unpack<T>(x[t], values);
+#pragma unroll
+          for (int i = 0; i < kVector<T>; ++i) {
+            squares[t] = fmaf(values[i], values[i], squares[t]);
+          }
+        }
+        __syncwarp();
+        if (first == 0 && (kOnce || base + p.threads >= row_vectors)) {
+          store_squares(squares);
+        }
+        if (kOnce && start >= row_vectors) break;
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          const uint4 right = own[row % kTokens * 32 + 4 * i + member];
+          const auto& [above, under] = w[i];
+          multiply_add<T>(sums[2 * i % kChains], {above.x, under.x, above.y, under.y}, right.x,
+                          right.y);
+          multiply_add<T>(sums[(2 * i + 1) % kChains], {above.z, under.z, above.w, under.w},
+                          right.z, right.w);
+        }
+        if (kOnce) break;
+      }
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        if (member != t / 2) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int r = first + row + 8 * half;
+          if (r >= p.rows) continue;
+          const int place = 2 * half + t % 2;
+          to[(t * (p.rows + 1) + r) * kStepWarps] =
+              (sums[0][place] + sums[1][place]) + (sums[2][place] + sums[3][place]);
+        }
+      }
+      if (kOnce) break;
+    }
+  }
+
+  // In float32.
+  __device__ __forceinline__ void add_up_rows() {
+    const int row_vectors = p.dim / kVector<T>;
+    float* to = this->template at<float>(places.sums) + warp;
 #pragma unroll 1
     for (int first = 0; first < p.rows; first += kRows) {
       float sums[kTokens][kRows] = {};
       float squares[kTokens] = {};
 #pragma unroll 1
-      for (int v = threadIdx.x; v - static_cast<int>(threadIdx.x) < row_vectors; v += blockDim.x) {
-        uint4 x[kTokens];
-        uint4 w[kRows];
+      for (int base = 0; base < row_vectors; base += p.threads) {
+        const int v = base + thread;
         const bool inside = v < row_vectors;
         const int column = inside ? v * kVector<T> : 0;
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-          x[t] = load_vector(p.x[p.sources - 1] + token(t) * p.x_stride[p.sources - 1] + column);
-        }
+        uint4 x[kTokens], w[kRows];
+        load_x(v, inside, x);
         const T* from = row_of_w1(first) + column;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (first + r < rows) w[r] = load_vector(from + static_cast<int64_t>(r) * p.dim);
         }
-        if (first == 0 && v == static_cast<int>(threadIdx.x)) stage();
+        if (first == 0 && base == 0) this->stage();
         float values[kTokens][kVector<T>];
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           unpack<T>(x[t], values[t]);
 #pragma unroll
           for (int i = 0; i < kVector<T>; ++i) {
-            if (!inside) values[t][i] = 0.0f;
             squares[t] = fmaf(values[t][i], values[t][i], squares[t]);
-          }
-          if (__builtin_expect(p.scale != nullptr, 0)) {
-#pragma unroll
-            for (int i = 0; i < kVector<T>; ++i) {
+            if (__builtin_expect(p.scale != nullptr, 0)) {
               values[t][i] *= parameter<T>(p.scale, p.wide, column + i);
             }
           }
@@ -207,74 +179,105 @@ class StepWeights {
       }
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        float* to_token = to + t * (p.rows + 1) * kStepWarps;
         const int r = first + warp_sums<kRows>(sums[t], lane);
-        if (lane % kSharers<kRows> == 0 && r < p.rows) to_token[r * kStepWarps] = sums[t][0];
-        if (first == 0) {
-          warp_sums<1>(&squares[t], lane);
-          if (lane == 0) to_token[p.rows * kStepWarps] = squares[t];
+        if (lane % kSharers<kRows> == 0 && r < p.rows) {
+          to[(t * (p.rows + 1) + r) * kStepWarps] = sums[t][0];
         }
       }
+      if (first == 0) store_squares(squares);
     }
   }
 
-  __device__ __forceinline__ void gelu() {
+  // GELU of the block's rows, for this warp alone.
+  __device__ __forceinline__ float* gelu() const {
+    float* to = this->template at<float>(places.gelu) + warp * kTokens * p.rows;
 #pragma unroll 1
-    for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+    for (int t = 0; t < kTokens; ++t) {
+      const float* sums = this->template at<float>(places.sums) + t * (p.rows + 1) * kStepWarps;
+      const float squares = sum_of_16(sums + p.rows * kStepWarps);
 #pragma unroll 1
-      for (int t = 0; t < kTokens; ++t) {
-        const float* sums = at<float>(places.sums) + t * (p.rows + 1) * kStepWarps;
-        const float squares = sum_of(sums + p.rows * kStepWarps);
-        const float h = sum_of(sums + r * kStepWarps) * rsqrtf(squares * p.inverse_dim + p.eps);
-        const float phi = __builtin_expect(p.gelu_tanh, 0)
-                              ? step_tanh(0.7978845608028654f * (h + 0.044715f * h * h * h))
-                              : erff(h * 0.7071067811865476f);
-        at<float>(places.gelu)[t * p.rows + r] = 0.5f * h * (1.0f + phi);
+      for (int r = lane; r < rows; r += 32) {
+        const float h = sum_of_16(sums + r * kStepWarps) * rsqrtf(squares * p.inverse_dim + p.eps);
+        float gauss;
+        const float phi =
+            __builtin_expect(p.gelu_tanh, 0)
+                ? 0.5f + 0.5f * step_tanh(kSqrtTwoOverPi * (h + kGeluCubic * h * h * h))
+                : normal_cdf(h, gauss);
+        to[t * p.rows + r] = h * phi;
+        if (kOnce) break;
       }
     }
+    __syncwarp();
+    return to;
   }
 
-  // Multiplies by the block's columns of W2.
-  __device__ __forceinline__ void make_part() {
-    constexpr int kWords = 4 / kWord<T>;
+  static __device__ __forceinline__ void unpack_four(const T* from, float (&values)[4]) {
+    if constexpr (sizeof(T) == 4) {
+      unpack<T>(*reinterpret_cast<const uint4*>(from), values);
+    } else {
+      const uint2 bits = *reinterpret_cast<const uint2*>(from);
+      unpack_word<T>(bits.x, values);
+      unpack_word<T>(bits.y, values + 2);
+    }
+  }
+
+  // Multiplies by the block's columns of W2 and sends every entry to the block that adds it up.
+  __device__ __forceinline__ void send_parts() const {
+    if (warp * 32 >= entries) return;
+    const float* g = gelu();
+    asm volatile("cp.async.wait_all;" ::: "memory");  // of W2, what this thread asked for itself
+    float* const slots = this->template at<float>(places.parts) + (rank << p.owned_log2);
 #pragma unroll 1
-    for (int n = threadIdx.x; n < entries; n += blockDim.x) {
+    for (int n = thread; n < entries; n += p.threads) {
       int way, source;
       float sums[kTokens] = {};
-      if (place_of(n, way, source)) {
-        const T* row = at<T>(places.w2) + n * p.rows;
-#pragma unroll 1
-        for (int k = 0; k < rows; k += 4) {
+      if (this->place_of(n, way, source)) {
+        const T* row = this->template at<T>(places.w2) + n * p.rows;
+#pragma unroll(kOnce ? 4 : 1)
+        for (int k = 0; k < (kOnce ? 16 : rows); k += 4) {
+          if (kOnce && k >= rows) break;
           float w[4];
-          if constexpr (kWords == 4) {
-            unpack<T>(*reinterpret_cast<const uint4*>(row + k), w);
-          } else {
-            const uint2 bits = *reinterpret_cast<const uint2*>(row + k);
-            unpack_word<T>(bits.x, w);
-            unpack_word<T>(bits.y, w + 2);
-          }
+          unpack_four(row + k, w);
 #pragma unroll
           for (int t = 0; t < kTokens; ++t) {
-            const float4 g =
-                *reinterpret_cast<const float4*>(at<float>(places.gelu) + t * p.rows + k);
-            sums[t] = fmaf(w[0], g.x, fmaf(w[1], g.y, fmaf(w[2], g.z, fmaf(w[3], g.w, sums[t]))));
+            const float4 four = *reinterpret_cast<const float4*>(g + t * p.rows + k);
+            sums[t] += fmaf(w[0], four.x, w[1] * four.y) + fmaf(w[2], four.z, w[3] * four.w);
           }
         }
       }
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) at<float>(places.part)[t * entries + n] = sums[t];
+      for (int t = 0; t < kTokens; ++t) {
+        const int entry = t * entries + n;
+        const int owner = entry >> p.owned_log2;
+        float* slot = slots + (entry - (owner << p.owned_log2));
+        const uint32_t to = in_block(slot, owner);
+        const uint32_t barrier = in_block(&barriers.parts, owner);
+        // Half a warp at a time: lanes that send to different blocks take three times as long.
+        if (lane < 16) send(to, barrier, sums[t]);
+        if (lane >= 16) send(to, barrier, sums[t]);
+      }
+      if (kOnce) break;
     }
   }
 
-  __device__ __forceinline__ void send_part() {
-    const int quads = kTokens * entries / 4;
-    const float4* part = at<float4>(places.part);
+  // Adds up the block's entries of A and sends them to all blocks, a warp to every so many.
+  __device__ __forceinline__ void send_a() const {
+    if (owned <= 0 || warp >= blocks) return;
+    const int stride = 1 << p.owned_log2;
+    wait_for_sent(&barriers.parts);
 #pragma unroll 1
-    for (int b = threadIdx.x / 32; b < blocks; b += blockDim.x / 32) {
-      const uint32_t to = in_block(at<float4>(places.parts) + rank * quads, b);
-      const uint32_t barrier = in_block(&barriers.parts, b);
-#pragma unroll 1
-      for (int i = threadIdx.x % 32; i < quads; i += 32) send(to + i * 16, barrier, part[i]);
+    for (int i = lane; i < owned; i += 32) {
+      const float* parts = this->template at<float>(places.parts) + i;
+      const float prior =
+          parameter_of<T>(i < 32 ? owned_prior : prior_bits(first_owned + i), p.wide);
+      const float sum =
+          blocks == 16 ? strided_sum<16>(parts, stride) : strided_sum<8>(parts, stride);
+      const float a = capped(prior + sum);
+#pragma unroll 2
+      for (int b = warp; b < blocks; b += warps) {
+        send(in_block(this->template at<float>(places.a) + first_owned + i, b),
+             in_block(&barriers.a, b), a);
+      }
     }
   }
 
@@ -287,30 +290,13 @@ class StepWeights {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 
-  // A, from the prior that is there.
-  __device__ __forceinline__ void make_a() {
-    const int stride = kTokens * entries;
-    float* a = at<float>(places.a);
+  // A where there is no generator.
+  __device__ __forceinline__ void copy_prior() const {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < stride; i += blockDim.x) {
-      float sum = a[i];
-      if (p.hidden > 0) {
-        const float* parts = at<float>(places.parts) + i;
-        sum += blocks == 16 ? strided_sum<16>(parts, stride) : strided_sum<8>(parts, stride);
-      }
-      a[i] = __builtin_expect(p.cap > 0.0f, 0) ? p.cap * step_tanh(sum / p.cap) : sum;
+    for (int i = thread; i < kTokens * entries; i += p.threads) {
+      this->template at<float>(places.a)[i] = capped(parameter_of<T>(prior_bits(i), p.wide));
     }
   }
-
-  const StepArgs<T>& p;
-  const int rank, blocks, first_token;
-  const int entries;          // of a token's A
-  const int streams;          // of all tokens
-  const int vectors;          // of this block
-  const int first_row, rows;  // of W1 in this block
-  unsigned char* const memory;
-  const StepShared places;
-  StepBarriers& barriers;
 };
 
 #endif  // __CUDA_ARCH__ >= 900

@@ -8,18 +8,6 @@ namespace muddformer::kernels {
 
 #if __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ int cluster_size() {
-  int size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-}
-
 // The place in another block's shared memory where this block has `own`.
 __device__ __forceinline__ uint32_t in_block(const void* own, int rank) {
   uint32_t address;

@@ -200,7 +200,7 @@ using StepTypes = testing::Types<float, __nv_bfloat16, __half>;
 TYPED_TEST_SUITE(DepthAggregationStepOf, StepTypes);
 
 TYPED_TEST(DepthAggregationStepOf, EveryWidthAndHiddenWidth) {
-  for (const int64_t dim : {8, 64, 136, 1000, 2560, 5120}) {
+  for (const int64_t dim : {8, 64, 136, 256, 1000, 1024, 2560, 5120}) {
     for (const int hidden : {0, 4, 64, 100, 192}) {
       ASSERT_NO_FATAL_FAILURE(check_step<TypeParam>({2, dim, 5, 4, hidden}));
     }
@@ -211,12 +211,16 @@ TYPED_TEST(DepthAggregationStepOf, EveryWidthAndHiddenWidth) {
 
 TYPED_TEST(DepthAggregationStepOf, EveryNumberOfSourcesWaysAndTokens) {
   for (const int ways : {1, 2, 3, 4, 5, 8}) {
-    for (const int sources : {1, 2, 7, 33, 100}) {
-      ASSERT_NO_FATAL_FAILURE(check_step<TypeParam>({3, 128, sources, ways, 16, ways - 1}));
+    for (const int sources : {1, 2, 7, 33, 64, 100}) {
+      for (const int64_t dim : {128, 256}) {  // a multiple of 256 has a kernel without loops
+        ASSERT_NO_FATAL_FAILURE(check_step<TypeParam>({3, dim, sources, ways, 16, ways - 1}));
+      }
     }
   }
   for (const int64_t tokens : {1, 4, 8, 9, 15, 17, 30, 64}) {
-    ASSERT_NO_FATAL_FAILURE(check_step<TypeParam>({tokens, 128, 6, 4, 44, 3}));
+    for (const int64_t dim : {128, 256}) {
+      ASSERT_NO_FATAL_FAILURE(check_step<TypeParam>({tokens, dim, 6, 4, 44, 3}));
+    }
   }
 }
 
@@ -226,9 +230,11 @@ TYPED_TEST(DepthAggregationStepOf, EveryOption) {
       for (const bool wide : {false, true}) {
         for (const bool scale : {false, true}) {
           for (const int hidden : {0, 24}) {
-            ASSERT_NO_FATAL_FAILURE(
-                check_step<TypeParam>({tokens, 264, 5, 4, hidden, 3, layer_norm, wide, scale, scale,
-                                       wide ? 2.0f : 0.0f, scale ? 16 : 0}));
+            for (const int64_t dim : {256, 264}) {
+              ASSERT_NO_FATAL_FAILURE(
+                  check_step<TypeParam>({tokens, dim, 5, 4, hidden, 3, layer_norm, wide, scale,
+                                         !wide, wide ? 2.0f : 0.0f, scale ? 16 : 0}));
+            }
           }
         }
       }
