@@ -101,7 +101,7 @@ cudaError_t find_limits(Kernel kernel, const Device& device, Limits& limits) {
   cudaFuncAttributes code{};
   cudaError_t error = cudaFuncGetAttributes(&code, kernel);
   if (error != cudaSuccess) return error;
-  // The barriers take the rest.
+  // The kernel's own variables take the rest.
   limits.shared = device.shared_bytes - static_cast<int>(code.sharedSizeBytes);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
   if (error != cudaSuccess) return error;
@@ -143,17 +143,19 @@ cudaError_t step_limits(const Device& device, Limits& limits) {
   return cudaSuccess;
 }
 
-// Whether a thread passes once through every loop of the kernel.
+// Whether the kernel with kOnce can take it. (A thread then has columns for one pass.)
 template <typename T>
 bool once(const StepArgs<T>& p, int row_vectors) {
   return p.blocks_log2 == 4 && p.chunks == 1 && p.hidden > 0 && p.rows <= 16 &&
          row_vectors <= p.threads && row_vectors % 32 == 0 && 4 * p.padded <= p.threads &&
-         p.passes == 1 && p.padded <= 64 && p.scale == nullptr;
+         p.padded <= 64 && p.scale == nullptr;
 }
 
 template <typename T, int kTokens>
-cudaError_t launch(const AggregationStep& p, const Device& device, const Limits& limits,
-                   cudaStream_t stream) {
+cudaError_t launch(const AggregationStep& p, const Device& device, cudaStream_t stream) {
+  Limits limits;
+  cudaError_t error = step_limits<T, kTokens>(device, limits);
+  if (error != cudaSuccess) return error;
   const int clusters = (static_cast<int>(p.tokens) + kTokens - 1) / kTokens;
   // As many as a device allows; those that do not fit at once run one after the other.
   const int blocks = limits.large > 0 ? 16 : 8;
@@ -180,8 +182,8 @@ cudaError_t launch(const AggregationStep& p, const Device& device, const Limits&
   configure(launch, clusters, blocks, threads, bytes, stream);
   if constexpr (sizeof(T) == 2) {
     if (once(args, row_vectors)) {
-      Limits same;
-      const cudaError_t error = step_limits<T, kTokens, true>(device, same);
+      Limits same;  // as of the other, whose variables are the same; this permits the launch
+      error = step_limits<T, kTokens, true>(device, same);
       if (error != cudaSuccess) return error;
       return cudaLaunchKernelEx(&launch.config, aggregation_step<T, kTokens, true>, args);
     }
@@ -189,22 +191,22 @@ cudaError_t launch(const AggregationStep& p, const Device& device, const Limits&
   return cudaLaunchKernelEx(&launch.config, aggregation_step<T, kTokens, false>, args);
 }
 
-// Clusters are to run side by side, if possible with 16 blocks. Several tokens to a cluster read W1
-// once for all of them, but take longer.
+// Clusters are to run side by side. Several tokens to a cluster read W1 once for all of them, but
+// take longer, and more shared memory.
 template <typename T>
 cudaError_t launch_tokens(const AggregationStep& p, const Device& device, cudaStream_t stream) {
   if (!possible(p, kVector<T>)) return cudaErrorNotSupported;
   Limits limits;
   cudaError_t error = step_limits<T, 1>(device, limits);
   if (error != cudaSuccess) return error;
-  if (limits.small == 0) return cudaErrorNotSupported;  // no cluster fits
   const int clusters = limits.large > 0 ? limits.large : limits.small;
-  if (p.tokens <= clusters) return launch<T, 1>(p, device, limits, stream);
-  error = step_limits<T, 2>(device, limits);
-  if (error != cudaSuccess) return error;
-  if (p.tokens <= 2 * clusters) return launch<T, 2>(p, device, limits, stream);
-  error = step_limits<T, 4>(device, limits);
-  return error != cudaSuccess ? error : launch<T, 4>(p, device, limits, stream);
+  if (clusters == 0) return cudaErrorNotSupported;
+  error = cudaErrorNotSupported;
+  if (p.tokens > 2 * clusters) error = launch<T, 4>(p, device, stream);
+  if (error == cudaErrorNotSupported && p.tokens > clusters) {
+    error = launch<T, 2>(p, device, stream);
+  }
+  return error == cudaErrorNotSupported ? launch<T, 1>(p, device, stream) : error;
 }
 
 }  // namespace

@@ -3,10 +3,9 @@
 // A cluster of 16 blocks (8 where a device has no room for more) has kTokens tokens. Its blocks
 // share the rows of W1, so that all of them are read at once, and later the columns of the sources:
 //
-//   1. A block reads x and its rows of W1 and sums up h of its rows over the block (by tensor
-//   cores,
-//      where T has 2 bytes and there is no scale). Meanwhile its columns of the sources, its
-//      columns of W2 and the norms' parameters come into shared memory.
+//   1. A block reads x and its rows of W1 and sums up h of its rows over the block, by tensor cores
+//      where T has 2 bytes and there is no scale. Meanwhile its columns of the sources, its columns
+//      of W2 and the norms' parameters come into shared memory.
 //   2. It multiplies GELU(h) by its columns of W2, a part of every A, and sends each entry to the
 //      block that owns it. The owners add up their parts, and send the sums to all blocks: bytes
 //      are what such an exchange takes long for, and this way there are few.
@@ -26,6 +25,8 @@
 // Entry n of A is that of way 4 * chunk + n % 4 and source n / 4 - chunk * padded, so that one load
 // fetches the weights of a source; entries without a way or a source are 0.
 #pragma once
+
+#include <cstddef>
 
 #include "depth_aggregation_step_weights.cuh"
 
@@ -64,11 +65,9 @@ class Step : StepWeights<T, kTokens, kOnce> {
   }
 
  private:
-  using Base::barriers, Base::blocks, Base::chunks, Base::passes, Base::first_token, Base::lane,
-      Base::p, Base::places, Base::rank, Base::streams, Base::thread, Base::token, Base::vectors,
-      Base::warp, Base::warps;
-
-  using Base::kHasTensorCores;
+  using Base::barriers, Base::blocks, Base::chunks, Base::passes, Base::first_token,
+      Base::kHasTensorCores, Base::lane, Base::p, Base::places, Base::rank, Base::streams,
+      Base::thread, Base::token, Base::vectors, Base::warp, Base::warps;
 
   // The block's columns are dealt out in words of 4 bytes, 8 to a warp. Four threads have a word,
   // and each of them one of four ways; here is the word's place in the mixed streams.
@@ -124,10 +123,10 @@ class Step : StepWeights<T, kTokens, kOnce> {
   // Where the lane's row is of the right operand that load_matrices_transposed fetches: the first
   // 16 sources of the warp's 16 columns.
   __device__ __forceinline__ uint32_t source_tile(int t, int pass) const {
-    // Past the last column the last is read again, for nobody.
+    // Past the last column the last is read again, and without columns what is there: for nobody.
     const int vector = max(0, min(2 * (pass * warps + warp) + lane / 16, vectors - 1));
-    return address_in_shared(this->template at<uint4>(places.sources) +
-                             (t * p.padded + lane % 16) * p.stride + vector);
+    return shared_address(this->template at<uint4>(places.sources) +
+                          (t * p.padded + lane % 16) * p.stride + vector);
   }
   __device__ __forceinline__ void load_sources(uint32_t (*x)[4]) const {
     const uint32_t tile = source_tile(0, 0);
@@ -138,7 +137,7 @@ class Step : StepWeights<T, kTokens, kOnce> {
   }
 
   // Four ways of 16 columns by tensor cores. A is taken as two numbers of type T, which together
-  // are as good as float32 here: rows 0 to 3 of the left operand, and 4 to 7 for what those lack.
+  // come close to float32: rows 0 to 3 of the left operand, and 4 to 7 for what those lack.
   __device__ __forceinline__ void multiply_sources(int t, int row, int pass, const uint32_t (*x)[4],
                                                    float (&values)[kWord<T>]) const {
     const float* a = this->template at<float>(places.a) + row * p.padded * 4 + member();

@@ -34,7 +34,8 @@ __device__ __forceinline__ float parameter(const void* from, bool wide, int i) {
   return parameter_of<T>(parameter_bits<T>(from, wide, i), wide);
 }
 
-// Sum of 16 values that lie together.
+// Sum of 16 values that lie together, such as those of all warps.
+static_assert(kStepWarps == 16);
 __device__ __forceinline__ float sum_of_16(const float* values) {
   float4 sum = *reinterpret_cast<const float4*>(values);
 #pragma unroll
@@ -45,8 +46,9 @@ __device__ __forceinline__ float sum_of_16(const float* values) {
   return (sum.x + sum.y) + (sum.z + sum.w);
 }
 
-// A block of the kernel. kOnce: the launch is such that every loop is passed once (once() of the
-// host side), so that none is there.
+// A block of the kernel. kOnce: the launch is such that the loops over x, the rows of W1, the
+// entries of a token's A, the columns and the chunks are passed once (once() of the host side), and
+// so are not there.
 template <typename T, int kTokens, bool kOnce>
 class StepBlock {
  public:

@@ -1,6 +1,8 @@
 // Parameters of the kernel of depth_aggregation_step.cuh, and its places in shared memory.
 #pragma once
 
+#include <algorithm>
+
 #include "depth_aggregation_step.h"
 #include "vector.cuh"
 
@@ -15,7 +17,6 @@ struct StepBarriers {
   uint64_t a;          // all of A
   uint64_t totals[2];  // of the norms
 };
-inline constexpr int kStepBarriers = sizeof(StepBarriers) / sizeof(uint64_t);
 
 // Places in dynamic shared memory, in bytes. The tokens of a cluster are t, its blocks b.
 struct StepShared {
@@ -23,12 +24,12 @@ struct StepShared {
   int norms;      // [2][C] weights and biases of the block's columns
   int x;          // [warp][t][32] vectors
   int w2;         // [n][rows]
-  int sums;       // [t][rows + 1][warps], the last row of x^2
-  int gelu;       // [warp][t][rows]
+  int sums;       // [t][rows + 1][kStepWarps], the last row of x^2
+  int gelu;       // [warp][t][rows], of the warps that have entries of A
   int parts;      // [b][owned]
   int a;          // [t][n]
   int y;          // [t][chunk][pass][threads] words
-  int warp_sums;  // [2][t][chunk][4][warps]
+  int warp_sums;  // [2][t][chunk][4][kStepWarps]
   int totals;     // [2][t][chunk][4][16]
   int bytes;
 };
@@ -58,7 +59,7 @@ struct StepArgs {
   int stride;   // from one of them to the next in shared memory, odd: no bank is asked twice
   int passes;   // of the threads over the words of 4 bytes of these vectors, 4 threads to a word
   int warp_sources;  // that a warp copies, a lane for each
-  int owned_log2;    // entries of A that a block adds up, at least 16
+  int owned_log2;    // of the number of entries of A that a block adds up; at least 4
   bool wide;
   bool gelu_tanh;
   bool layer_norm;
@@ -81,6 +82,7 @@ StepShared step_shared(const StepArgs<T>& p, int tokens) {
   const int columns = p.vectors * kVector<T>;
   const int warps = p.threads / 32;
   const bool normed = p.normed_ways != 0;
+  const bool with_tensor_cores = sizeof(T) == 2 && p.hidden > 0 && p.scale == nullptr;
   int end = 0;
   const auto place = [&](int bytes) {
     const int start = end;
@@ -90,10 +92,10 @@ StepShared step_shared(const StepArgs<T>& p, int tokens) {
   StepShared s;
   s.sources = place(tokens * p.padded * p.stride * 16);
   s.norms = place(normed ? 2 * p.ways * columns * (p.wide ? 4 : int{sizeof(T)}) : 0);
-  s.x = place(warps * tokens * 32 * 16);
+  s.x = place(with_tensor_cores ? warps * tokens * 32 * 16 : 0);
   s.w2 = place(entries * p.rows * int{sizeof(T)});
   s.sums = place(tokens * (p.rows + 1) * kStepWarps * 4);
-  s.gelu = place(warps * tokens * p.rows * 4);
+  s.gelu = place(std::min(warps, (entries + 31) / 32) * tokens * p.rows * 4);
   s.parts = place(p.hidden == 0 ? 0 : blocks * 4 << p.owned_log2);
   s.a = place(tokens * entries * 4);
   s.y = place(normed ? tokens * p.chunks * p.passes * p.threads * kWord<T> * 4 : 0);

@@ -19,21 +19,16 @@ class StepWeights : protected StepBlock<T, kTokens, kOnce> {
 
  protected:
   using Base::barriers, Base::blocks, Base::capped, Base::entries, Base::first_owned,
-      Base::first_row, Base::first_token, Base::kHasTensorCores, Base::lane, Base::newest,
-      Base::newest_stride, Base::owned, Base::owned_prior, Base::p, Base::places, Base::prior_bits,
-      Base::rank, Base::row_of_w1, Base::rows, Base::thread, Base::token, Base::warp, Base::warps;
-
-  static constexpr int kRows = kTokens == 1 ? 16 : 8;  // of W1 that a thread has in flight
+      Base::first_token, Base::kHasTensorCores, Base::lane, Base::newest, Base::newest_stride,
+      Base::owned, Base::owned_prior, Base::p, Base::places, Base::prior_bits, Base::rank,
+      Base::row_of_w1, Base::rows, Base::thread, Base::token, Base::warp, Base::warps;
 
   // Sums over the columns of each warp of x W1^T and of x^2.
   __device__ __forceinline__ void hidden_sums() {
-    if constexpr (kOnce) {
-      multiply_rows();
-    } else if (kHasTensorCores && p.scale == nullptr) {
-      if constexpr (kHasTensorCores) multiply_rows();
-    } else {
-      add_up_rows();
+    if constexpr (kHasTensorCores) {
+      if (kOnce || p.scale == nullptr) return multiply_rows();
     }
+    add_up_rows();
   }
 
   __device__ __forceinline__ void load_x(int vector, bool inside, uint4 (&x)[kTokens]) const {
@@ -132,6 +127,7 @@ class StepWeights : protected StepBlock<T, kTokens, kOnce> {
 
   // In float32.
   __device__ __forceinline__ void add_up_rows() {
+    constexpr int kRows = kTokens == 1 ? 16 : 8;  // that a thread has in flight
     const int row_vectors = p.dim / kVector<T>;
     float* to = this->template at<float>(places.sums) + warp;
 #pragma unroll 1

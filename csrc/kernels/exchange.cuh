@@ -22,14 +22,6 @@ __device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float value)
       : "memory");
 }
 
-__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float4 value) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
-      "[%5];" ::"r"(to),
-      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
-      : "memory");
-}
-
 // Waits for what other blocks send, at a barrier that is used once.
 __device__ __forceinline__ void wait_for_sent(uint64_t* barrier) {
   asm volatile(

@@ -207,12 +207,15 @@ TYPED_TEST(DepthAggregationStepOf, EveryWidthAndHiddenWidth) {
   }
   ASSERT_NO_FATAL_FAILURE(check_step<TypeParam>({1, 2560, 33, 4, 192, 3}));
   ASSERT_NO_FATAL_FAILURE(check_step<TypeParam>({1, 256, 33, 1, 1024, 1}));  // many rows in a block
+  for (const int64_t tokens : {3, 20}) {  // several passes over the columns of a block
+    ASSERT_NO_FATAL_FAILURE(check_step<TypeParam>({tokens, 5120, 17, 5, 24, 4, true}));
+  }
 }
 
 TYPED_TEST(DepthAggregationStepOf, EveryNumberOfSourcesWaysAndTokens) {
   for (const int ways : {1, 2, 3, 4, 5, 8}) {
     for (const int sources : {1, 2, 7, 33, 64, 100}) {
-      for (const int64_t dim : {128, 256}) {  // a multiple of 256 has a kernel without loops
+      for (const int64_t dim : {128, 256}) {  // a multiple of 256 may have the kernel with kOnce
         ASSERT_NO_FATAL_FAILURE(check_step<TypeParam>({3, dim, sources, ways, 16, ways - 1}));
       }
     }
