@@ -67,9 +67,9 @@ class StepWeights : protected StepBlock<T, kTokens, kOnce> {
         uint4 x[kTokens], w[kGroups][2];
         load_x(start + lane, start + lane < row_vectors, x);
         // Rows past the last spoil only themselves.
-        const auto load_if = [](bool wanted, const T* address, uint4& to) {
-          if (!kOnce) to = make_uint4(0, 0, 0, 0);
-          if (wanted) to = load_vector(address);
+        const auto load_if = [](bool wanted, const T* address, uint4& bits) {
+          if (!kOnce) bits = make_uint4(0, 0, 0, 0);
+          if (wanted) bits = load_vector(address);
         };
         const T* from = row_of_w1(first + row) + (start + member) * kVector<T>;
         const T* below = from + static_cast<int64_t>(8) * p.dim;

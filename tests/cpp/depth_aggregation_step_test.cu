@@ -233,10 +233,12 @@ TYPED_TEST(DepthAggregationStepOf, EveryOption) {
       for (const bool wide : {false, true}) {
         for (const bool scale : {false, true}) {
           for (const int hidden : {0, 24}) {
-            for (const int64_t dim : {256, 264}) {
-              ASSERT_NO_FATAL_FAILURE(
-                  check_step<TypeParam>({tokens, dim, 5, 4, hidden, 3, layer_norm, wide, scale,
-                                         !wide, wide ? 2.0f : 0.0f, scale ? 16 : 0}));
+            for (const bool tanh : {false, true}) {
+              for (const int64_t dim : {256, 264}) {
+                ASSERT_NO_FATAL_FAILURE(
+                    check_step<TypeParam>({tokens, dim, 5, 4, hidden, 3, layer_norm, wide, scale,
+                                           tanh, wide ? 2.0f : 0.0f, scale ? 16 : 0}));
+              }
             }
           }
         }
