@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kWeightsThreads, forward_blocks(NT))
     connection_weights_forward(const ConnectionWeightsForward p, int stages) {
   using Layout = ForwardLayout<NT, CL>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const uint32_t base = address_in_shared(shared);
+  const uint32_t base = shared_address(shared);
   const int rank = CL > 1 ? static_cast<int>(blockIdx.x % CL) : 0;
   const int64_t token0 = static_cast<int64_t>(blockIdx.x / CL) * kForwardTokens;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp % 2, wn = warp / 2;

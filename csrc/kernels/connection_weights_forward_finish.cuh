@@ -72,7 +72,7 @@ __device__ __forceinline__ void finish_hidden(const ConnectionWeightsForward& p,
   const int row = own_row / kGroup * 64 + rank * kGroup + own_row % kGroup;
   uint32_t block[CL];
 #pragma unroll
-  for (int q = 0; q < CL; ++q) block[q] = address_of_rank(address_in_shared(shared), q);
+  for (int q = 0; q < CL; ++q) block[q] = address_of_rank(shared_address(shared), q);
   const auto four_of = [&](int chunk, int q) {
     const uint32_t place = Layout::kSums + swizzled(row, chunk, 128 * NT);
     return CL > 1 ? load_four_of_cluster(block[q] + place)
@@ -175,7 +175,7 @@ template <typename T, int NT, int CL>
 __device__ __forceinline__ void finish_forward(const ConnectionWeightsForward& p,
                                                unsigned char* shared, int64_t token0, int rank) {
   using Layout = ForwardLayout<NT, CL>;
-  const uint32_t base = address_in_shared(shared);
+  const uint32_t base = shared_address(shared);
   if (!Layout::kW2Waits) {
     load_w2<T, NT>(p, base + Layout::kW2, 0);
     copy_commit();

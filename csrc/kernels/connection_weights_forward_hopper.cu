@@ -62,8 +62,8 @@ __device__ __forceinline__ void consume_stages(Barriers& barriers, const unsigne
   for (int i = 0; i < count; ++i) {
     const unsigned char* stage = ring + place.index * Layout::kStageBytes;
     const unsigned char* x_box = stage + Layout::kX + group * kBoxBytes;
-    const uint64_t x = operand_columns_of_k(address_in_shared(x_box));
-    const uint64_t w1 = operand_columns_of_k(address_in_shared(stage) + Layout::kW1);
+    const uint64_t x = operand_columns_of_k(shared_address(x_box));
+    const uint64_t w1 = operand_columns_of_k(shared_address(stage) + Layout::kW1);
     barrier_wait(&barriers.full[place.index], place.phase);
     uint4 half_row[4];
 #pragma unroll
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kWeightsThreads + 32, 1)
   extern __shared__ unsigned char unaligned[];
   __shared__ Barriers barriers;
   // At the same place in all blocks of a cluster, which read each other's sums.
-  unsigned char* shared = unaligned + (-address_in_shared(unaligned) & 1023u);
-  const uint32_t base = address_in_shared(shared);
+  unsigned char* shared = unaligned + (-shared_address(unaligned) & 1023u);
+  const uint32_t base = shared_address(shared);
   const int rank = CL > 1 ? static_cast<int>(blockIdx.x % CL) : 0;
   const int64_t token0 = static_cast<int64_t>(blockIdx.x / CL) * kForwardTokens;
   const int steps = static_cast<int>((p.shape.dim + kForwardStep - 1) / kForwardStep);

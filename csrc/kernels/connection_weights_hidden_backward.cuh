@@ -190,7 +190,7 @@ template <typename T>
 __device__ __forceinline__ void outputs_gradient(unsigned char* shared, const HiddenLayout& layout,
                                                  bool with_prior) {
   constexpr int kSteps = kHiddenTokens / 16;
-  const uint32_t base = address_in_shared(shared);
+  const uint32_t base = shared_address(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp % 4, wn = warp / 4;
   uint32_t b[kSteps][2][4];
 #pragma unroll
@@ -239,7 +239,7 @@ __device__ __forceinline__ void add_outputs_gradients(const ConnectionWeightsHid
   const int outputs = p.shape.outputs, hidden = p.shape.hidden;
   uint32_t block[CL];
 #pragma unroll
-  for (int q = 0; q < CL; ++q) block[q] = address_of_rank(address_in_shared(shared), q);
+  for (int q = 0; q < CL; ++q) block[q] = address_of_rank(shared_address(shared), q);
   if (p.w2_partials != nullptr) {
     float* partials = p.w2_partials + cluster * outputs * hidden + column0;
     for (int i = rank * kWeightsThreads + threadIdx.x; i < outputs * 16;
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kWeightsThreads, 3)
     weights_hidden_backward_kernel(const ConnectionWeightsHiddenBackward p, bool whole_words) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const HiddenLayout layout(p.shape.outputs);
-  const uint32_t base = address_in_shared(shared);
+  const uint32_t base = shared_address(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp % 2, wn = warp / 2;
   const int slabs = (p.shape.hidden + kSlab - 1) / kSlab;
   const int rank = static_cast<int>(blockIdx.x % CL);

@@ -103,7 +103,7 @@ __device__ __forceinline__ void input_gradient(const ConnectionWeightsInputBackw
     parts[slab][m][half] =
         token < p.shape.tokens ? p.coefficient[slab * p.shape.tokens + token] : 0;
   }
-  const uint32_t e = address_in_shared(stage) + Layout::kE;
+  const uint32_t e = shared_address(stage) + Layout::kE;
   float acc[kRows][kTiles][4] = {};
 #pragma unroll 4
   for (int k = 0; k < Layout::kPadded; k += 16) {
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kWeightsThreads)
     weights_input_backward_kernel(const ConnectionWeightsInputBackward p, int stages) {
   using Layout = InputLayout<NT, BD>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const uint32_t w1 = address_in_shared(shared);
+  const uint32_t w1 = shared_address(shared);
   unsigned char* ring = shared + Layout::kW1Bytes;
   const int slices = static_cast<int>((p.shape.dim + BD - 1) / BD);
   const int64_t split = blockIdx.x / slices;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kWeightsThreads)
   load_input_w1<T, NT, BD>(p, w1, column0);
   for (int s = 0; s < stages - 1; ++s) {
     if (s < count) {
-      load_input_stage<T, NT, BD>(p, address_in_shared(ring) + s * Layout::kStageBytes, token_of(s),
+      load_input_stage<T, NT, BD>(p, shared_address(ring) + s * Layout::kStageBytes, token_of(s),
                                   column0);
     }
     copy_commit();
@@ -229,13 +229,13 @@ __global__ void __launch_bounds__(kWeightsThreads)
                                       column0);
     }
     if (i + stages - 1 < count) {
-      load_input_stage<T, NT, BD>(p, address_in_shared(ring) + last_slot * Layout::kStageBytes,
+      load_input_stage<T, NT, BD>(p, shared_address(ring) + last_slot * Layout::kStageBytes,
                                   token_of(i + stages - 1), column0);
     }
     copy_commit();
     unsigned char* stage = ring + slot * Layout::kStageBytes;
     if (p.dx != nullptr) input_gradient<T, NT, BD>(p, stage, w1, token_of(i));
-    if (p.w1_partials != nullptr) add_outer<T, NT, BD>(address_in_shared(stage), acc);
+    if (p.w1_partials != nullptr) add_outer<T, NT, BD>(shared_address(stage), acc);
     last_slot = slot;
     slot = slot + 1 == stages ? 0 : slot + 1;
   }

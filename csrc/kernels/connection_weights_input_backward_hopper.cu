@@ -133,7 +133,7 @@ __device__ __forceinline__ void add_blocks(const ConnectionWeightsInputBackward&
                                            const float (&sums)[32 * KB]) {
   constexpr int kHalf = 16 * KB, kOwn = rank * kHalf, kOther = kHalf - kOwn;
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  const uint32_t there = address_of_rank(address_in_shared(shared) + threadIdx.x * 16, 1 - rank);
+  const uint32_t there = address_of_rank(shared_address(shared) + threadIdx.x * 16, 1 - rank);
 #pragma unroll
   for (int i = 0; i < kHalf; i += 4) {
     const float* v = sums + kOther + i;
@@ -177,7 +177,7 @@ __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackw
   const int group =
       __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the compiler sees: one a warp
   const int lane = threadIdx.x % 32;
-  const uint64_t w1 = operand_rows_of_k(address_in_shared(shared) + group * KB * kBoxBytes);
+  const uint64_t w1 = operand_rows_of_k(shared_address(shared) + group * KB * kBoxBytes);
   const bool want_dx = p.dx != nullptr;
   const bool with_grad = p.grad_x != nullptr;
   column0 += 64 * group;
@@ -191,9 +191,9 @@ __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackw
     unsigned char* stage = shared + L::kW1Bytes + place.index * L::kStageBytes;
     unsigned char* x_box = stage + group * kBoxBytes;
     unsigned char* grad_box = stage + L::kGrad + group * kBoxBytes;
-    const uint64_t x = operand_rows_of_k(address_in_shared(x_box));
-    const uint64_t e_left = operand_columns_of_k(address_in_shared(stage) + L::kE);
-    const uint64_t e_right = operand_rows_of_k(address_in_shared(stage) + L::kE);
+    const uint64_t x = operand_rows_of_k(shared_address(x_box));
+    const uint64_t e_left = operand_columns_of_k(shared_address(stage) + L::kE);
+    const uint64_t e_right = operand_rows_of_k(shared_address(stage) + L::kE);
     barrier_wait(&barriers.full[place.index], place.phase);
 
     float coefficient[2] = {};
@@ -227,7 +227,7 @@ __device__ __forceinline__ void consume_stages(const ConnectionWeightsInputBackw
       proxy_fence();
       asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
       if (threadIdx.x % 128 == 0) {
-        store_box(matrices.dx, column0, token, address_in_shared(grad_box));
+        store_box(matrices.dx, column0, token, shared_address(grad_box));
       }
     }
     warpgroup_wait<0>();
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kConsumers + 32, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ unsigned char unaligned[];
   __shared__ Barriers barriers;
-  unsigned char* shared = unaligned + (-address_in_shared(unaligned) & 1023u);
+  unsigned char* shared = unaligned + (-shared_address(unaligned) & 1023u);
   const int slices = static_cast<int>((p.shape.dim + kColumns - 1) / kColumns);
   const int rank = static_cast<int>(blockIdx.x % kBlocks);
   const int64_t split = blockIdx.x / kBlocks / slices, part = split * kBlocks + rank;
@@ -279,8 +279,8 @@ __global__ void __launch_bounds__(kConsumers + 32, 1)
       add_blocks<KB, 1>(p, shared, split, column0, outer);
     }
   } else if (threadIdx.x == kConsumers) {
-    load_stages<KB>(p, matrices, barriers, address_in_shared(shared), stages, first * kTokens,
-                    count, column0);
+    load_stages<KB>(p, matrices, barriers, shared_address(shared), stages, first * kTokens, count,
+                    column0);
   }
 #endif
 }

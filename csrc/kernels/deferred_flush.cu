@@ -111,11 +111,11 @@ __global__ void __launch_bounds__(32 * kWarps)
   unsigned char* const factors = shared + warp * warp_bytes(args.rows);
   unsigned char* const tiles = factors + kTileBytes;
   unsigned char* const weights = tiles + args.rows * kRowBytes;
-  const uint32_t factors_at = address_in_shared(factors);
-  const uint32_t weights_at = address_in_shared(weights);
+  const uint32_t factors_at = shared_address(factors);
+  const uint32_t weights_at = shared_address(weights);
 
   const auto request_tile = [&](int first, int buffer) {
-    const uint32_t to = address_in_shared(tiles + buffer * kTileBytes);
+    const uint32_t to = shared_address(tiles + buffer * kTileBytes);
     const int rows = min(kTile, args.sources - first);
     for (int i = 0; i < rows; ++i) {
       const T* from = args.grad_in[first + i];

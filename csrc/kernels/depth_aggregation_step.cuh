@@ -52,7 +52,7 @@ class Step : StepWeights<T, kTokens, kOnce> {
     }
     __syncthreads();
     if (p.hidden > 0) this->send_parts();
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    copy_wait_all();
     barrier_wait(&barriers.sources, 0);
     uint32_t x[kSteps][4];
     if constexpr (kPreloads) load_sources(x);
@@ -136,6 +136,9 @@ class Step : StepWeights<T, kTokens, kOnce> {
     }
   }
 
+  // Times this, what is left of a small entry of A is not too small for float16.
+  static constexpr float kLow = std::is_same_v<T, __half> ? 2048.0f : 1.0f;
+
   // Four ways of 16 columns by tensor cores. A is taken as two numbers of type T, which together
   // come close to float32: rows 0 to 3 of the left operand, and 4 to 7 for what those lack.
   __device__ __forceinline__ void multiply_sources(int t, int row, int pass, const uint32_t (*x)[4],
@@ -156,11 +159,15 @@ class Step : StepWeights<T, kTokens, kOnce> {
         multiply_step(a + k * 4, right, sums);
       }
     }
+    const float scale = lane < 16 ? 1.0f : 1.0f / kLow;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float keep = lane < 16 ? sums[0][i] : sums[1][i];
       const float give = lane < 16 ? sums[1][i] : sums[0][i];
-      values[i] = keep + __shfl_xor_sync(0xffffffffu, give, 16);
+      const float other = __shfl_xor_sync(0xffffffffu, give * scale, 16);
+      // Where the high part has gone to infinity, the low part would make it NaN.
+      const float high = lane < 16 ? keep : other;
+      values[i] = isfinite(high) ? keep * scale + other : high;
     }
   }
   __device__ __forceinline__ void multiply_step(const float* a, const uint32_t (&right)[4],
@@ -173,7 +180,7 @@ class Step : StepWeights<T, kTokens, kOnce> {
       const uint32_t bits = pack_word<T>(pair);
       float high[2];
       unpack_word<T>(bits, high);
-      const float low[2] = {pair[0] - high[0], pair[1] - high[1]};
+      const float low[2] = {(pair[0] - high[0]) * kLow, (pair[1] - high[1]) * kLow};
       left[2 * half] = lane < 16 ? bits : pack_word<T>(low);
     }
     multiply_add<T>(sums[0], left, right[0], right[1]);

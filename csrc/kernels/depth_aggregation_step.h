@@ -6,10 +6,11 @@
 //   Y_c = norm_c(sum_j A[c, j] X_j)               norm_c: RMSNorm, LayerNorm or none
 //
 // Everything between the inputs and the outputs is float32, but for A where the streams are of 2
-// bytes: there it is the sum of two numbers of their type, good to 2^-17 (float16: and to 2^-25,
-// below 65504). The launcher only enqueues a kernel: no synchronisation, no allocation, no atomics,
-// so the results repeat bit for bit and a CUDA graph can capture it. The arrays of pointers are
-// host memory and are copied into the kernel's parameters before the launcher returns.
+// bytes: there it is the sum of two numbers of their type, good to 2^-17 of its size (bfloat16) or
+// to 2^-23 (float16: below 65504; next to 0 to 2^-36). The launcher only enqueues a kernel: no
+// synchronisation, no allocation, no atomics, so the results repeat bit for bit and a CUDA graph
+// can capture it. The arrays of pointers are host memory and are copied into the kernel's
+// parameters before the launcher returns.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -192,7 +192,7 @@ class StepBlock {
       const T* from = p.w2 + static_cast<int64_t>(way * p.sources + source) * p.hidden + first_row;
 #pragma unroll 1
       for (int k = 0; k < rows; k += 4) {
-        copy_async<4 * int{sizeof(T)}>(at<T>(places.w2) + n * p.rows + k, from + k);
+        copy_async<4 * int{sizeof(T)}>(shared_address(at<T>(places.w2) + n * p.rows + k), from + k);
       }
       if (kOnce) break;
     }
@@ -205,7 +205,7 @@ class StepBlock {
       unsigned char* to = at<unsigned char>(places.norms) + row * p.vectors * bytes;
 #pragma unroll 1
       for (int i = lane * 16; i < vectors * bytes; i += 32 * 16) {
-        copy_async<16>(to + i,
+        copy_async<16>(shared_address(to + i),
                        static_cast<const unsigned char*>(from) + rank * p.vectors * bytes + i);
       }
     }

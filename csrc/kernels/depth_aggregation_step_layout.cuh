@@ -22,13 +22,13 @@ struct StepBarriers {
 struct StepShared {
   int sources;    // [t][padded][stride] of 16 bytes
   int norms;      // [2][C] weights and biases of the block's columns
-  int x;          // [warp][t][32] vectors
+  int x;          // [warp][t][32] vectors, until A is made
   int w2;         // [n][rows]
   int sums;       // [t][rows + 1][kStepWarps], the last row of x^2
   int gelu;       // [warp][t][rows], of the warps that have entries of A
   int parts;      // [b][owned]
   int a;          // [t][n]
-  int y;          // [t][chunk][pass][threads] words
+  int y;          // [t][chunk][pass][threads] words, at the place of x
   int warp_sums;  // [2][t][chunk][4][kStepWarps]
   int totals;     // [2][t][chunk][4][16]
   int bytes;
@@ -92,13 +92,14 @@ StepShared step_shared(const StepArgs<T>& p, int tokens) {
   StepShared s;
   s.sources = place(tokens * p.padded * p.stride * 16);
   s.norms = place(normed ? 2 * p.ways * columns * (p.wide ? 4 : int{sizeof(T)}) : 0);
-  s.x = place(with_tensor_cores ? warps * tokens * 32 * 16 : 0);
+  const int x_bytes = with_tensor_cores ? warps * tokens * 32 * 16 : 0;
+  const int y_bytes = normed ? tokens * p.chunks * p.passes * p.threads * kWord<T> * 4 : 0;
+  s.x = s.y = place(std::max(x_bytes, y_bytes));
   s.w2 = place(entries * p.rows * int{sizeof(T)});
   s.sums = place(tokens * (p.rows + 1) * kStepWarps * 4);
   s.gelu = place(std::min(warps, (entries + 31) / 32) * tokens * p.rows * 4);
   s.parts = place(p.hidden == 0 ? 0 : blocks * 4 << p.owned_log2);
   s.a = place(tokens * entries * 4);
-  s.y = place(normed ? tokens * p.chunks * p.passes * p.threads * kWord<T> * 4 : 0);
   s.warp_sums = place(normed ? 2 * streams * kStepWarps * 4 : 0);
   s.totals = place(normed ? 2 * streams * 16 * 4 : 0);
   s.bytes = end;

@@ -221,7 +221,7 @@ class StepWeights : protected StepBlock<T, kTokens, kOnce> {
   __device__ __forceinline__ void send_parts() const {
     if (warp * 32 >= entries) return;
     const float* g = gelu();
-    asm volatile("cp.async.wait_all;" ::: "memory");  // of W2, what this thread asked for itself
+    copy_wait_all();  // of W2, what this thread asked for itself
     float* const slots = this->template at<float>(places.parts) + (rank << p.owned_log2);
 #pragma unroll 1
     for (int n = thread; n < entries; n += p.threads) {

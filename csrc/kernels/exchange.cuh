@@ -1,5 +1,5 @@
-// What blocks of a cluster send each other by st.async, which counts at a barrier of the receiver,
-// and copies into shared memory by cp.async; of compute capability 9.0.
+// What blocks of a cluster send each other by st.async, which counts at a barrier of the receiver;
+// of compute capability 9.0.
 #pragma once
 
 #include "ring.cuh"
@@ -42,18 +42,6 @@ __device__ __forceinline__ uint4 load_vector(const void* address) {
                : "l"(address)
                : "memory");
   return bits;
-}
-
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
-                 "n"(kBytes)
-                 : "memory");
-  }
 }
 
 #endif  // __CUDA_ARCH__ >= 900

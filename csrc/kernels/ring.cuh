@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "shared_memory.cuh"
+
 namespace muddformer::kernels {
 
 // A block has at most 8 consumer warps (kMaxNormConsumers has more) and the producer's. Three
@@ -37,10 +39,6 @@ struct RingPlace {
 };
 
 #if __CUDA_ARCH__ >= 900
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),

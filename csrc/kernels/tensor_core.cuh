@@ -1,6 +1,6 @@
-// Matrix products of 16-bit tiles in shared memory: m16n8k16 on the tensor cores, 16-byte
-// asynchronous copies (compute capability 8.0 and later), and the swizzle that keeps both free of
-// bank conflicts.
+// Matrix products of 16-bit tiles in shared memory: m16n8k16 on the tensor cores (compute
+// capability 8.0 and later), and the swizzle that keeps their loads and 16-byte copies free of bank
+// conflicts.
 //
 // A tile has rows of a multiple of 128 bytes. The 16-byte chunk of a row lies at the place chunk
 // xor (row % 8): eight rows at one chunk, which a matrix load fetches together, are in different
@@ -13,42 +13,12 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace muddformer::kernels {
+#include "shared_memory.cuh"
 
-__device__ __forceinline__ uint32_t address_in_shared(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace muddformer::kernels {
 
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk, int row_bytes) {
   return static_cast<uint32_t>(row * row_bytes + ((chunk ^ (row & 7)) << 4));
-}
-
-// 16 bytes from global to shared memory, or zeros; the address must be valid in both cases.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Waits until at most `pending` of the groups committed by this thread are under way.
-template <int pending>
-__device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
-
-// For a ring of stages of which all but one are under way.
-__device__ __forceinline__ void copy_wait_stage(int stages) {
-  if (stages == 4) {
-    copy_wait<2>();
-  } else if (stages == 3) {
-    copy_wait<1>();
-  } else {
-    copy_wait<0>();
-  }
 }
 
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t address) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -40,8 +41,11 @@ class Parameter {
  public:
   Parameter(int64_t count, bool wide, uint64_t tensor)
       : narrow_(1, count, count, 0), wide_(1, count, count, 0), is_wide_(wide) {
-    narrow_.fill(tensor);
-    wide_.fill(tensor);
+    fill(tensor);
+  }
+  void fill(uint64_t tensor, double size = 1) {
+    narrow_.fill(tensor, 0, size);
+    wide_.fill(tensor, 0, size);
   }
   const void* data() const {
     return is_wide_ ? static_cast<const void*>(wide_.data()) : narrow_.data();
@@ -159,9 +163,8 @@ struct StepProblem {
 };
 
 template <typename T>
-void check_step(const StepShape& shape) {
-  SCOPED_TRACE(testing::PrintToString(shape));
-  StepProblem<T> p(shape);
+void check_step(StepProblem<T>& p) {
+  const StepShape& shape = p.shape;
   CUDA_OK(launch_aggregation_step(p.args(), nullptr));
   CUDA_OK(cudaDeviceSynchronize());
   for (auto& y : p.y) {
@@ -181,6 +184,13 @@ void check_step(const StepShape& shape) {
       }
     }
   }
+}
+
+template <typename T>
+void check_step(const StepShape& shape) {
+  SCOPED_TRACE(testing::PrintToString(shape));
+  StepProblem<T> p(shape);
+  check_step(p);
 }
 
 template <typename T>
@@ -240,6 +250,37 @@ TYPED_TEST(DepthAggregationStepOf, EveryOption) {
                                            tanh, wide ? 2.0f : 0.0f, scale ? 16 : 0}));
               }
             }
+          }
+        }
+      }
+    }
+  }
+}
+
+// A small number of 16 bits has few digits, or none: A must not be rounded to one.
+TYPED_TEST(DepthAggregationStepOf, SmallWeightsOfLargeSources) {
+  for (const int sources : {1, 20}) {
+    StepProblem<TypeParam> p({2, 256, sources, 4, 0, 0, false, true});
+    p.prior.fill(3, 1e-5);
+    for (int j = 0; j < sources; ++j) p.x[j]->fill(100 + j, 0, 1e4);
+    ASSERT_NO_FATAL_FAILURE(check_step(p));
+  }
+}
+
+TYPED_TEST(DepthAggregationStepOf, InfiniteSources) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const int hidden : {0, 64}) {
+    for (const int64_t tokens : {1, 3}) {
+      StepProblem<TypeParam> p({tokens, 256, 3, 4, hidden, 0, false, true});
+      p.x[0]->fill(100, kInfinity, 0);
+      CUDA_OK(launch_aggregation_step(p.args(), nullptr));
+      for (int c = 0; c < 4; ++c) {
+        p.y[c]->download();
+        for (int64_t t = 0; t < tokens; ++t) {
+          const double weight = p.weights(t)[c * 3];
+          ASSERT_GT(std::abs(weight), 1e-3);  // has a sign that rounding cannot change
+          for (int64_t i = 0; i < 256; ++i) {
+            ASSERT_EQ(weight * kInfinity, p.y[c]->at(t, i)) << "way " << c << ", token " << t;
           }
         }
       }
