@@ -87,7 +87,7 @@ def step_bars(name: str) -> None:
 def kind_bars(name: str) -> None:
     """What each kind of kernel adds to a plain step or takes from it, for each size of the model."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["category"] != "step"]
+        rows = [r for r in csv.DictReader(file) if r["category"] != "step" and "mudd-compile" in r["methods"]]
     models = list(dict.fromkeys((r["model"], r["batch"]) for r in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.4), constrained_layout=True, squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
