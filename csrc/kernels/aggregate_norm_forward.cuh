@@ -7,14 +7,14 @@
 // written once. Where the last source is also base, or is normed itself before it is mixed, it
 // comes first.
 //
-// A block has one token. Its row is walked in chunks of at most 512 vectors of 16 bytes, one for
-// each thread; where there is more than one chunk, the sums of all wait in shared memory, each
-// thread's own, until the statistics of the row are known. The ring of bulk copies alone: there is
-// no path for devices before 9.0.
+// A block has one token and a chunk of its row, one vector of 16 bytes for each thread. The blocks
+// of a row with more than one chunk are a cluster and send each other their sums for the norms. The
+// ring of bulk copies alone: there is no path for devices before 9.0.
 #pragma once
 
 #include "aggregate_forward.cuh"
 #include "aggregate_norm_launch.h"
+#include "exchange.cuh"
 #include "norm.cuh"
 
 namespace muddformer::kernels {
@@ -35,70 +35,94 @@ struct ForwardNormArgs : ForwardArgs<T, C> {
   bool add_newest;
 };
 
+#if __CUDA_ARCH__ >= 900
+
+// Sums over a row, in the order of its warps and blocks; used once.
+template <int N>
+struct RowSums {
+  float shares[kMaxNormConsumers / 32 * N];
+  float parts[kMaxNormBlocks * N];  // of the blocks
+  uint64_t sent;
+
+  // Called by one thread; a fence and a barrier of the cluster follow.
+  __device__ __forceinline__ void start(int blocks) {
+    if (blocks == 1) return;
+    barrier_init(&sent, 1);
+    barrier_expect(&sent, blocks * N * int{sizeof(float)});
+  }
+
+  // Called by all consumers; every one gets the sums.
+  __device__ __forceinline__ void add_up(float (&values)[N], int consumers, int blocks, int rank) {
+    if (blocks == 1) return consumer_sums<N>(values, shares, consumers);
+    put_shares<N>(values, shares);
+    sync_consumers(consumers);
+    if (static_cast<int>(threadIdx.x) < N * blocks) {
+      const int n = threadIdx.x % N, block = threadIdx.x / N;
+      float sum = 0.0f;
+      for (int warp = 0; warp < consumers / 32; ++warp) sum += shares[warp * N + n];
+      send(in_block(parts + rank * N + n, block), in_block(&sent, block), sum);
+    }
+    wait_for_sent(&sent);
+    get_sums<N>(parts, blocks, values);
+  }
+};
+
+#endif  // __CUDA_ARCH__ >= 900
+
 // kNewest: the last source is also base, or is normed itself.
-template <typename T, int C, bool kNewest, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1)
+template <typename T, int C, bool kNewest>
+__global__ void __launch_bounds__(NormThreads::kForward, 1)
     forward_norm_ring(const __grid_constant__ ForwardNormArgs<T, C> args) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ RingBarriers ring;
-  __shared__ float scratch[3][kMaxNormConsumers / 32 * C];
+  __shared__ RowSums<1> newest_squares;
+  __shared__ RowSums<C> totals, squares;
   constexpr int V = kVector<T>;
   const int consumers = blockDim.x - 32;
   const int stage_bytes = consumers * 16;
-  const int chunk = consumers * V;
-  float4* held = reinterpret_cast<float4*>(shared + args.stages * stage_bytes);
-  float* weights = reinterpret_cast<float*>(
-      held + static_cast<int>(held_float4s(C, V, {args.chunks, consumers})));
-  const int64_t token = blockIdx.x;
+  float* weights = reinterpret_cast<float*>(shared + args.stages * stage_bytes);
+  const int64_t token = blockIdx.x / args.chunks;
+  const int rank = blockIdx.x % args.chunks;
+  const int first_column = rank * consumers * V;
   const bool pre = kNewest && args.pre_weight != nullptr;
   const int others = args.sources - (kNewest ? 1 : 0);
 
   const bool producer = static_cast<int>(threadIdx.x) == consumers;
-  if (producer) ring_init(ring, args.stages, consumers);
+  if (producer) {
+    newest_squares.start(args.chunks);
+    totals.start(args.chunks);
+    squares.start(args.chunks);
+    ring_init(ring, args.stages, consumers);
+  }
   __syncthreads();
+  if (args.chunks > 1) announce_barriers();
 
   RingPlace stage;
   if (static_cast<int>(threadIdx.x) >= consumers) {
-    const auto request = [&](int j, int column) {
-      const uint32_t bytes = min(chunk, args.dim - column) * sizeof(T);
+    const uint32_t bytes = min(consumers * V, args.dim - first_column) * sizeof(T);
+    const auto request = [&](int j) {
       barrier_wait(&ring.empty[stage.index], stage.phase ^ 1);  // at once in the first round
       barrier_expect(&ring.full[stage.index], bytes);
-      bulk_copy(shared + stage.index * stage_bytes, args.x[j] + token * args.x_stride[j] + column,
-                bytes, &ring.full[stage.index]);
+      bulk_copy(shared + stage.index * stage_bytes,
+                args.x[j] + token * args.x_stride[j] + first_column, bytes,
+                &ring.full[stage.index]);
       stage.advance(args.stages);
     };
     if (!producer) return;
-    for (int column = 0; pre && column < args.dim; column += chunk) request(others, column);
-    for (int column = 0; column < args.dim; column += chunk) {
-      if (kNewest && !(pre && args.chunks == 1)) request(others, column);
-      for (int j = 0; j < others; ++j) request(j, column);
-    }
+    if (kNewest) request(others);
+    for (int j = 0; j < others; ++j) request(j);
     return;
   }
   load_weights<C>(weights, args.w + token * args.w_stride, args.way_stride, args.sources,
                   consumers);
   sync_consumers(consumers);
+  if (args.chunks > 1) wait_for_barriers();
 
-  float sums[C][V];  // of the last chunk, or of the one that was fetched last
-  const auto place = [&](int i, int c, int part) {
-    return held + ((i * C + c) * (V / 4) + part) * consumers + threadIdx.x;
-  };
-  const auto fetch = [&](int i) {
-    if (args.chunks == 1) return;
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-#pragma unroll
-      for (int part = 0; part < V / 4; ++part) {
-        const float4 four = *place(i, c, part);
-        sums[c][4 * part] = four.x;
-        sums[c][4 * part + 1] = four.y;
-        sums[c][4 * part + 2] = four.z;
-        sums[c][4 * part + 3] = four.w;
-      }
-    }
-  };
-  const auto receive = [&](bool active) {
+  const int column = first_column + threadIdx.x * V;
+  const bool active = column < args.dim;
+  const int64_t at = token * args.dim + column;
+  const auto receive = [&] {
     barrier_wait(&ring.full[stage.index], stage.phase);
     const uint4 bits =
         *reinterpret_cast<const uint4*>(shared + stage.index * stage_bytes + threadIdx.x * 16);
@@ -108,135 +132,97 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   const float scale = 1.0f / static_cast<float>(args.dim);
   const int norms = C + (pre ? 1 : 0);  // of which there are statistics
-  uint4 newest{};  // of the last chunk; an earlier one is read again where it is needed
-  float newest_r = 1.0f;
-  if (pre) {
-    float square[1] = {};
-    for (int i = 0; i < args.chunks; ++i) {
-      float values[V];
-      newest = receive(i * chunk + static_cast<int>(threadIdx.x) * V < args.dim);
-      unpack<T>(newest, values);
+  const bool writes_statistics = rank == 0 && threadIdx.x == 0;
+  float sums[C][V] = {};
+  uint4 newest{};
+  if constexpr (kNewest) {
+    float values[V];
+    newest = receive();
+    unpack<T>(newest, values);
+    if (args.add_newest) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        if (args.post && c == C - 1) continue;
+#pragma unroll
+        for (int k = 0; k < V; ++k) sums[c][k] = values[k];
+      }
+    }
+    uint4 mixed = newest;
+    if (pre) {
+      float square[1] = {};
 #pragma unroll
       for (int k = 0; k < V; ++k) square[0] = fmaf(values[k], values[k], square[0]);
-    }
-    consumer_sums<1>(square, scratch[2], consumers);
-    newest_r = rsqrtf(square[0] * scale + args.eps);
-    if (threadIdx.x == 0) {
-      args.statistics[C * args.tokens + token] = 0.0f;
-      args.statistics[(norms + C) * args.tokens + token] = newest_r;
-    }
-  }
-  for (int i = 0; i < args.chunks; ++i) {
-    const int column = i * chunk + threadIdx.x * V;
-    const bool active = column < args.dim;
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-#pragma unroll
-      for (int k = 0; k < V; ++k) sums[c][k] = 0.0f;
-    }
-    if constexpr (kNewest) {
-      float values[V];
-      if (!(pre && args.chunks == 1)) newest = receive(active);
-      unpack<T>(newest, values);
-      if (args.add_newest) {
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-          if (args.post && c == C - 1) continue;
-#pragma unroll
-          for (int k = 0; k < V; ++k) sums[c][k] = values[k];
-        }
+      newest_squares.add_up(square, consumers, args.chunks, rank);
+      const float r = rsqrtf(square[0] * scale + args.eps);
+      if (writes_statistics) {
+        args.statistics[C * args.tokens + token] = 0.0f;
+        args.statistics[(norms + C) * args.tokens + token] = r;
       }
-      uint4 mixed = newest;
-      if (pre && active) {
+      if (active) {
         float weight[V];
         load_norm<T>(args.pre_weight, args.wide, column, weight);
-        mixed = rms_normed<T>(values, newest_r, weight);
-        store_once(args.normed + token * args.dim + column, mixed);
-      }
-      add_source<T, C>(mixed, weights + others * kWaysPadded<C>, sums);
-    }
-    for (int j = 0; j < others; ++j) {
-      add_source<T, C>(receive(active), weights + j * kWaysPadded<C>, sums);
-    }
-    if (args.chunks == 1) break;
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-#pragma unroll
-      for (int part = 0; part < V / 4; ++part) {
-        *place(i, c, part) = make_float4(sums[c][4 * part], sums[c][4 * part + 1],
-                                         sums[c][4 * part + 2], sums[c][4 * part + 3]);
+        mixed = rms_normed<T>(values, r, weight);
+        store_once(args.normed + at, mixed);
       }
     }
+    add_source<T, C>(mixed, weights + others * kWaysPadded<C>, sums);
+  }
+  for (int j = 0; j < others; ++j) {
+    add_source<T, C>(receive(), weights + j * kWaysPadded<C>, sums);
   }
 
   float mean[C] = {};
   float r[C] = {};
   if (args.layer) {
-    for (int i = 0; i < args.chunks; ++i) {
-      fetch(i);
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
+    for (int c = 0; c < C; ++c) {
 #pragma unroll
-        for (int k = 0; k < V; ++k) mean[c] += sums[c][k];
-      }
+      for (int k = 0; k < V; ++k) mean[c] += sums[c][k];
     }
-    consumer_sums<C>(mean, scratch[0], consumers);
+    totals.add_up(mean, consumers, args.chunks, rank);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       mean[c] = args.norm_weight[c] != nullptr && !(args.post && c == C - 1) ? mean[c] * scale : 0;
     }
   }
-  for (int i = 0; i < args.chunks; ++i) {
-    fetch(i);
-    if (i * chunk + static_cast<int>(threadIdx.x) * V >= args.dim) break;
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
+  for (int c = 0; active && c < C; ++c) {
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
-        const float centred = sums[c][k] - mean[c];
-        r[c] = fmaf(centred, centred, r[c]);
-      }
+    for (int k = 0; k < V; ++k) {
+      const float centred = sums[c][k] - mean[c];
+      r[c] = fmaf(centred, centred, r[c]);
     }
   }
-  consumer_sums<C>(r, scratch[1], consumers);
+  squares.add_up(r, consumers, args.chunks, rank);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     r[c] = args.norm_weight[c] != nullptr ? rsqrtf(r[c] * scale + args.eps) : 1.0f;
-    if (threadIdx.x == 0) {
+    if (writes_statistics) {
       args.statistics[c * args.tokens + token] = mean[c];
       args.statistics[(norms + c) * args.tokens + token] = r[c];
     }
   }
-
-  for (int i = 0; i < args.chunks; ++i) {
-    const int column = i * chunk + threadIdx.x * V;
-    if (column >= args.dim) break;
-    fetch(i);
-    const int64_t at = token * args.dim + column;
+  if (!active) return;
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const bool post = kNewest && args.post && c == C - 1;
-      float values[V];
-      if (post) store_once(args.mix + at, pack<T>(sums[c]));
-      if (args.norm_weight[c] != nullptr) {
-        load_norm<T>(args.norm_weight[c], args.wide, column, values);
+  for (int c = 0; c < C; ++c) {
+    const bool post = kNewest && args.post && c == C - 1;
+    float values[V];
+    if (post) store_once(args.mix + at, pack<T>(sums[c]));
+    if (args.norm_weight[c] != nullptr) {
+      load_norm<T>(args.norm_weight[c], args.wide, column, values);
 #pragma unroll
-        for (int k = 0; k < V; ++k) sums[c][k] = (sums[c][k] - mean[c]) * r[c] * values[k];
-      }
-      if (args.norm_bias[c] != nullptr || post) {
-        if (post) {
-          if (args.chunks > 1) {
-            newest = load_once(args.x[others] + token * args.x_stride[others] + column);
-          }
-          unpack<T>(newest, values);
-        } else {
-          load_norm<T>(args.norm_bias[c], args.wide, column, values);
-        }
-#pragma unroll
-        for (int k = 0; k < V; ++k) sums[c][k] += values[k];
-      }
-      store_once(args.y[c] + at, pack<T>(sums[c]));
+      for (int k = 0; k < V; ++k) sums[c][k] = (sums[c][k] - mean[c]) * r[c] * values[k];
     }
+    if (args.norm_bias[c] != nullptr || post) {
+      if (post) {
+        unpack<T>(newest, values);
+      } else {
+        load_norm<T>(args.norm_bias[c], args.wide, column, values);
+      }
+#pragma unroll
+      for (int k = 0; k < V; ++k) sums[c][k] += values[k];
+    }
+    store_once(args.y[c] + at, pack<T>(sums[c]));
   }
 #endif
 }
@@ -262,12 +248,9 @@ cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream
   args.layer = p.norm == Norm::Layer;
   args.wide = p.wide;
   args.stages = layout.stages;
-  const auto launch = [&](auto* kernel) {
-    return launch_ring(kernel, args, p.tokens, layout.columns.threads, layout.stage_bytes,
-                       static_cast<int>(layout.held_bytes) + weights_bytes<C>(p.sources), stream);
-  };
-  return layout.roomy ? launch(forward_norm_ring<T, C, kNewest, NormThreads::kForwardRoomy>)
-                      : launch(forward_norm_ring<T, C, kNewest, NormThreads::kForward>);
+  return launch_ring(forward_norm_ring<T, C, kNewest>, args, p.tokens * args.chunks,
+                     layout.columns.threads, layout.stage_bytes, weights_bytes<C>(p.sources),
+                     stream, args.chunks);
 }
 
 template <typename T, bool kNewest>

@@ -10,22 +10,28 @@
 
 namespace muddformer::kernels {
 
-// A block has at most 16 consumer warps, so that a row of 4096 columns of 2 bytes is one chunk.
-// Where shared memory is short it has fewer: smaller chunks leave more of it to what is kept of a
-// row.
+// A block has at most 16 consumer warps, so that in the backward a row of 4096 columns of 2 bytes
+// is one chunk. Where shared memory is short it has fewer there: smaller chunks leave more of it to
+// what is kept of a row.
 inline constexpr int kMaxNormConsumers = 512;
 
+// In the forward the chunks of a row are the blocks of a cluster. Every device allows so many.
+inline constexpr int kMaxNormBlocks = 8;
+
 // Threads that a multiprocessor is to hold, which is what limits their registers (72 and 96). Where
-// as many blocks fit with fewer threads, the kernel that has more registers (80 and 128) is faster.
-// Each of the four schedulers has a quarter of the registers: five warps of 96, never 21 in all.
+// as many blocks of the backward fit with fewer threads, the kernel that has more registers (128)
+// is faster. Each of the four schedulers has a quarter of the registers: five warps of 96, never 21
+// in all.
 struct NormThreads {
   static constexpr int kForward = 864;
-  static constexpr int kForwardRoomy = 768;
   static constexpr int kBackward = 640;
   static constexpr int kBackwardRoomy = 512;
 };
 
 static_assert(NormThreads::kForward == kRingBlocks * kRingThreads, "as ring_stages() assumes");
+
+// More than kForwardBytesInFlight: a block that norms or starts has nothing under way for a while.
+inline constexpr int kNormForwardBytesInFlight = 96 * 1024;
 
 inline constexpr int kSharedMemory = 227 * 1024;  // of all blocks, 1 KB of it for each
 inline constexpr int kStaticBytes = 2560;         // at most, of a block
@@ -97,32 +103,29 @@ struct NormLayout {
   }
 };
 
-// Of the forward: float4s of the sums that wait in shared memory.
-__host__ __device__ constexpr int64_t held_float4s(int ways, int vector, const Columns& columns) {
-  return columns.chunks == 1 ? 0 : int64_t{ways} * (vector / 4) * columns.chunks * columns.threads;
-}
-
-// How a forward is laid out: the ring, and the sums that wait where a row has more than one chunk.
+// How a forward is laid out: in as few blocks a row as keep most vectors on a multiprocessor. The
+// number is a power of two; clusters of three were slower.
 struct NormForwardLayout {
-  Columns columns;
-  int stage_bytes;
-  int stages;
-  int64_t held_bytes;
-  int64_t shared_bytes;  // in all, which may be more than there is
-  bool roomy;            // the kernel with more registers
+  Columns columns{0, 0};  // no threads: the row is too wide
+  int stage_bytes = 0;
+  int stages = 0;
 
   explicit NormForwardLayout(const AggregateNormForward& p) {
-    const int vector = p.dtype == DType::Float32 ? 4 : 8;
-    for (int most = kMaxNormConsumers; most >= 64; most /= 2) {
-      columns = split_columns(static_cast<int>(p.dim) / vector, most);
-      stage_bytes = columns.threads * 16;
-      stages = ring_stages(columns.threads, stage_bytes, kForwardBytesInFlight);
-      held_bytes = 16 * held_float4s(p.ways, vector, columns);
-      shared_bytes = int64_t{stages} * stage_bytes + held_bytes + p.sources * 16;
-      if (shared_bytes <= kSharedMemory - kStaticBytes) break;
+    const int vectors = static_cast<int>(p.dim) / (p.dtype == DType::Float32 ? 4 : 8);
+    int most = 0;
+    for (int blocks = 1; blocks <= kMaxNormBlocks; blocks *= 2) {
+      const int width = (vectors + blocks - 1) / blocks;
+      const int threads = (width + 31) / 32 * 32;
+      const int resident = NormThreads::kForward / (threads + 32) * width;
+      if (threads > kMaxNormConsumers || (blocks - 1) * threads >= vectors || resident <= most) {
+        continue;
+      }
+      columns = {blocks, threads};
+      most = resident;
     }
-    const int threads = columns.threads + 32;
-    roomy = NormThreads::kForwardRoomy / threads == NormThreads::kForward / threads;
+    if (columns.threads == 0) return;
+    stage_bytes = columns.threads * 16;
+    stages = ring_stages(columns.threads, stage_bytes, kNormForwardBytesInFlight);
   }
 };
 

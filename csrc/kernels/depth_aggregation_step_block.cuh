@@ -129,8 +129,7 @@ class StepBlock {
       if (warp < 4) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
-    // The fence has published the barriers: a release here would wait a microsecond for nothing.
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    announce_barriers();
     // Row by row: a warp that asks for several takes a long time to do it.
 #pragma unroll 1
     for (int r = warps - 1 - warp; r < rows && lane == 0; r += warps) {
@@ -162,8 +161,7 @@ class StepBlock {
       if (i % 16 >= warps) at<float>(places.warp_sums)[i] = 0.0f;
       if (i % 16 >= blocks) at<float>(places.totals)[i] = 0.0f;
     }
-    // From here on all blocks have started and their barriers are ready.
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    wait_for_barriers();
     asm volatile("griddepcontrol.wait;" ::: "memory");
   }
 

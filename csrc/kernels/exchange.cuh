@@ -8,6 +8,18 @@ namespace muddformer::kernels {
 
 #if __CUDA_ARCH__ >= 900
 
+// Called by all threads of a block when its barriers for what others send are made and the thread
+// that made them has published them by a fence: a release here would wait a microsecond for
+// nothing.
+__device__ __forceinline__ void announce_barriers() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+// From here on all blocks of the cluster have started and their barriers are ready.
+__device__ __forceinline__ void wait_for_barriers() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // The place in another block's shared memory where this block has `own`.
 __device__ __forceinline__ uint32_t in_block(const void* own, int rank) {
   uint32_t address;

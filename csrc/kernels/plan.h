@@ -39,19 +39,29 @@ constexpr int ring_stages(int consumers, int stage_bytes, int bytes_in_flight) {
   return std::min(std::max(stages, 2), kMaxStages);
 }
 
-// Launches a ring kernel, which has the member stages among its parameters. More than 48 KB of
-// shared memory need permission; a kernel's own variables, below 4 KB, count as well.
+// Launches a ring kernel, which has the member stages among its parameters, in clusters of so many
+// blocks. More than 48 KB of shared memory need permission; a kernel's own variables, below 4 KB,
+// count as well.
 template <typename Args>
 cudaError_t launch_ring(void (*kernel)(Args), const Args& args, int64_t blocks, int consumers,
-                        int stage_bytes, int other_bytes, cudaStream_t stream) {
+                        int stage_bytes, int other_bytes, cudaStream_t stream, int cluster = 1) {
   const int shared_bytes = args.stages * stage_bytes + other_bytes;
   if (shared_bytes > 44 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(blocks), consumers + 32, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(consumers + 32));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 }  // namespace muddformer::kernels

@@ -378,9 +378,15 @@ TYPED_TEST(NormKernelsOf, NothingNormed) {
 TYPED_TEST(NormKernelsOf, WideRows) {
   NormShape s{{3, 10240, 3, 4}};
   ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
+  s = NormShape{{3, 6152, 3, 3}};
+  s.add = s.pre = s.post = true;
+  ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
   s = NormShape{{3, 5120, 3, 4}, Norm::Layer};
   s.normed = 4;
   s.bias = s.add = s.pre = true;
+  ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
+  // As wide as the forward takes it.
+  s = NormShape{{2, 4096 * 16 / sizeof(TypeParam), 3, 1}};
   ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
 }
 
@@ -416,6 +422,9 @@ TYPED_TEST(NormKernelsOf, RefusesWhatItCannotDo) {
   EXPECT_EQ(cudaErrorNotSupported, launch_aggregate_norm_forward(args, nullptr));
   args = p.norm_forward();
   args.dim = 63;
+  EXPECT_EQ(cudaErrorNotSupported, launch_aggregate_norm_forward(args, nullptr));
+  args = p.norm_forward();
+  args.dim = 4097 * 16 / sizeof(TypeParam);
   EXPECT_EQ(cudaErrorNotSupported, launch_aggregate_norm_forward(args, nullptr));
   args = p.norm_forward();
   args.post_weight = p.gamma.back()->data();
