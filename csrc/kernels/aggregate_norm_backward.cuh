@@ -36,10 +36,10 @@ namespace muddformer::kernels {
 
 #if __CUDA_ARCH__ >= 900
 
-// kNewest: the last source has more to its gradient.
-template <typename T, int C, bool kNewest>
-class NormBackward : NormBlock<T, C, kNewest> {
-  using Base = NormBlock<T, C, kNewest>;
+// kNewest: the last source has more to its gradient. kPlain: RMSNorm without biases.
+template <typename T, int C, bool kNewest, bool kOneChunk, bool kPlain>
+class NormBackward : NormBlock<T, C, kNewest, kOneChunk> {
+  using Base = NormBlock<T, C, kNewest, kOneChunk>;
 
  public:
   __device__ __forceinline__ NormBackward(const BackwardNormArgs<T, C>& arguments,
@@ -68,14 +68,17 @@ class NormBackward : NormBlock<T, C, kNewest> {
   }
 
  private:
-  using Base::args, Base::chunk, Base::consumers, Base::held, Base::norms, Base::one_chunk,
-      Base::others, Base::own, Base::partial, Base::pre, Base::ring, Base::row_bytes, Base::V;
+  using Base::args, Base::chunk, Base::consumers, Base::held, Base::norms, Base::others, Base::own,
+      Base::partial, Base::pre, Base::ring, Base::row_bytes, Base::V;
 
   // Of way c: whether there is dY, whether it is normed, whether it has a bias; and the places of
   // its weight and bias among the slots. Bits, since loads of indexed parameters are slow.
   __device__ __forceinline__ bool given(int c) const { return (form >> c & 1) != 0; }
   __device__ __forceinline__ bool normed(int c) const { return (form >> (4 + c) & 1) != 0; }
-  __device__ __forceinline__ bool biased(int c) const { return (form >> (8 + c) & 1) != 0; }
+  __device__ __forceinline__ bool biased(int c) const {
+    return !kPlain && (form >> (8 + c) & 1) != 0;
+  }
+  __device__ __forceinline__ bool layer() const { return !kPlain && args.layer; }
   __device__ __forceinline__ bool is_post(int c) const {
     return kNewest && args.post && c == C - 1;
   }
@@ -113,7 +116,8 @@ class NormBackward : NormBlock<T, C, kNewest> {
   __device__ __forceinline__ void share_along(int buffer) {
     float along[C] = {};
     float total[C] = {};
-    for (int first_column = 0; first_column < args.dim; first_column += chunk) {
+    for (int first_column = 0; first_column < args.dim;
+         first_column = this->next_chunk(first_column)) {
       const int column = first_column + threadIdx.x * V;
       receive_ways();
 #pragma unroll 1
@@ -127,7 +131,7 @@ class NormBackward : NormBlock<T, C, kNewest> {
         float sum = 0.0f;
         unpack<T>(dy_bits, dy);
         unpack<T>(y_bits, y);
-        if (is_post(c) || args.layer) {
+        if (is_post(c) || layer()) {
           norm_values(weight_slot(c), args.norm_weight[c], column, value);
           const float factor = is_post(c) ? factors(buffer)[c] : 1.0f;
 #pragma unroll
@@ -148,10 +152,10 @@ class NormBackward : NormBlock<T, C, kNewest> {
         for (int i = 0; i < V; ++i) sum = fmaf(dy[i], y[i], sum);
         add_to<C>(along, c, sum);
       }
-      if (!one_chunk) release(&own.ways_empty);
+      if (!kOneChunk) release(&own.ways_empty);
     }
     put_shares<C>(along, own.shares[buffer][0]);
-    if (args.layer) put_shares<C>(total, own.shares[buffer][1]);
+    if (layer()) put_shares<C>(total, own.shares[buffer][1]);
   }
 
   // Puts n, rounded as Y is, in place of Y where the norm's weight is too small to divide by.
@@ -173,7 +177,7 @@ class NormBackward : NormBlock<T, C, kNewest> {
     float along[C];
     float total[C] = {};
     get_sums<C>(own.shares[buffer][0], consumers / 32, along);
-    if (args.layer) get_sums<C>(own.shares[buffer][1], consumers / 32, total);
+    if (layer()) get_sums<C>(own.shares[buffer][1], consumers / 32, total);
     const unsigned remade = this->to_remake[column / V];
     if (remade != 0) remake(remade, buffer, token, column);
 #pragma unroll 1
@@ -208,7 +212,7 @@ class NormBackward : NormBlock<T, C, kNewest> {
 #pragma unroll
         for (int i = 0; i < V; ++i) n[i] *= is_post(c) ? r : reciprocal(weight[i]);
       }
-      const float shift = args.layer && !is_post(c) ? entry_of<C>(total, c) * scale : 0.0f;
+      const float shift = layer() && !is_post(c) ? entry_of<C>(total, c) * scale : 0.0f;
       const float slope = entry_of<C>(along, c) * scale;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -237,10 +241,11 @@ class NormBackward : NormBlock<T, C, kNewest> {
       const float newest_r = pre ? factors(buffer.index)[C] : 1.0f;
       const float newest_scale = newest_r * newest_r * scale;
       float newest_along[1] = {0.0f};  // <g, n> of the last source
-      for (int first_column = 0; first_column < args.dim; first_column += chunk) {
+      for (int first_column = 0; first_column < args.dim;
+           first_column = this->next_chunk(first_column)) {
         const int column = first_column + threadIdx.x * V;
         const bool active = column < args.dim;
-        if (!one_chunk) receive_ways();
+        if (!kOneChunk) receive_ways();
         if (active) make_dv(buffer.index, token, column);
         uint4 dv[C];
 #pragma unroll
@@ -275,11 +280,11 @@ class NormBackward : NormBlock<T, C, kNewest> {
           if (pre && active) {
             add_partial<T>(partial + args.pre_slot * args.dim, column, args.dim, weight);
           }
-          if (pre && one_chunk) {
+          if (pre && kOneChunk) {
             consumer_sums<1>(newest_along, own.shares[buffer.index][2], consumers);
             subtract_along<T>(x, newest_along[0] * newest_scale, result);
           }
-          if (!pre || one_chunk) {
+          if (!pre || kOneChunk) {
             store(others, pack<T>(result));
           } else if (active) {
             put_floats<T>(held, column, args.dim, result);
@@ -293,7 +298,7 @@ class NormBackward : NormBlock<T, C, kNewest> {
           keep(j);
         }
       }
-      if (pre && !one_chunk) {
+      if (pre && !kOneChunk) {
         consumer_sums<1>(newest_along, own.shares[buffer.index][2], consumers);
         for (int column = threadIdx.x * V; column < args.dim; column += chunk) {
           float result[V];
@@ -325,14 +330,14 @@ class NormBackward : NormBlock<T, C, kNewest> {
 
 #endif  // __CUDA_ARCH__ >= 900
 
-template <typename T, int C, bool kNewest, int kThreads>
+template <typename T, int C, bool kNewest, bool kOneChunk, bool kPlain, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_norm_ring(const __grid_constant__ BackwardNormArgs<T, C> args) {
 #if __CUDA_ARCH__ >= 900
   static_assert(sizeof(NormShared<C>) <= kStaticBytes);
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ NormShared<C> shared;
-  NormBackward<T, C, kNewest>(args, shared, memory).run();
+  NormBackward<T, C, kNewest, kOneChunk, kPlain>(args, shared, memory).run();
 #endif
 }
 
@@ -370,8 +375,18 @@ cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaS
     return launch_ring(kernel, args, blocks, layout.columns.threads + 32, layout.stage_bytes,
                        layout.other_bytes, stream);
   };
-  return layout.roomy ? launch(backward_norm_ring<T, C, kNewest, NormThreads::kBackwardRoomy>)
-                      : launch(backward_norm_ring<T, C, kNewest, NormThreads::kBackward>);
+  constexpr int kMany = NormThreads::kBackward, kFew = NormThreads::kBackwardRoomy;
+  if (layout.columns.chunks > 1) {
+    return launch(backward_norm_ring<T, C, kNewest, false, false, kMany>);
+  }
+  const bool plain = !args.layer && std::none_of(args.norm_bias, args.norm_bias + C,
+                                                 [](const void* bias) { return bias != nullptr; });
+  if (plain) {
+    return layout.roomy ? launch(backward_norm_ring<T, C, kNewest, true, true, kFew>)
+                        : launch(backward_norm_ring<T, C, kNewest, true, true, kMany>);
+  }
+  return layout.roomy ? launch(backward_norm_ring<T, C, kNewest, true, false, kFew>)
+                      : launch(backward_norm_ring<T, C, kNewest, true, false, kMany>);
 }
 
 template <typename T, bool kNewest>

@@ -22,7 +22,8 @@ struct NormShared {
   float statistics[2][2 * (C + 1)];
 };
 
-template <typename T, int C, bool kNewest>
+// kOneChunk: a row has but one chunk.
+template <typename T, int C, bool kNewest, bool kOneChunk>
 class NormBlock {
  public:
   __device__ __forceinline__ NormBlock(const BackwardNormArgs<T, C>& arguments,
@@ -32,7 +33,6 @@ class NormBlock {
         consumers(blockDim.x - 64),
         row_bytes(consumers * 16),
         chunk(consumers * V),
-        one_chunk(args.dim <= chunk),
         pre(kNewest && args.pre_weight != nullptr),
         others(args.sources - (kNewest ? 1 : 0)),
         ring{own.ring, memory, row_bytes, args.stages} {
@@ -41,7 +41,7 @@ class NormBlock {
     partial = reinterpret_cast<float*>(ways + C * 2 * row_bytes);
     norms = partial + norm_floats;
     held = norms + (args.shared_norms ? norm_floats : 0);
-    weights = held + (pre && !one_chunk ? args.dim : 0);
+    weights = held + (pre && !kOneChunk ? args.dim : 0);
     sums = weights + 2 * weights_size();
     to_remake = reinterpret_cast<unsigned char*>(sums + 2 * sums_size());
   }
@@ -107,10 +107,11 @@ class NormBlock {
                      bytes_at(column));
       };
 #pragma unroll 1
-      for (int column = 0; column < args.dim; column += chunk) request_ways(token, column);
+      for (int column = 0; column < args.dim; column = next_chunk(column))
+        request_ways(token, column);
 #pragma unroll 1
-      for (int column = 0; column < args.dim; column += chunk) {
-        if (!one_chunk) request_ways(token, column);
+      for (int column = 0; column < args.dim; column = next_chunk(column)) {
+        if (!kOneChunk) request_ways(token, column);
         if (kNewest) request(others, column);
 #pragma unroll 1
         for (int j = 0; j < args.deferred; j += 2) {
@@ -157,6 +158,10 @@ class NormBlock {
 
   __device__ __forceinline__ int weights_size() const { return args.sources * kWaysPadded<C>; }
   __device__ __forceinline__ int sums_size() const { return consumers / 32 * C * args.sources; }
+  // Where the chunk after the one at this column starts.
+  __device__ __forceinline__ int next_chunk(int column) const {
+    return kOneChunk ? args.dim : column + chunk;
+  }
   __device__ __forceinline__ uint32_t bytes_at(int column) const {
     return min(chunk, args.dim - column) * sizeof(T);
   }
@@ -169,7 +174,6 @@ class NormBlock {
   const int consumers;
   const int row_bytes;
   const int chunk;  // columns
-  const bool one_chunk;
   const bool pre;
   const int others;  // sources, but for the last where it comes first
   PairRing ring;
