@@ -2,7 +2,7 @@
 // of compute capability 9.0.
 #pragma once
 
-#include "ring.cuh"
+#include "cluster.cuh"
 
 namespace muddformer::kernels {
 
@@ -22,9 +22,7 @@ __device__ __forceinline__ void wait_for_barriers() {
 
 // The place in another block's shared memory where this block has `own`.
 __device__ __forceinline__ uint32_t in_block(const void* own, int rank) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
-  return address;
+  return address_of_rank(shared_address(own), rank);
 }
 
 __device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float value) {
