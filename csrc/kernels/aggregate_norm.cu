@@ -1,5 +1,7 @@
 // Checks and dispatch of depth aggregation with normed streams, and the sum of the blocks' shares
 // of the gradients of the norms' weights.
+#include <climits>
+
 #include "aggregate_checks.h"
 #include "aggregate_norm.h"
 #include "aggregate_norm_launch.h"
@@ -111,7 +113,11 @@ cudaError_t launch_aggregate_norm_forward(const AggregateNormForward& p, cudaStr
   if (error != cudaSuccess) return error;
   if (p.pre_weight != nullptr && p.normed == nullptr) return cudaErrorInvalidValue;
   if (!aligned(p.y, p.ways) || !aligned(p.normed)) return cudaErrorNotSupported;
-  if (NormForwardLayout(p).columns.threads == 0) return cudaErrorNotSupported;
+  const NormForwardLayout layout(p);
+  if (layout.columns.threads == 0 || p.tokens > INT_MAX / layout.columns.chunks) {
+    return cudaErrorNotSupported;
+  }
+  if (layout.shared_bytes + kStaticBytes > device.shared_bytes) return cudaErrorNotSupported;
   if (p.tokens == 0) return cudaSuccess;
   switch (p.dtype) {
     case DType::Float32:

@@ -62,8 +62,8 @@ struct AggregateNormBackward : AggregateBackward {
 
 // cudaErrorNotSupported, before anything is launched, for what only the composition of aggregation
 // and norm can do: float64, widths and alignments without 16-byte vectors, more ways or sources
-// than the limits above, rows of more than 4096 vectors of 16 bytes or, in the backward, too wide
-// for the shared memory, devices before compute capability 9.0. cudaErrorInvalidValue for a post
+// than the limits above, rows of more than 4096 vectors of 16 bytes or too wide for the shared
+// memory, devices before compute capability 9.0. cudaErrorInvalidValue for a post
 // weight without add_newest or mix or beside another norm of the last way, a pre weight without
 // normed, a bias without a weight, and a backward of no tokens.
 cudaError_t launch_aggregate_norm_forward(const AggregateNormForward& args, cudaStream_t stream);

@@ -377,7 +377,8 @@ cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaS
   };
   constexpr int kMany = NormThreads::kBackward, kFew = NormThreads::kBackwardRoomy;
   if (layout.columns.chunks > 1) {
-    return launch(backward_norm_ring<T, C, kNewest, false, false, kMany>);
+    return layout.roomy ? launch(backward_norm_ring<T, C, kNewest, false, false, kFew>)
+                        : launch(backward_norm_ring<T, C, kNewest, false, false, kMany>);
   }
   const bool plain = !args.layer && std::none_of(args.norm_bias, args.norm_bias + C,
                                                  [](const void* bias) { return bias != nullptr; });

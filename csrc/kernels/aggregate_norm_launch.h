@@ -103,12 +103,13 @@ struct NormLayout {
   }
 };
 
-// How a forward is laid out: in as few blocks a row as keep most vectors on a multiprocessor. The
-// number is a power of two; clusters of three were slower.
+// How a forward is laid out: in more blocks a row where they keep a good part more vectors on a
+// multiprocessor. The number is a power of two; clusters of three were slower.
 struct NormForwardLayout {
   Columns columns{0, 0};  // no threads: the row is too wide
   int stage_bytes = 0;
   int stages = 0;
+  int shared_bytes = 0;  // of a block, beside the kernel's own variables
 
   explicit NormForwardLayout(const AggregateNormForward& p) {
     const int vectors = static_cast<int>(p.dim) / (p.dtype == DType::Float32 ? 4 : 8);
@@ -117,15 +118,15 @@ struct NormForwardLayout {
       const int width = (vectors + blocks - 1) / blocks;
       const int threads = (width + 31) / 32 * 32;
       const int resident = NormThreads::kForward / (threads + 32) * width;
-      if (threads > kMaxNormConsumers || (blocks - 1) * threads >= vectors || resident <= most) {
-        continue;
-      }
+      const bool possible = threads <= kMaxNormConsumers && (blocks - 1) * threads < vectors;
+      if (!possible || 8 * resident <= 9 * most) continue;
       columns = {blocks, threads};
       most = resident;
     }
     if (columns.threads == 0) return;
     stage_bytes = columns.threads * 16;
     stages = ring_stages(columns.threads, stage_bytes, kNormForwardBytesInFlight);
+    shared_bytes = stages * stage_bytes + p.sources * kMaxNormWays * int{sizeof(float)};
   }
 };
 

@@ -165,7 +165,8 @@ class Step : StepWeights<T, kTokens, kOnce> {
       const float keep = lane < 16 ? sums[0][i] : sums[1][i];
       const float give = lane < 16 ? sums[1][i] : sums[0][i];
       const float other = __shfl_xor_sync(0xffffffffu, give * scale, 16);
-      // Where the high part has gone to infinity, the low part would make it NaN.
+      // Where the high part has gone to infinity, the low part would make it NaN. (A weight that is
+      // 0 as a number of type T still does.)
       const float high = lane < 16 ? keep : other;
       values[i] = isfinite(high) ? keep * scale + other : high;
     }

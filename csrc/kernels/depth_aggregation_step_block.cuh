@@ -15,6 +15,16 @@ __device__ __noinline__ float step_tanh(float x) {
   return tanhf(x);
 }
 
+// Plain loads, not of the read-only path: the kernel may have started before they were written.
+__device__ __forceinline__ uint4 load_vector(const void* address) {
+  uint4 bits;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(address)
+               : "memory");
+  return bits;
+}
+
 // An entry of the prior, the scale or a norm's parameters, as it is in memory.
 template <typename T>
 __device__ __forceinline__ uint32_t parameter_bits(const void* from, bool wide, int i) {

@@ -22,7 +22,7 @@ struct StepBarriers {
 struct StepShared {
   int sources;    // [t][padded][stride] of 16 bytes
   int norms;      // [2][C] weights and biases of the block's columns
-  int x;          // [warp][t][32] vectors, until A is made
+  int x;          // [warp][t][32] vectors, until h is summed up
   int w2;         // [n][rows]
   int sums;       // [t][rows + 1][kStepWarps], the last row of x^2
   int gelu;       // [warp][t][rows], of the warps that have entries of A

@@ -44,16 +44,6 @@ __device__ __forceinline__ void wait_for_sent(uint64_t* barrier) {
       : "memory");
 }
 
-// Plain loads, not of the read-only path: the kernel may have started before they were written.
-__device__ __forceinline__ uint4 load_vector(const void* address) {
-  uint4 bits;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-               : "l"(address)
-               : "memory");
-  return bits;
-}
-
 #endif  // __CUDA_ARCH__ >= 900
 
 }  // namespace muddformer::kernels

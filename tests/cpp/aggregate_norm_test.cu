@@ -375,6 +375,14 @@ TYPED_TEST(NormKernelsOf, NothingNormed) {
 }
 
 // Rows for which smaller chunks save shared memory.
+TYPED_TEST(NormKernelsOf, BiasesOfRMSNorm) {
+  for (const int64_t dim : {264, 4608}) {
+    NormShape s{{5, dim, 4, 3}};
+    s.bias = s.pre = true;
+    ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
+  }
+}
+
 TYPED_TEST(NormKernelsOf, WideRows) {
   NormShape s{{3, 10240, 3, 4}};
   ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
@@ -384,6 +392,9 @@ TYPED_TEST(NormKernelsOf, WideRows) {
   s = NormShape{{3, 5120, 3, 4}, Norm::Layer};
   s.normed = 4;
   s.bias = s.add = s.pre = true;
+  ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
+  s = NormShape{{3, 6408, 3, 2}, Norm::Layer};
+  s.bias = s.add = s.pre = s.post = true;
   ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
   // As wide as the forward takes it.
   s = NormShape{{2, 4096 * 16 / sizeof(TypeParam), 3, 1}};
@@ -396,16 +407,19 @@ TYPED_TEST(NormKernelsOf, RepeatsBitForBit) {
     s.bias = s.add = s.pre = s.post = true;
     NormProblem<TypeParam, float> p(s);
     std::vector<std::vector<float>> weight_grads;
-    std::vector<std::vector<TypeParam>> newest_grads;
+    std::vector<std::vector<TypeParam>> streams, newest_grads;
     for (int run = 0; run < 50; ++run) {
       CUDA_OK(launch_aggregate_norm_forward(p.norm_forward(), nullptr));
       CUDA_OK(launch_aggregate_norm_backward(p.norm_backward(), nullptr));
       CUDA_OK(cudaDeviceSynchronize());
+      p.y[0]->download();
       p.gamma_grad[1]->download();
       p.grad_out.back()->download();
+      streams.push_back(p.y[0]->host());
       weight_grads.push_back(p.gamma_grad[1]->host());
       newest_grads.push_back(p.grad_out.back()->host());
       const size_t bytes = newest_grads[0].size() * sizeof(TypeParam);
+      ASSERT_EQ(0, std::memcmp(streams[0].data(), streams[run].data(), bytes)) << run;
       ASSERT_EQ(0, std::memcmp(newest_grads[0].data(), newest_grads[run].data(), bytes)) << run;
       ASSERT_EQ(0, std::memcmp(weight_grads[0].data(), weight_grads[run].data(),
                                weight_grads[0].size() * sizeof(float)))
