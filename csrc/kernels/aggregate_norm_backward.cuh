@@ -371,23 +371,21 @@ cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaS
   args.layer = p.norm == Norm::Layer;
   args.wide = p.wide;
   args.stages = layout.stages;
-  const auto launch = [&](auto* kernel) {
-    return launch_ring(kernel, args, blocks, layout.columns.threads + 32, layout.stage_bytes,
-                       layout.other_bytes, stream);
+  const auto launch = [&](auto* few, auto* many) {
+    return launch_ring(layout.roomy ? few : many, args, blocks, layout.columns.threads + 32,
+                       layout.stage_bytes, layout.other_bytes, stream);
   };
   constexpr int kMany = NormThreads::kBackward, kFew = NormThreads::kBackwardRoomy;
   if (layout.columns.chunks > 1) {
-    return layout.roomy ? launch(backward_norm_ring<T, C, kNewest, false, false, kFew>)
-                        : launch(backward_norm_ring<T, C, kNewest, false, false, kMany>);
+    return launch(backward_norm_ring<T, C, kNewest, false, false, kFew>,
+                  backward_norm_ring<T, C, kNewest, false, false, kMany>);
   }
   const bool plain = !args.layer && std::none_of(args.norm_bias, args.norm_bias + C,
                                                  [](const void* bias) { return bias != nullptr; });
-  if (plain) {
-    return layout.roomy ? launch(backward_norm_ring<T, C, kNewest, true, true, kFew>)
-                        : launch(backward_norm_ring<T, C, kNewest, true, true, kMany>);
-  }
-  return layout.roomy ? launch(backward_norm_ring<T, C, kNewest, true, false, kFew>)
-                      : launch(backward_norm_ring<T, C, kNewest, true, false, kMany>);
+  return plain ? launch(backward_norm_ring<T, C, kNewest, true, true, kFew>,
+                        backward_norm_ring<T, C, kNewest, true, true, kMany>)
+               : launch(backward_norm_ring<T, C, kNewest, true, false, kFew>,
+                        backward_norm_ring<T, C, kNewest, true, false, kMany>);
 }
 
 template <typename T, bool kNewest>

@@ -47,8 +47,7 @@ struct RowSums {
   // Called by one thread; a fence and a barrier of the cluster follow.
   __device__ __forceinline__ void start(int blocks) {
     if (blocks == 1) return;
-    barrier_init(&sent, 1);
-    barrier_expect(&sent, blocks * N * int{sizeof(float)});
+    open_barrier(&sent, blocks * N * int{sizeof(float)});
   }
 
   // Called by all consumers; every one gets the sums.

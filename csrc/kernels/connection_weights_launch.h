@@ -8,6 +8,7 @@
 
 #include "connection_weights.h"
 #include "device.h"
+#include "plan.h"
 
 namespace muddformer::kernels {
 
@@ -26,19 +27,9 @@ cudaError_t launch_wide(void (*kernel)(Parameters...), const Device& device, int
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  config.attrs = attributes;
-  config.numAttrs = !device.bulk_copy ? 0 : cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  const Launch launch(blocks, device.bulk_copy ? cluster : 1, threads, shared_bytes, stream,
+                      device.bulk_copy);
+  return cudaLaunchKernelEx(&launch.config, kernel, args...);
 }
 
 template <typename T>

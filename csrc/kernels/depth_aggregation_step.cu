@@ -69,26 +69,6 @@ StepArgs<T> step_args(const AggregationStep& p) {
   return args;
 }
 
-struct Launch {
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config;
-};
-
-void configure(Launch& launch, int clusters, int blocks, int threads, int shared,
-               cudaStream_t stream) {
-  launch.attributes[0].id = cudaLaunchAttributeClusterDimension;
-  launch.attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  launch.attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  launch.attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  launch.config = cudaLaunchConfig_t{};
-  launch.config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
-  launch.config.blockDim = dim3(static_cast<unsigned>(threads));
-  launch.config.dynamicSmemBytes = shared;
-  launch.config.stream = stream;
-  launch.config.attrs = launch.attributes;
-  launch.config.numAttrs = 2;
-}
-
 // What a kernel may use on the current device; found out once.
 struct Limits {
   int large = 0;   // clusters of 16 blocks that run side by side
@@ -105,15 +85,14 @@ cudaError_t find_limits(Kernel kernel, const Device& device, Limits& limits) {
   limits.shared = device.shared_bytes - static_cast<int>(code.sharedSizeBytes);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
   if (error != cudaSuccess) return error;
-  Launch launch;
-  configure(launch, 1, 8, kStepThreads, limits.shared, nullptr);
-  error = cudaOccupancyMaxActiveClusters(&limits.small, kernel, &launch.config);
+  const Launch small(8, 8, kStepThreads, limits.shared, nullptr, true);
+  error = cudaOccupancyMaxActiveClusters(&limits.small, kernel, &small.config);
   if (error != cudaSuccess) return error;
   // More than 8 blocks need permission, and a device with groups of so many multiprocessors.
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
       cudaSuccess) {
-    configure(launch, 1, 16, kStepThreads, limits.shared, nullptr);
-    if (cudaOccupancyMaxActiveClusters(&limits.large, kernel, &launch.config) != cudaSuccess) {
+    const Launch large(16, 16, kStepThreads, limits.shared, nullptr, true);
+    if (cudaOccupancyMaxActiveClusters(&limits.large, kernel, &large.config) != cudaSuccess) {
       limits.large = 0;
     }
   }
@@ -178,8 +157,7 @@ cudaError_t launch(const AggregationStep& p, const Device& device, cudaStream_t 
   if (args.places.bytes > limits.shared) return cudaErrorNotSupported;
   // A block has a multiprocessor to itself: two would share its way to the L2 cache.
   const int bytes = std::max(args.places.bytes, limits.shared / 2 + 1);
-  Launch launch;
-  configure(launch, clusters, blocks, threads, bytes, stream);
+  const Launch launch(clusters * blocks, blocks, threads, bytes, stream, true);
   if constexpr (sizeof(T) == 2) {
     if (once(args, row_vectors)) {
       Limits same;  // as of the other, whose variables are the same; this permits the launch

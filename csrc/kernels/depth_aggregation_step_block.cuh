@@ -129,12 +129,12 @@ class StepBlock {
   // What can be done before the kernel ahead is over.
   __device__ __forceinline__ void start() {
     if (lane == 0) {
-      if (warp == 0) open(&barriers.sources, kTokens * p.sources * vectors * 16);
-      if (warp == 1) open(&barriers.parts, blocks * owned * 4);
-      if (warp == 2) open(&barriers.a, kTokens * entries * 4);
+      if (warp == 0) open_barrier(&barriers.sources, kTokens * p.sources * vectors * 16);
+      if (warp == 1) open_barrier(&barriers.parts, blocks * owned * 4);
+      if (warp == 2) open_barrier(&barriers.a, kTokens * entries * 4);
       if (warp == 3 && p.normed_ways != 0) {
-        open(&barriers.totals[0], blocks * streams * 4);
-        open(&barriers.totals[1], blocks * streams * 4);
+        open_barrier(&barriers.totals[0], blocks * streams * 4);
+        open_barrier(&barriers.totals[1], blocks * streams * 4);
       }
       if (warp < 4) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -173,12 +173,6 @@ class StepBlock {
     }
     wait_for_barriers();
     asm volatile("griddepcontrol.wait;" ::: "memory");
-  }
-
-  // A barrier for one use, at which so many bytes arrive.
-  __device__ __forceinline__ void open(uint64_t* barrier, int bytes) const {
-    barrier_init(barrier, 1);
-    barrier_expect(barrier, bytes);
   }
 
   // Asks for everything but x and W1.

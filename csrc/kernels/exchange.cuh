@@ -8,16 +8,25 @@ namespace muddformer::kernels {
 
 #if __CUDA_ARCH__ >= 900
 
+// The barrier of a cluster is alike for all numbers of blocks above one, such as this.
+inline constexpr int kMaxCluster = 16;
+
+// A barrier for one use, at which so many bytes arrive.
+__device__ __forceinline__ void open_barrier(uint64_t* barrier, int bytes) {
+  barrier_init(barrier, 1);
+  barrier_expect(barrier, bytes);
+}
+
 // Called by all threads of a block when its barriers for what others send are made and the thread
 // that made them has published them by a fence: a release here would wait a microsecond for
 // nothing.
 __device__ __forceinline__ void announce_barriers() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  cluster_arrive_relaxed<kMaxCluster>();
 }
 
 // From here on all blocks of the cluster have started and their barriers are ready.
 __device__ __forceinline__ void wait_for_barriers() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_wait<kMaxCluster>();
 }
 
 // The place in another block's shared memory where this block has `own`.

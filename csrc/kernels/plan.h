@@ -39,6 +39,34 @@ constexpr int ring_stages(int consumers, int stage_bytes, int bytes_in_flight) {
   return std::min(std::max(stages, 2), kMaxStages);
 }
 
+// A launch of so many blocks, in clusters where those have more than one. overlaps: it may start
+// before the kernel ahead of it is over.
+struct Launch {
+  Launch(int64_t blocks, int cluster, int threads, int shared_bytes, cudaStream_t stream,
+         bool overlaps) {
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = attributes;
+    if (overlaps) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    }
+  }
+  Launch(const Launch&) = delete;  // config points to the attributes
+  Launch& operator=(const Launch&) = delete;
+
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+};
+
 // Launches a ring kernel, which has the member stages among its parameters, in clusters of so many
 // blocks. More than 48 KB of shared memory need permission; a kernel's own variables, below 4 KB,
 // count as well.
@@ -51,17 +79,8 @@ cudaError_t launch_ring(void (*kernel)(Args), const Args& args, int64_t blocks, 
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(consumers + 32));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  const Launch launch(blocks, cluster, consumers + 32, shared_bytes, stream, false);
+  return cudaLaunchKernelEx(&launch.config, kernel, args);
 }
 
 }  // namespace muddformer::kernels

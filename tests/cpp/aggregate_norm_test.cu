@@ -374,7 +374,6 @@ TYPED_TEST(NormKernelsOf, NothingNormed) {
   }
 }
 
-// Rows for which smaller chunks save shared memory.
 TYPED_TEST(NormKernelsOf, BiasesOfRMSNorm) {
   for (const int64_t dim : {264, 4608}) {
     NormShape s{{5, dim, 4, 3}};
@@ -383,6 +382,7 @@ TYPED_TEST(NormKernelsOf, BiasesOfRMSNorm) {
   }
 }
 
+// Rows for which smaller chunks save shared memory.
 TYPED_TEST(NormKernelsOf, WideRows) {
   NormShape s{{3, 10240, 3, 4}};
   ASSERT_NO_FATAL_FAILURE((check_norm<TypeParam, float>(s)));
