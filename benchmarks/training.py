@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import reference
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -193,7 +192,7 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    with reference.naive_connections(method.form == "naive"):
+    with naive_connections(method.form == "naive"):
         if method.run == "block":
             for block in _blocks(model):
                 block.compile()
