@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import muddformer.nn
 from muddformer import MUDDFormerConfig, build_model
 from muddformer.nn import DepthAggregation
+from muddformer.nn.naive import naive_connections
 from muddformer.training.optim import parameter_groups
 
 VOCABULARY = 50304
