@@ -46,7 +46,7 @@ def test_attention_to_later_positions() -> None:
     changed = ids.clone()
     changed[0, -1] = 9
     assert not torch.allclose(model(ids)[0, 0], model(changed)[0, 0])
-    with pytest.raises(ValueError, match="config must have causal=True.* got False"):
+    with pytest.raises(ValueError, match=r"config must have causal=True.* got False"):
         KVCache(model.config, 1, 8)
     with pytest.raises(ValueError, match="causal=True"):
         muddformer.generate(model, ids, max_new_tokens=2)
