@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import importlib
 import platform
 import statistics
 import subprocess
@@ -20,7 +19,6 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-reference = importlib.import_module("reference")  # tests/reference.py: the naive formulation of every op
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import reference
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import muddformer.nn
 from muddformer import MUDDFormerConfig, build_model
 from muddformer.nn import DepthAggregation
+from muddformer.nn.naive import naive_connections
 from muddformer.training.optim import parameter_groups
 
 VOCABULARY = 50304
@@ -193,7 +193,7 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    with reference.naive_connections(method.form == "naive"):
+    with naive_connections(method.form == "naive"):
         if method.run == "block":
             for block in _blocks(model):
                 block.compile()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from reference import naive_connections
 from torch import Tensor
 
 from muddformer import MUDDFormerConfig, build_model
+from muddformer.nn.naive import naive_connections
 from muddformer.training.corpus import find_documents
 from muddformer.training.optim import parameter_groups
 

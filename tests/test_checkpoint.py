@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from muddformer import MUDDFormer, MUDDFormerConfig, build_model
-from muddformer.checkpoint import from_pretrained, load_config, save_pretrained
+from muddformer.models import from_pretrained, load_config, save_pretrained
 
 SMALL = {
     "n_layer": 2, "dim": 16, "n_head": 2, "vocab_size": 31, "intermediate_size": 24, "block_size": 12,

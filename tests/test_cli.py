@@ -16,8 +16,8 @@ pytest.importorskip("yaml")
 
 import muddformer
 from muddformer.cli import main
+from muddformer.errors import MissingPackage, require
 from muddformer.training import demo, modelling
-from muddformer.training.errors import MissingPackage, require
 from muddformer.training.metrics import read_metrics
 from muddformer.training.settings import Settings, TrainSettings, load_file, load_preset, preset_names
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
 from op_samples import DTYPES, WeightsSample, relative_error, tolerance, weights_samples
 from torch import Tensor
 
-from muddformer import ops
+from muddformer import ops, reference
 
 NAMES = [sample.name for sample in weights_samples(torch.device("cpu"), torch.float32)]
 

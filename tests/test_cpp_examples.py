@@ -12,8 +12,8 @@ import torch
 from cpp_program import build_project
 
 import muddformer
-from muddformer.training.sampling import stream_text
-from muddformer.training.tokenizer import load_tokenizer, train_tokenizer
+from muddformer.inference.text import stream_text
+from muddformer.inference.tokenizer import load_tokenizer, train_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "cpp"
 TEXT = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_c*.py")))

@@ -19,7 +19,7 @@ from test_models import SMALL, VARIANTS, make, scramble, some_ids
 from torch import Tensor
 
 from muddformer import MUDDFormer, MUDDFormerConfig
-from muddformer.generation import KVCache
+from muddformer.models import KVCache
 
 SOURCE = Path(__file__).parent / "cpp" / "parity.cpp"
 CASES = dict.fromkeys(VARIANTS, torch.float32)

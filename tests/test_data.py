@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers")
 
-from muddformer.training.corpus import Document, find_documents, split_documents
-from muddformer.training.data import Batches, CorruptCache, held_out_batches, open_corpus, prepare_corpus
-from muddformer.training.errors import InputError
-from muddformer.training.settings import DataSettings
-from muddformer.training.tokenizer import (
+from muddformer.errors import InputError
+from muddformer.inference.tokenizer import (
     SEPARATOR,
     StreamDecoder,
     load_tokenizer,
     parse_tokenizer,
     train_tokenizer,
 )
+from muddformer.training.corpus import Document, find_documents, split_documents
+from muddformer.training.data import Batches, CorruptCache, held_out_batches, open_corpus, prepare_corpus
+from muddformer.training.settings import DataSettings
 
 WORDS = ["depth", "way", "stream", "key", "value", "query", "residual", "layer", "norm", "token", "größe", "密"]
 

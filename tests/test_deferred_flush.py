@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
 from op_samples import DTYPES, relative_error, tolerance
 from torch import Tensor
 from torch.library import opcheck
 
-from muddformer import MUDDFormerConfig, build_model, ops
+from muddformer import MUDDFormerConfig, build_model, ops, reference
 from muddformer.nn import MUDDStack, aggregation_plan, flush_groups
 
 # tokens x D, number of older hidden states, ways of each layer

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import reference
 import torch
 from op_samples import DTYPES, relative_error, tolerance
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from muddformer import ops
+from muddformer import ops, reference
 from muddformer.nn import DepthAggregation, RMSNorm
 
 

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from op_samples import DTYPES, relative_error, tolerance
 from torch import Tensor
 
-from muddformer import ops
+from muddformer import ops, reference
 
 
 def arguments(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import muddformer
 from muddformer import MUDDFormer, MUDDFormerConfig, build_model
-from muddformer.generation import KVCache, generate_stream, sample
+from muddformer.inference import generate_stream, sample
+from muddformer.models import KVCache
 
 SMALL = {
     "n_layer": 3, "dim": 32, "n_head": 4, "vocab_size": 61, "intermediate_size": 48, "block_size": 24,

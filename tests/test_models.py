@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import connection_weights, depth_aggregate
 from torch import Tensor
 
 from muddformer import MUDDFormer, MUDDFormerConfig, build_model
+from muddformer.reference import connection_weights, depth_aggregate
 
 SMALL = {
     "n_layer": 5, "dim": 32, "n_head": 4, "vocab_size": 61, "intermediate_size": 48, "block_size": 24,

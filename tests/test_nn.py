@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from reference import connection_weights, depth_aggregate
 from torch import Tensor, nn
 
 from muddformer.nn import DepthAggregation, MUDDStack, RMSNorm, aggregation_plan
+from muddformer.reference import connection_weights, depth_aggregate
 
 
 class MLP(nn.Module):

@@ -19,17 +19,16 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("yaml")
 
 import muddformer
-from muddformer.checkpoint import from_pretrained
-from muddformer.config import MUDDFormerConfig
-from muddformer.models import build_model
+from muddformer.errors import Diverged, InputError
+from muddformer.inference.loading import find_checkpoints
+from muddformer.inference.text import stream_text, stream_tokens
+from muddformer.models import MUDDFormerConfig, build_model, from_pretrained
+from muddformer.plots import plot_losses
 from muddformer.training import loop, modelling
-from muddformer.training.errors import Diverged, InputError
 from muddformer.training.metrics import MetricsFile, Row, peak_memory_mib, read_metrics
 from muddformer.training.optim import learning_rate, make_optimizer, parameter_groups
-from muddformer.training.plots import plot_losses
-from muddformer.training.sampling import stream_text, stream_tokens
 from muddformer.training.settings import Settings, TrainSettings
-from muddformer.training.state import Checkpoint, find_checkpoints, restore_state, save_checkpoint
+from muddformer.training.state import Checkpoint, restore_state, save_checkpoint
 
 MODEL = {"n_layer": 2, "dim": 16, "n_head": 2, "intermediate_size": 256, "block_size": 8, "ffn_reallocation": False}
 TRAIN = {

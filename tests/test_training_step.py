@@ -11,7 +11,6 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from gradient_adds import gradient_adds
 from op_samples import relative_error
-from reference import naive_connections
 from short_run import training_losses
 from test_models import make, scramble, some_ids
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from muddformer import MUDDFormer, MUDDFormerConfig
+from muddformer.nn.naive import naive_connections
 
 KEPT = [
     torch.ops.aten.mm.default,

@@ -6,17 +6,15 @@ B, T: batch and sequence length; D: model width; H: heads; E: width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MUDDFormerConfig
 from ..nn import RMSNorm
-
-if TYPE_CHECKING:
-    from ..generation import KVCache
+from .config import MUDDFormerConfig
+from .kv_cache import KVCache
 
 __all__ = ["Attention", "Block", "FeedForward", "RotaryEmbedding", "apply_rotary"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError, require
+from ..errors import InputError, require
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

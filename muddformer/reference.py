@@ -1,16 +1,15 @@
-"""The naive formulation of every op in plain PyTorch: what every test and benchmark compares with."""
+"""The formula of every operator in plain PyTorch, as one writes it from the paper.
+
+Tests and benchmarks compare the operators with it. See :mod:`muddformer.nn.naive` for whole layers.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from unittest import mock
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from muddformer.nn import DepthAggregation, MUDDStack
+from torch import Tensor
 
 
 def depth_aggregate(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
@@ -86,40 +85,3 @@ def deferred_flush(
         sum((w[..., j, None] * dv for w, dv in terms), start=torch.zeros_like(terms[0][1]) if g is None else g)
         for j, g in enumerate(grad_hiddens)
     ]
-
-
-def depth_aggregation(
-    layer: DepthAggregation,
-    hiddens: Sequence[Tensor],
-    prior: Tensor | None = None,
-    stream_norms: Sequence[nn.Module | None] | None = None,
-    deferral: object = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What a whole layer of connections returns, as one writes it from the paper; autograd adds up the gradients."""
-    prior, newest = layer.prior if prior is None else prior, hiddens[-1]
-    options = {"eps": layer.eps, "gelu_approximate": layer.gelu_approximate, "cap": layer.cap}
-    if layer.dynamic:
-        scale = None if layer.norm is None else layer.norm.weight
-        weights = connection_weights(newest, layer.w1.weight, layer.w2.weight, prior, scale=scale, **options)
-    else:
-        prior = prior if layer.cap is None else layer.cap * torch.tanh(prior / layer.cap)
-        weights = prior.to(newest.dtype).expand(*newest.shape[:-1], *prior.shape)
-    hiddens = [*hiddens[:-1], newest if layer.pre_norm is None else layer.pre_norm(newest)]
-    streams = depth_aggregate(hiddens, weights)
-    if layer.post_norms is not None:
-        streams = [newest + norm(y) for norm, y in zip(layer.post_norms, streams, strict=True)]
-    if isinstance(layer.ways, str):
-        by_way = dict(zip(layer.ways, streams, strict=True))
-        streams = [by_way.get(way, newest) for way in "qkvr"]
-    norms = [None] * len(streams) if stream_norms is None else stream_norms
-    return [y if norm is None else norm(y) for norm, y in zip(norms, streams, strict=True)], hiddens
-
-
-@contextlib.contextmanager
-def naive_connections(active: bool = True) -> Iterator[None]:
-    """While it lasts, every layer of connections computes by :func:`depth_aggregation`, and no gradient is deferred."""
-    with contextlib.ExitStack() as stack:
-        if active:
-            stack.enter_context(mock.patch.object(DepthAggregation, "forward", depth_aggregation))
-            stack.enter_context(mock.patch.object(MUDDStack, "_defers", lambda *_: False))
-        yield

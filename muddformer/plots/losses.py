@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from .errors import require
-from .metrics import Row
+from ..errors import require
 
 __all__ = ["plot_losses"]
 
 _COLOURS = ("#8a8a8a", "#c0392b", "#2471a3", "#1e8449")
 
 
-def plot_losses(runs: Mapping[str, Sequence[Sequence[Row]]], path: Path, title: str) -> None:
+def plot_losses(runs: Mapping[str, Sequence[Sequence[Any]]], path: Path, title: str) -> None:
     """Draws held-out loss over training tokens: a thin line per run, a thick one for the mean of each model's runs.
 
     Args:
-        runs: by the model's name, the rows of its runs, evaluated at the same steps.
+        runs: by the model's name, the rows of its runs (with ``tokens`` and ``val_loss``), evaluated at the same steps.
         path: PNG to write.
         title: of the picture.
     """

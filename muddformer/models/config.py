@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["MUDDFormerConfig"]
+from .._checks import check_choice, check_integer, check_keys, check_real
+from ..nn.options import GELU_FORMS, POST_NORMS, WAYS, check_flush_interval, check_ways
+from . import release
 
-WAYS = "qkvr"
+__all__ = ["FAMILY_DEFAULTS", "MUDDFormerConfig"]
 
 # Largest value of each size. Far above any model, low enough that a broken file cannot ask for an endless build.
 _SIZES = {
@@ -26,10 +26,15 @@ _SIZES = {
     "window": 2**16,
     "flush_interval": 2**16,
 }
+# What a family stands for: the values of the fields that are left out.
+FAMILY_DEFAULTS = {
+    "muddformer": {"norm_eps": 1e-6, "rotary_pct": 1.0, "use_parallel_residual": False, "use_linear_bias": False},
+    "muddpythia": {"norm_eps": 1e-5, "rotary_pct": 0.25, "use_parallel_residual": True, "use_linear_bias": True},
+}
 _CHOICES = {
-    "model_type": ("muddformer", "muddpythia"),
-    "post_norm": ("none", "residual", "all"),
-    "gelu_approximate": ("none", "tanh"),
+    "model_type": tuple(FAMILY_DEFAULTS),
+    "post_norm": POST_NORMS,
+    "gelu_approximate": GELU_FORMS,
 }
 _FLAGS = (
     "use_qk_norm",
@@ -45,46 +50,6 @@ _FLAGS = (
     "expand_last",
     "round64",
 )
-_FAMILY_DEFAULTS = {
-    "muddformer": {"norm_eps": 1e-6, "rotary_pct": 1.0, "use_parallel_residual": False, "use_linear_bias": False},
-    "muddpythia": {"norm_eps": 1e-5, "rotary_pct": 0.25, "use_parallel_residual": True, "use_linear_bias": True},
-}
-_PRESETS = {
-    name: dict(zip(("model_type", "n_layer", "dim", "n_head", "intermediate_size"), values, strict=True))
-    for name, values in {
-        "MUDDFormer-2.8B": ("muddformer", 32, 2560, 32, 6912),
-        "MUDDPythia-1.4B": ("muddpythia", 24, 2048, 16, 8192),
-        "MUDDPythia-2.8B": ("muddpythia", 32, 2560, 32, 10240),
-    }.items()
-}
-
-# Keys of the public release whose meaning is the same here, with the release's defaults (not ours).
-_OFFICIAL_DEFAULTS = {
-    "block_size": 2048,
-    "vocab_size": 50432,
-    "n_layer": 32,
-    "n_head": 32,
-    "dim": 2560,
-    "intermediate_size": None,
-    "rope_base": 10000.0,
-    "norm_eps": None,
-    "use_qk_norm": False,
-    "rotary_pct": None,
-    "use_parallel_residual": None,
-    "use_linear_bias": None,
-    "tie_word_embeddings": False,
-    "dense": True,
-    "expand_last": False,
-    "round64": False,
-}
-_OFFICIAL_RENAMED = {"n_local_heads", "dynamic_dense", "dense_type", "sepln"}
-_OFFICIAL_PYTHIA = ("rotary_pct", "use_parallel_residual", "use_linear_bias")
-# Keys that say how the release runs, not what it computes. Its head_dim is always overwritten by dim // n_head.
-_OFFICIAL_IGNORED = {
-    "model_type", "model", "head_dim", "is_training", "use_layer_cache", "stack_hidden", "use_gradient_checkpointing",
-    "pad_token_id", "bos_token_id", "eos_token_id", "architectures", "auto_map", "dtype", "torch_dtype",
-    "transformers_version", "_name_or_path", "use_cache",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +131,9 @@ class MUDDFormerConfig:
     flush_interval: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _CHOICES:
-            check_choice(name, getattr(self, name))
-        for name, default in _FAMILY_DEFAULTS[self.model_type].items():
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for name, default in FAMILY_DEFAULTS[self.model_type].items():
             if getattr(self, name) is None:
                 self._set(name, default)
         for name in _FLAGS:
@@ -267,8 +232,17 @@ class MUDDFormerConfig:
         Raises:
             TypeError, ValueError: for an unknown field or a wrong value.
         """
-        _check_keys(values, {field.name for field in dataclasses.fields(cls)}, "MUDDFormerConfig")
+        check_keys(values, {field.name for field in dataclasses.fields(cls)}, "MUDDFormerConfig")
         return cls(**values)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> MUDDFormerConfig:
+        """A configuration from our field names (:meth:`from_dict`) or the public release's (:meth:`from_official`).
+
+        Raises:
+            TypeError, ValueError: for an unknown key or a wrong value.
+        """
+        return cls.from_official(values) if cls.is_official(values) else cls.from_dict(values)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MUDDFormerConfig:
@@ -277,9 +251,9 @@ class MUDDFormerConfig:
         Raises:
             ValueError: for an unknown name, listing the known ones.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"name must be one of {', '.join(_PRESETS)}, got {name!r}")
-        return cls(**{**_PRESETS[name], **changes})
+        if name not in release.PRESETS:
+            raise ValueError(f"name must be one of {', '.join(release.PRESETS)}, got {name!r}")
+        return cls(**{**release.PRESETS[name], **changes})
 
     @classmethod
     def from_official(cls, values: Mapping[str, Any]) -> MUDDFormerConfig:
@@ -293,82 +267,9 @@ class MUDDFormerConfig:
         Raises:
             TypeError, ValueError: for an unknown key, or a value that is wrong or not supported here.
         """
-        known = _OFFICIAL_DEFAULTS.keys() | _OFFICIAL_RENAMED | _OFFICIAL_IGNORED | {"window_size", "window_type"}
-        _check_keys(values, known, "the public release")
-        for name in ("window_size", "window_type"):
-            if values.get(name) is not None:
-                raise ValueError(f"{name} must be None (no sliding-window attention here), got {values[name]!r}")
-        pythia_keys = any(values.get(name) is not None for name in _OFFICIAL_PYTHIA)
-        family = values.get("model_type") or values.get("model") or ("muddpythia" if pythia_keys else "muddformer")
-        dense_type = values.get("dense_type", "qkvr")
-        if dense_type not in ("qkvr", "qkvm", "l"):
-            raise ValueError(f"dense_type must be 'qkvr', 'qkvm' or 'l', got {dense_type!r}")
-        kv_heads = values.get("n_local_heads")
-        return cls(
-            model_type=family,
-            n_kv_heads=None if type(kv_heads) is int and kv_heads == -1 else kv_heads,
-            dynamic=values.get("dynamic_dense", True),
-            multiway=dense_type != "l",
-            separate_norms=values.get("sepln", True),
-            **{name: values.get(name, default) for name, default in _OFFICIAL_DEFAULTS.items()},
-        )
+        return cls(**release.fields_of(values))
 
     @staticmethod
     def is_official(values: Mapping[str, Any]) -> bool:
         """Whether a mapping uses the keys of the public release instead of this class's fields."""
-        return not _OFFICIAL_RENAMED.isdisjoint(values)
-
-
-def check_ways(name: str, ways: Any) -> str:
-    """``ways`` in the order of ``"qkvr"``, after checking that it is a part of it, not empty, no letter twice."""
-    if not isinstance(ways, str):
-        raise TypeError(f"{name} must be a string, a part of {WAYS!r}, got {ways!r}")
-    if not ways or set(ways) - set(WAYS) or len(set(ways)) != len(ways):
-        raise ValueError(f"{name} must be a part of {WAYS!r}, not empty and no letter twice, got {ways!r}")
-    return "".join(way for way in WAYS if way in ways)
-
-
-def check_flush_interval(interval: int | None, window: int | None) -> None:
-    """Refuses groups of aggregations that do not share their older hidden states."""
-    if window is not None and interval not in (None, 1):
-        raise ValueError(
-            f"flush_interval must be None or 1 with a window, because the aggregations of a group have to share their "
-            f"older hidden states, got flush_interval={interval} and window={window}"
-        )
-
-
-def check_choice(name: str, value: Any) -> str:
-    """``value``, after checking that it is one of the words that the field ``name`` may have."""
-    choices = _CHOICES[name]
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, one of {choices}, got {value!r}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    return value
-
-
-def check_integer(name: str, value: Any, high: int = 2**31 - 1, *, low: int = 1) -> int:
-    """``value`` as an int, after checking that it is an integer (a bool is not) from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
-    return int(value)
-
-
-def check_real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
-    """``value`` as a float, after checking that it is finite, more than ``low`` and at most ``high``, and no bool."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and low < value <= high):
-        bound = "finite" if high == math.inf else f"at most {high:g}"
-        raise ValueError(f"{name} must be more than {low:g} and {bound}, got {value!r}")
-    return float(value)
-
-
-def _check_keys(values: Any, known: set[str], owner: str) -> None:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"the configuration must be a mapping of names to values, got {type(values).__name__}")
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ValueError(f"unknown key {', '.join(map(repr, unknown[:5]))}: not a field of {owner}")
+        return release.is_official(values)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..generation import generate_stream
-from .modelling import find_device, load_model, resolve_checkpoint
+from .generate import generate_stream
+from .loading import find_device, load_model, resolve_checkpoint
 from .tokenizer import SEPARATOR, StreamDecoder, load_tokenizer
 
 __all__ = ["stream_text", "stream_tokens"]
@@ -80,7 +80,7 @@ def stream_tokens(
     Yields:
         Token ids.
     """
-    device, limit = model.tok_embeddings.weight.device, model.config.block_size
+    device, limit = model.device, model.config.block_size
     context = ids[-limit:]
     while count > 0:
         if len(context) == limit:
