@@ -17,7 +17,7 @@ release = version = muddformer.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "breathe"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.strikethrough"]
+suppress_warnings = ["duplicate_declaration.cpp"]  # every header opens the namespace
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -25,6 +25,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_class_signature = "separated"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 typehints_use_signature_return = True
 python_use_unqualified_type_names = True
 
