@@ -26,11 +26,13 @@ from muddformer.training.optim import parameter_groups
 VOCABULARY = 50304
 FORMS = {
     "plain": {"dense": False},
+    "plain16": {"dense": False, "residual_dtype": "autocast"},
     "mudd": {},
     "prepost": {"pre_norm": True, "post_norm": "residual"},
     "2x2": {"source_stride": 2, "block_stride": 2},
     "naive": {},
 }
+TWINS = ("plain", "plain16")
 OTHERS = ("llama", "reference")
 RUNS = ("compile", "block", "eager", "graphs", "ckpt", "selective")
 KEPT = [  # by selective checkpointing: matrix products and attention; all else is computed again

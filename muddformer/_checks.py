@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["check_choice", "check_integer", "check_keys", "check_real"]
+__all__ = ["check_choice", "check_flag", "check_integer", "check_keys", "check_real"]
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -16,6 +16,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
         raise TypeError(f"{name} must be a string, one of {choices}, got {value!r}")
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value``, after checking that it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 

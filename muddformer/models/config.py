@@ -6,12 +6,41 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .._checks import check_choice, check_integer, check_keys, check_real
-from ..nn.options import GELU_FORMS, POST_NORMS, WAYS, check_flush_interval, check_ways
+from .._checks import check_choice, check_flag, check_integer, check_keys, check_real
+from ..nn import ConnectionOptions
 from . import release
 
 __all__ = ["FAMILY_DEFAULTS", "MUDDFormerConfig"]
 
+# What a family stands for: the values of the fields that are left out.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "muddformer": {
+        "norm": "rms",
+        "feed_forward": "swiglu",
+        "norm_eps": 1e-6,
+        "rotary_pct": 1.0,
+        "use_parallel_residual": False,
+        "use_linear_bias": False,
+    },
+    "muddpythia": {
+        "norm": "layer",
+        "feed_forward": "gelu",
+        "norm_eps": 1e-5,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+        "use_linear_bias": True,
+    },
+}
+_CHOICES = {"norm": ("rms", "layer"), "feed_forward": ("swiglu", "gelu")}
+_FLAGS = (
+    "causal",
+    "use_qk_norm",
+    "use_parallel_residual",
+    "use_linear_bias",
+    "tie_word_embeddings",
+    "ffn_reallocation",
+    "separate_norms",
+)
 # Largest value of each size. Far above any model, low enough that a broken file cannot ask for an endless build.
 _SIZES = {
     "vocab_size": 2**31 - 1,
@@ -21,43 +50,22 @@ _SIZES = {
     "n_kv_heads": 2**16,
     "dim": 2**20,
     "intermediate_size": 2**24,
-    "source_stride": 2**16,
-    "block_stride": 2**16,
-    "window": 2**16,
-    "flush_interval": 2**16,
 }
-# What a family stands for: the values of the fields that are left out.
-FAMILY_DEFAULTS = {
-    "muddformer": {"norm_eps": 1e-6, "rotary_pct": 1.0, "use_parallel_residual": False, "use_linear_bias": False},
-    "muddpythia": {"norm_eps": 1e-5, "rotary_pct": 0.25, "use_parallel_residual": True, "use_linear_bias": True},
-}
-_CHOICES = {
-    "model_type": tuple(FAMILY_DEFAULTS),
-    "post_norm": POST_NORMS,
-    "gelu_approximate": GELU_FORMS,
-}
-_FLAGS = (
-    "use_qk_norm",
-    "use_parallel_residual",
-    "use_linear_bias",
-    "tie_word_embeddings",
-    "ffn_reallocation",
-    "dense",
-    "dynamic",
-    "multiway",
-    "separate_norms",
-    "pre_norm",
-    "expand_last",
-    "round64",
-)
 
 
-@dataclasses.dataclass(frozen=True)
-class MUDDFormerConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MUDDFormerConfig(ConnectionOptions):
     """What a model computes (arXiv 2502.12170). Immutable; every field is checked when it is made.
 
+    The fields of :class:`muddformer.nn.ConnectionOptions` (``dense`` to ``residual_dtype``) say how hidden states are
+    mixed; ``multiway`` is True here unless it is given. The others:
+
     Args:
-        model_type: ``"muddformer"`` (Transformer++: RMSNorm, SwiGLU) or ``"muddpythia"`` (LayerNorm, GELU).
+        model_type: the family, ``"muddformer"`` or ``"muddpythia"``: the values of the fields that are left out.
+        norm: ``"rms"`` (RMSNorm) or ``"layer"`` (LayerNorm) over the model width. None: RMSNorm for muddformer,
+            LayerNorm for muddpythia.
+        feed_forward: ``"swiglu"`` or ``"gelu"``. None: SwiGLU for muddformer, GELU for muddpythia.
+        causal: a position sees itself and earlier ones; False: all of them, which leaves no room for generation.
         vocab_size: number of tokens.
         block_size: longest sequence.
         n_layer: number of blocks L.
@@ -75,29 +83,16 @@ class MUDDFormerConfig:
         use_linear_bias: biases in attention and FFN. None: True for muddpythia only.
         tie_word_embeddings: the head shares the weight of the embedding.
         initializer_range: standard deviation of fresh weight matrices and embeddings.
-        dense: False for the plain Transformer; the fields below then have no effect.
-        dynamic: connection weights depend on the token; False for the static prior alone.
-        multiway: every way has its own aggregate; False: one aggregate feeds all four streams.
-        ways: the ways that are aggregated, a part of ``"qkvr"``; a way left out takes the newest hidden state.
         separate_norms: q, k and v have a norm each (blocks that receive distinct streams only).
-        source_stride: k of "k x p": every k-th hidden state is a source (with the first and the newest).
-        block_stride: p of "k x p": an aggregation after every p-th block and after the last.
-        window: only the newest ``window`` hidden states and the first are sources. None: all.
-        pre_norm: PreDANorm: hidden states are normed once, when they join the history (Eq. 10).
-        post_norm: PostDANorm: aggregates are added to the newest hidden state, after a norm of the residual way
-            (``"residual"``, as the training code has it) or of every way (``"all"``, as the paper reads).
-        expand_last: the last generator has a hidden layer four times as wide.
-        round64: hidden widths of the generators go up to the next multiple of 64.
-        cap: soft bound of the connection weights, ``cap * tanh(A / cap)``. None: no bound.
-        gelu_approximate: ``"none"`` (erf form) or ``"tanh"``, in the generators and in the GELU FFN.
-        flush_interval: how a backward adds to the gradients of older hidden states: once in so many aggregations (1: in
-            each). None: on CUDA in groups that move the fewest bytes. Gradients differ by rounding alone.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
     """
 
     model_type: str = "muddformer"
+    norm: str | None = None
+    feed_forward: str | None = None
+    causal: bool = True
     vocab_size: int = 50432
     block_size: int = 2048
     n_layer: int = 32
@@ -114,34 +109,19 @@ class MUDDFormerConfig:
     use_linear_bias: bool | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    dense: bool = True
-    dynamic: bool = True
-    multiway: bool = True
-    ways: str = WAYS
     separate_norms: bool = True
-    source_stride: int = 1
-    block_stride: int = 1
-    window: int | None = None
-    pre_norm: bool = False
-    post_norm: str = "none"
-    expand_last: bool = True
-    round64: bool = True
-    cap: float | None = None
-    gelu_approximate: str = "none"
-    flush_interval: int | None = None
+    multiway: bool = True
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+        check_choice("model_type", self.model_type, tuple(FAMILY_DEFAULTS))
         for name, default in FAMILY_DEFAULTS[self.model_type].items():
             if getattr(self, name) is None:
                 self._set(name, default)
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
         for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_flag(name, getattr(self, name))
         for name, limit in _SIZES.items():
-            if name in ("window", "flush_interval") and getattr(self, name) is None:
-                continue
             if getattr(self, name) is None:
                 self._set(name, self._default_size(name))
             self._set(name, check_integer(name, getattr(self, name), limit))
@@ -149,20 +129,15 @@ class MUDDFormerConfig:
         self._set("rope_base", check_real("rope_base", self.rope_base))
         self._set("rotary_pct", check_real("rotary_pct", self.rotary_pct, 0.0, 1.0))
         self._set("initializer_range", check_real("initializer_range", self.initializer_range))
-        if self.cap is not None:
-            self._set("cap", check_real("cap", self.cap))
-        self._set("ways", check_ways("ways", self.ways))
+        super().__post_init__()
         self._check_combinations()
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
 
     def _default_size(self, name: str) -> int | None:
         # n_head and dim stand before the fields that depend on them in _SIZES, so they are known to be right here.
         if name == "n_kv_heads":
             return self.n_head
         if name == "intermediate_size":
-            return 4 * self.dim if self.model_type == "muddpythia" else -(int(8 * self.dim / 3) // -256) * 256
+            return 4 * self.dim if self.feed_forward == "gelu" else -(int(8 * self.dim / 3) // -256) * 256
         return None
 
     def _check_combinations(self) -> None:
@@ -188,11 +163,6 @@ class MUDDFormerConfig:
                 f"got {self.intermediate_size}, which leaves a block with a width of 0 (more than 128, or "
                 f"ffn_reallocation=False)"
             )
-        if not self.multiway and self.ways != WAYS:
-            raise ValueError(
-                f"ways must be {WAYS!r} with multiway=False, because all streams share one aggregate, got {self.ways!r}"
-            )
-        check_flush_interval(self.flush_interval, self.window)
 
     @property
     def head_dim(self) -> int:
@@ -223,7 +193,9 @@ class MUDDFormerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values, ready for JSON; :meth:`from_dict` takes them back."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        connections = {field.name: values.pop(field.name) for field in dataclasses.fields(ConnectionOptions)}
+        return {**values, **connections}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MUDDFormerConfig:

@@ -42,6 +42,10 @@ class KVCache:
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not config.causal:
+            raise ValueError(
+                "config must have causal=True, or later positions would see earlier ones change, got False"
+            )
         check_integer("batch_size", batch_size)
         check_integer("length", length, config.block_size)
         shape = (config.n_layer, batch_size, config.n_kv_heads, length, config.head_dim)

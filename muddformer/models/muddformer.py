@@ -34,35 +34,13 @@ class MUDDFormer(MUDDStack, Pretrained):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
         factory = {"device": device, "dtype": dtype}
-        connections = {
-            "dense": config.dense,
-            "multiway": config.dense and config.multiway,
-            "source_stride": config.source_stride,
-            "block_stride": config.block_stride,
-            "window": config.window,
-        }
-        distinct = config.dense and config.multiway and config.separate_norms
+        multiway = config.dense and config.multiway
         layers = [
             # Blocks that no aggregation stands before receive one stream and have one norm, as the first has.
-            Block(config, i, distinct and i > 0 and i % config.block_stride == 0, **factory)
+            Block(config, i, multiway and config.separate_norms and i > 0 and i % config.block_stride == 0, **factory)
             for i in range(config.n_layer)
         ]
-        super().__init__(
-            layers,
-            config.dim,
-            ways=config.ways,
-            dynamic=config.dynamic,
-            pre_norm=config.pre_norm,
-            post_norm=config.post_norm,
-            expand_last=config.expand_last,
-            round64=config.round64,
-            eps=config.norm_eps,
-            gelu_approximate=config.gelu_approximate,
-            cap=config.cap,
-            flush_interval=config.flush_interval,
-            **connections,
-            **factory,
-        )
+        super().__init__(layers, config.dim, config, eps=config.norm_eps, multiway=multiway, **factory)
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, **factory)
         self.rotary = RotaryEmbedding(config, device=device)

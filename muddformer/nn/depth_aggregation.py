@@ -5,6 +5,7 @@ B, T: batch and sequence length (any leading shape); D: model width; S: number o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,53 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_choice, check_integer, check_real
-from .norm import RMSNorm, norm_kind
-from .options import GELU_FORMS, POST_NORMS, WAYS, check_ways
+from .._checks import check_integer, check_real
+from .norm import RMSNorm, as_stream_norms, autocast_dtype
+from .options import WAYS, ConnectionOptions, check_ways
 
 __all__ = ["DepthAggregation"]
-
-
-@torch.compiler.assume_constant_result
-def _has_bulk_copies(index: int) -> bool:
-    """Whether a CUDA device has compute capability 9.0 or more."""
-    return torch.cuda.get_device_capability(index)[0] >= 9
-
-
-def _autocast_once(hiddens: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Hidden states in the dtype that autocast, if it is on, gives them in every operator.
-
-    To hand these on is to cast each hidden state once.
-    """
-    kind = hiddens[-1].device.type
-    if not torch.is_autocast_enabled(kind):
-        return hiddens
-    dtype = torch.get_autocast_dtype(kind)
-    return [x if x.dtype == torch.float64 else x.to(dtype) for x in hiddens]
 
 
 class DepthAggregation(nn.Module):
     """Depth-wise aggregation DA_i: mixes the hidden states of all layers so far, with weights made from the newest.
 
     ``A = GELU(RMSNorm(X_i) W1^T) W2^T + prior`` and ``Y_c = sum_j A[..., c, j] X_j`` (Eq. 5 to 8). A fresh
-    layer passes X_i on: every Y_c is X_i.
+    layer passes X_i on: every Y_c is X_i. A subclass that overrides :meth:`connection_weights` mixes with weights of
+    its own.
 
     Args:
         dim: model width D.
         sources: number of hidden states S that are mixed, the newest last.
         ways: a part of ``"qkvr"``: four streams are returned, one left out being X_i itself. Or a number C: C streams
             are returned, the last one counting as the residual way.
-        dynamic: False: the prior alone, the same for every token.
+        options: the options of the connections; those of a whole stack (``multiway``, ``ways``, strides, window,
+            ``expand_last``) have no effect here. None: the defaults, and ``round64=False``.
         expand: factor of the generator's hidden width K = C * S * expand.
-        round64: K goes up to the next multiple of 64 (an exact multiple too).
-        pre_norm: PreDANorm: X_i passes an RMSNorm before it is mixed (and the generator's norm has a weight). The other
-            hidden states are expected as an earlier layer returned them.
-        post_norm: PostDANorm: ``Y_c = X_i + sum_j ...`` with an RMSNorm of the sum of the residual way (``"residual"``)
-            or of every way (``"all"``). ``"none"``: no norm and no addition.
         eps: added to the mean square in the norms.
-        gelu_approximate: ``"none"`` (erf form) or ``"tanh"``.
-        cap: soft bound of the weights, ``cap * tanh(A / cap)``. None: no bound.
         prior: False: the module has no prior of its own; every call gets one.
+        fields: single fields of :class:`ConnectionOptions`, in place of those in ``options``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -70,42 +49,39 @@ class DepthAggregation(nn.Module):
         sources: int,
         ways: str | int = WAYS,
         *,
-        dynamic: bool = True,
+        options: ConnectionOptions | None = None,
         expand: int = 1,
-        round64: bool = False,
-        pre_norm: bool = False,
-        post_norm: str = "none",
         eps: float = 1e-6,
-        gelu_approximate: str = "none",
-        cap: float | None = None,
         prior: bool = True,
         device: Any = None,
         dtype: Any = None,
+        **fields: Any,
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        self.options = options = ConnectionOptions.of(options, fields, round64=False)
         self.dim = check_integer("dim", dim)
         self.sources = check_integer("sources", sources)
         self.ways = check_integer("ways", ways) if isinstance(ways, int) else check_ways("ways", ways)
         self.num_ways = ways if isinstance(ways, int) else len(ways)
         self.eps = check_real("eps", eps, 0.0, 1.0)
-        self.gelu_approximate = check_choice("gelu_approximate", gelu_approximate, GELU_FORMS)
-        self.cap = None if cap is None else check_real("cap", cap)
+        self.dynamic, self.cap, self.gelu_approximate = options.dynamic, options.cap, options.gelu_approximate
         self.prior = nn.Parameter(torch.empty(self.num_ways, self.sources, **factory)) if prior else None
-        self.dynamic = dynamic
         self.norm = self.pre_norm = self.post_norms = None
-        if dynamic:
+        if self.dynamic:
             width = self.num_ways * self.sources * check_integer("expand", expand)
-            width = (width // 64 + 1) * 64 if round64 else width
+            width = (width // 64 + 1) * 64 if options.round64 else width
             self.w1 = nn.Linear(dim, width, bias=False, **factory)
             self.w2 = nn.Linear(width, self.num_ways * self.sources, bias=False, **factory)
-            self.norm = RMSNorm(dim, eps, **factory) if pre_norm else None
-        if pre_norm:
+            self.norm = RMSNorm(dim, eps, **factory) if options.pre_norm else None
+        if options.pre_norm:
             self.pre_norm = RMSNorm(dim, eps, **factory)
-        if check_choice("post_norm", post_norm, POST_NORMS) != "none":
+        if options.post_norm != "none":
             residual = self.num_ways - 1 if isinstance(ways, int) else self.ways.find("r")
             self.post_norms = nn.ModuleList(
-                RMSNorm(dim, eps, init=1e-3, **factory) if post_norm == "all" or way == residual else nn.Identity()
+                RMSNorm(dim, eps, init=1e-3, **factory)
+                if options.post_norm == "all" or way == residual
+                else nn.Identity()
                 for way in range(self.num_ways)
             )
         self.reset_parameters()
@@ -164,13 +140,15 @@ class DepthAggregation(nn.Module):
         if prior is None:
             raise ValueError("prior must be given to a DepthAggregation that was made with prior=False")
         way_norms = norms if ways is None else [norms[WAYS.index(way)] for way in ways]
-        newest = hiddens[-1]
-        if self._takes_one_step(newest, way_norms):
-            hiddens = _autocast_once(hiddens)
+        kinds = as_stream_norms(way_norms, hiddens[-1])
+        if kinds is not None and self._takes_one_step(hiddens[-1]):
+            # The hidden states that are handed on are in autocast's dtype: each is cast once.
+            dtype = autocast_dtype(hiddens[-1])
+            hiddens = hiddens if dtype is None else [x.to(dtype) for x in hiddens]
             newest = hiddens[-1]
-            mixed = self._step(hiddens, prior, way_norms)
+            mixed = self._step(hiddens, prior, kinds)
         else:
-            mixed, hiddens, newest = self._mix(hiddens, prior, way_norms, deferral)
+            mixed, hiddens, newest = self._mix(hiddens, prior, way_norms, kinds, deferral)
         if ways is not None:
             by_way = dict(zip(ways, mixed, strict=True))
             left_out = [way for way in WAYS if way not in by_way]
@@ -180,96 +158,20 @@ class DepthAggregation(nn.Module):
             mixed = [by_way[way] for way in WAYS]
         return list(mixed), list(hiddens)
 
-    def _mix(
-        self,
-        hiddens: Sequence[Tensor],
-        prior: Tensor,
-        norms: Sequence[nn.Module | None],
-        deferral: ops.Deferral | None,
-    ) -> tuple[list[Tensor], Sequence[Tensor], Tensor]:
-        """The streams of the ways, the hidden states to be used from here on, and X_i likewise."""
-        weights, newest = self._weights(hiddens[-1], prior)
-        fused = self._fused_norms(norms, newest) if self._has_fused_kernel(newest) else None
-        if fused is not None:
-            hiddens = [*hiddens[:-1], newest]
-            mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, deferral=deferral, **fused)
-            return mixed, hiddens, newest if self.pre_norm is not None else hiddens[-1]
-        normed = newest if self.pre_norm is None else self.pre_norm(newest)
-        mixed, hiddens = ops.depth_aggregate_chained([*hiddens[:-1], normed], weights, deferral)
-        if self.pre_norm is None:
-            newest = hiddens[-1]
-        if self.post_norms is not None:
-            mixed = [newest + norm(y) for norm, y in zip(self.post_norms, mixed, strict=True)]
-        return [y if norm is None else norm(y) for norm, y in zip(norms, mixed, strict=True)], hiddens, newest
+    def connection_weights(self, x: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights A with which hidden states are mixed.
 
-    def _has_fused_kernel(self, x: Tensor) -> bool:
-        """Whether the aggregation's kernels can norm streams like x, see csrc/kernels/aggregate_norm.h."""
-        fits = (
-            x.is_cuda and x.dtype != torch.float64 and self.num_ways <= 4 and self.sources <= 64 and self.dim % 8 == 0
-        )
-        return fits and _has_bulk_copies(x.device.index)
+        A subclass may override it. Its gradients are ordinary ones; that of ``x`` joins the others of ``x`` without a
+        pass of its own if it hands on what an operator such as :func:`muddformer.ops.connection_weights_chained` does.
 
-    def _takes_one_step(self, newest: Tensor, norms: Sequence[nn.Module | None]) -> bool:
-        """Whether this is decoding: a few tokens on CUDA, no gradients, and what one kernel can do."""
-        if torch.is_grad_enabled() or not newest.is_cuda or self.pre_norm is not None or self.post_norms is not None:
-            return False
-        if torch.compiler.is_exporting():  # the number of tokens is to stay open
-            return False
-        return newest.numel() <= 64 * self.dim and (
-            norm_kind(norms, newest) is not None or all(norm is None for norm in norms)
-        )
+        Args:
+            x: the newest hidden state X_i [..., D], before any pre-norm.
+            prior: [C, S].
 
-    def _step(self, hiddens: Sequence[Tensor], prior: Tensor, norms: Sequence[nn.Module | None]) -> list[Tensor]:
-        norm, norm_eps = norm_kind(norms, hiddens[-1]) or ("none", 0.0)
-        return ops.depth_aggregation_step(
-            hiddens,
-            self.w1.weight if self.dynamic else None,
-            self.w2.weight if self.dynamic else None,
-            prior,
-            eps=self.eps,
-            gelu_approximate=self.gelu_approximate,
-            cap=self.cap,
-            norm_weights=[None if x is None else x.weight for x in norms],
-            norm_biases=[getattr(x, "bias", None) for x in norms],
-            norm=norm,
-            norm_eps=norm_eps,
-        )
-
-    def _fused_norms(self, norms: Sequence[nn.Module | None], x: Tensor) -> dict[str, Any] | None:
-        """Arguments of the aggregation that norms its streams itself; None where it cannot, or has no norm to make."""
-        post = None
-        if self.post_norms is not None:
-            kept = [i for i, norm in enumerate(self.post_norms) if isinstance(norm, RMSNorm)]
-            if any(i != self.num_ways - 1 or norms[i] is not None for i in kept):
-                return None
-            post = self.post_norms[-1] if kept else None
-        kind = norm_kind(norms, x)
-        if kind is None and any(norm is not None for norm in norms):
-            return None
-        norm, eps = kind or ("rms", self.eps)
-        for own in (self.pre_norm, post):
-            if own is not None and norm_kind([own], x) != ("rms", eps):
-                return None
-        if kind is None and self.pre_norm is None and self.post_norms is None:
-            return None
-        # The operator takes parameters of one dtype; autocast sees to that itself.
-        parameters = [None if x is None else x.weight for x in norms], [getattr(x, "bias", None) for x in norms]
-        pre_weight, post_weight = (None if own is None else own.weight for own in (self.pre_norm, post))
-        dtypes = {p.dtype for p in (*parameters[0], *parameters[1], pre_weight, post_weight) if p is not None}
-        if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
-            return None
-        return {
-            "norm_weights": parameters[0],
-            "norm_biases": parameters[1],
-            "norm": norm,
-            "eps": eps,
-            "add_newest": self.post_norms is not None,
-            "pre_weight": pre_weight,
-            "post_weight": post_weight,
-        }
-
-    def _weights(self, x: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-        """Connection weights [..., C, S], and x to be used from here on."""
+        Returns:
+            ``(weights, x)``: weights [..., C, S] in the dtype of ``x`` (under autocast any), and ``x`` to be used from
+            here on.
+        """
         if self.dynamic:
             return ops.connection_weights_chained(
                 x,
@@ -284,6 +186,84 @@ class DepthAggregation(nn.Module):
         if self.cap is not None:
             prior = self.cap * torch.tanh(prior / self.cap)
         return prior.to(x.dtype).expand(*x.shape[:-1], *prior.shape), x
+
+    def _mix(
+        self,
+        hiddens: Sequence[Tensor],
+        prior: Tensor,
+        norms: Sequence[nn.Module | None],
+        kinds: ops.StreamNorms | None,
+        deferral: ops.Deferral | None,
+    ) -> tuple[list[Tensor], Sequence[Tensor], Tensor]:
+        """The streams of the ways, the hidden states to be used from here on, and X_i likewise."""
+        weights, newest = self.connection_weights(hiddens[-1], prior)
+        fused = self._fused_norms(kinds, newest)
+        if fused is not None:
+            hiddens = [*hiddens[:-1], newest]
+            mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, fused, deferral=deferral)
+            return mixed, hiddens, newest if self.pre_norm is not None else hiddens[-1]
+        normed = newest if self.pre_norm is None else self.pre_norm(newest)
+        mixed, hiddens = ops.depth_aggregate_chained([*hiddens[:-1], normed], weights, deferral)
+        if self.pre_norm is None:
+            newest = hiddens[-1]
+        if self.post_norms is not None:
+            mixed = [newest + norm(y) for norm, y in zip(self.post_norms, mixed, strict=True)]
+        return [y if norm is None else norm(y) for norm, y in zip(norms, mixed, strict=True)], hiddens, newest
+
+    def _takes_one_step(self, newest: Tensor) -> bool:
+        """Whether this is decoding: a few tokens on CUDA, no gradients, and what one kernel can do."""
+        if torch.is_grad_enabled() or self.pre_norm is not None or self.post_norms is not None:
+            return False
+        if type(self).connection_weights is not DepthAggregation.connection_weights:
+            return False
+        if torch.compiler.is_exporting():  # the number of tokens is to stay open
+            return False
+        return ops.fuses_step(newest)
+
+    def _step(self, hiddens: Sequence[Tensor], prior: Tensor, norms: ops.StreamNorms) -> list[Tensor]:
+        return ops.depth_aggregation_step(
+            hiddens,
+            self.w1.weight if self.dynamic else None,
+            self.w2.weight if self.dynamic else None,
+            prior,
+            eps=self.eps,
+            gelu_approximate=self.gelu_approximate,
+            cap=self.cap,
+            norm_weights=norms.weights,
+            norm_biases=norms.biases,
+            norm=norms.kind,
+            norm_eps=norms.eps,
+        )
+
+    def _fused_norms(self, norms: ops.StreamNorms | None, x: Tensor) -> ops.StreamNorms | None:
+        """The norms that the aggregation makes itself; None where it cannot, or has none to make."""
+        if norms is None or not ops.fuses_norms(x, self.sources, self.num_ways):
+            return None
+        post = None
+        if self.post_norms is not None:
+            kept = [i for i, norm in enumerate(self.post_norms) if isinstance(norm, RMSNorm)]
+            if any(i != self.num_ways - 1 or norms.weights[i] is not None for i in kept):
+                return None
+            post = self.post_norms[-1] if kept else None
+        if norms.kind == "none":
+            if self.pre_norm is None and self.post_norms is None:
+                return None
+            norms = dataclasses.replace(norms, kind="rms", eps=self.eps)
+        parameters = [*norms.weights, *norms.biases]
+        for own in (self.pre_norm, post):
+            if own is None:
+                continue
+            kinds = as_stream_norms([own], x)
+            if kinds is None or (kinds.kind, kinds.eps) != ("rms", norms.eps):
+                return None
+            parameters.append(own.weight)
+        # The operator takes parameters of one dtype; autocast sees to that itself.
+        if len({p.dtype for p in parameters if p is not None}) > 1 and autocast_dtype(x) is None:
+            return None
+        pre_weight, post_weight = (None if own is None else own.weight for own in (self.pre_norm, post))
+        return dataclasses.replace(
+            norms, add_newest=self.post_norms is not None, pre_weight=pre_weight, post_weight=post_weight
+        )
 
     def extra_repr(self) -> str:
         text = f"{self.dim}, sources={self.sources}, ways={self.ways!r}, dynamic={self.dynamic}, eps={self.eps:g}"

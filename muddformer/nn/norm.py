@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm", "norm_kind"]
+from ..ops import StreamNorms
+
+__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype"]
 
 
 class RMSNorm(nn.Module):
@@ -44,19 +46,26 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps:g}"
 
 
-def norm_kind(norms: Iterable[nn.Module | None], x: Tensor) -> tuple[str, float] | None:
-    """What the aggregation needs to know to norm its streams itself.
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives ``x`` in an operator, None where it leaves ``x`` as it is."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms | None:
+    """These norms as the operators take them.
 
     Args:
         norms: None stands for a way without a norm.
         x: a hidden state [..., D].
 
     Returns:
-        ``("rms" or "layer", eps)`` if the norms are all RMSNorm or all LayerNorm, without hooks, with weights [D] that
-        are there (not sharded over devices) in the dtype of ``x`` or float32, and one eps. None for any others.
+        None if the operators cannot take them. They can if all are RMSNorm or all LayerNorm, without hooks, of one eps
+        and with parameters [D] of one dtype, that of ``x`` or float32, which are there (not sharded over devices).
     """
-    kinds = set()
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    kinds, autocast = set(), autocast_dtype(x) is not None
     for norm in norms:
         if norm is None:
             continue
@@ -68,4 +77,8 @@ def norm_kind(norms: Iterable[nn.Module | None], x: Tensor) -> tuple[str, float]
         if not autocast and weight.dtype not in (x.dtype, torch.float32):
             return None
         kinds.add(("rms" if type(norm) is RMSNorm else "layer", norm.eps, weight.dtype))
-    return kinds.pop()[:2] if len(kinds) == 1 else None
+    if len(kinds) > 1:
+        return None
+    kind, eps, _ = kinds.pop() if kinds else ("none", 0.0, None)
+    weights = [None if norm is None else norm.weight for norm in norms]
+    return StreamNorms(weights, [getattr(norm, "bias", None) for norm in norms], kind, eps)

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpp_program import build_program
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_models import SMALL, VARIANTS, make, scramble, some_ids
 from torch import Tensor
 
+from helpers.cpp_program import build_program
+from helpers.models import SMALL, VARIANTS, make, scramble, some_ids
+from helpers.paths import TESTS
 from muddformer import MUDDFormer, MUDDFormerConfig
 from muddformer.models import KVCache
 
-SOURCE = Path(__file__).parent / "cpp" / "parity.cpp"
+SOURCE = TESTS / "cpp" / "parity.cpp"
 CASES = dict.fromkeys(VARIANTS, torch.float32)
 CASES |= {f"{name}-bfloat16": torch.bfloat16 for name in ("default", "pythia", "pre-post")}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_samples import DTYPES, WeightsSample, relative_error, tolerance, weights_samples
 from torch import Tensor
 
+from helpers.op_samples import DTYPES, WeightsSample, relative_error, tolerance, weights_samples
 from muddformer import ops, reference
 
 NAMES = [sample.name for sample in weights_samples(torch.device("cpu"), torch.float32)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_samples import DTYPES
 from torch import Tensor
 
+from helpers.op_samples import DTYPES
 from muddformer import ops
 
 pytestmark = pytest.mark.cuda

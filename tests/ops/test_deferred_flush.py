@@ -1,4 +1,4 @@
-"""Deferred gradients: deferred_flush, defer_gradients, and the groups of MUDDStack."""
+"""Deferred gradients: deferred_flush and defer_gradients."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from op_samples import DTYPES, relative_error, tolerance
 from torch import Tensor
 from torch.library import opcheck
 
-from muddformer import MUDDFormerConfig, build_model, ops, reference
-from muddformer.nn import MUDDStack, aggregation_plan, flush_groups
+from helpers.op_samples import DTYPES, relative_error, tolerance
+from muddformer import ops, reference
 
 # tokens x D, number of older hidden states, ways of each layer
 FLUSHES = [
@@ -265,91 +264,6 @@ def test_compiled_autograd(norms: str, prepost: bool, device: torch.device) -> N
         assert relative_error(a.grad, b) < 1e-5
 
 
-def test_flush_groups() -> None:
-    plan = aggregation_plan(12)
-    ways = {i: 4 if i < 12 else 1 for i in plan}
-    assert flush_groups(plan, ways) == [[6, 7, 8], [9, 10, 11, 12]]
-    assert flush_groups(plan, ways, 5) == [[1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11, 12]]
-    assert flush_groups(plan, ways, 1) == []
-    assert flush_groups(aggregation_plan(3), dict.fromkeys(range(1, 4), 4)) == []
-    assert flush_groups({}, {}) == []
-    # Older hidden states that drop out of a window are not common to a group.
-    assert flush_groups(aggregation_plan(12, window=8), ways) == [[6, 7, 8]]
-    assert flush_groups(aggregation_plan(12, window=3), ways) == []
-    # The best groups are at least as good as any interval's.
-    plan = aggregation_plan(24)
-    ways = {i: 4 if i < 24 else 1 for i in plan}
-
-    def saved(groups: list[list[int]]) -> int:
-        return sum(2 * (len(plan[g[0]]) - 1) * (len(g) - 1) - sum(2 * ways[i] - 1 for i in g) for g in groups)
-
-    assert all(saved(flush_groups(plan, ways)) >= saved(flush_groups(plan, ways, n)) for n in (2, 3, 4))
-
-
-VARIANTS = [
-    {},
-    {"pre_norm": True, "post_norm": "residual"},
-    {"post_norm": "all"},
-    {"source_stride": 2, "block_stride": 2},
-    {"ways": "qv"},
-    {"dynamic": False},
-    {"multiway": False},
-    {"model_type": "muddpythia"},
-]
-
-
-def model_gradients(variant: dict, interval: int | None, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    config = MUDDFormerConfig(
-        n_layer=9,
-        dim=64,
-        n_head=4,
-        vocab_size=64,
-        block_size=16,
-        intermediate_size=256,
-        flush_interval=interval,
-        **variant,
-    )
-    torch.manual_seed(0)
-    model = build_model(config).to(device, dtype)
-    with torch.no_grad():
-        for parameter in model.connection_parameters():
-            parameter.add_(torch.randn(parameter.shape).to(parameter) / 20)
-    ids = torch.randint(64, (2, 16)).to(device)
-    model(ids, targets=ids).backward()
-    return [p.grad for p in model.parameters()]
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("interval", [2, 4, 16])
-def test_models(variant: dict, interval: int, device: torch.device) -> None:
-    expected = model_gradients(variant, 1, device, torch.float64)
-    actual = model_gradients(variant, interval, device, torch.float64)
-    assert all(relative_error(a, b) < 1e-10 for a, b in zip(actual, expected, strict=True))
-
-
-@pytest.mark.cuda
-def test_models_defer_by_default_on_cuda() -> None:
-    """bfloat16 models on CUDA flush in groups, with gradients no further from float64 than without."""
-    device = torch.device("cuda")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        actual = model_gradients({}, None, device, torch.bfloat16)
-    assert any("flush_kernel" in event.key for event in profile.key_averages())
-    wide, single = (model_gradients({}, 1, device, dtype) for dtype in (torch.float64, torch.bfloat16))
-    for a, b, w in zip(actual, single, wide, strict=True):
-        assert relative_error(a, w) <= max(1.5 * relative_error(b, w), 4 * tolerance(torch.bfloat16))
-
-
-def test_checkpointed_blocks(device: torch.device) -> None:
-    stack = MUDDStack([torch.nn.Linear(8, 8) for _ in range(6)], 8, flush_interval=3).to(device, torch.float64)
-    for parameter in stack.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.3)
-    x = torch.randn(2, 8, device=device, dtype=torch.float64)
-    grads = []
-    for stack.gradient_checkpointing in (False, True):
-        grads.append(torch.autograd.grad(stack(x).square().sum(), list(stack.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
 def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
     x, w = torch.randn(2, 8), torch.randn(2, 3, 2)
     tickets = ops.defer_gradients([x], [(3, 2)])[1][0].tickets
@@ -360,8 +274,6 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
 
     def norm_layer(tickets: list[Tensor], count: int) -> Any:
         return ops.depth_aggregate_norm_chained([x, x], w, [None] * 3, deferral=ops.Deferral(tickets, count))
-
-    model = {"n_layer": 2, "n_head": 2, "dim": 32}
 
     def newest_layer(**options: Any) -> Any:
         deferral = ops.Deferral(defer([x], [(3, 1)])[1][0].tickets, 1)
@@ -397,10 +309,6 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
             ValueError,
             "deferred: expected 0 to S = 2",
         ),
-        "window": (lambda: MUDDFormerConfig(window=2, flush_interval=2, **model), ValueError, "flush_interval must be"),
-        "zero": (lambda: MUDDFormerConfig(flush_interval=0, **model), ValueError, "flush_interval must be from 1"),
-        "fraction": (lambda: MUDDFormerConfig(flush_interval=1.5, **model), TypeError, "flush_interval must be an int"),
-        "stack": (lambda: MUDDStack([], 8, window=2, flush_interval=4), ValueError, "flush_interval must be"),
     }
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_samples import DTYPES, AggregateSample, aggregate_samples, relative_error, tolerance
 from torch import Tensor
 
+from helpers.op_samples import DTYPES, AggregateSample, aggregate_samples, relative_error, tolerance
 from muddformer import ops, reference
 
 NAMES = [sample.name for sample in aggregate_samples(torch.device("cpu"), torch.float32)]

@@ -130,7 +130,7 @@ def test_bad_official(values, error: type[Exception], match: str) -> None:
 
 
 SIZES = ["vocab_size", "block_size", "n_layer", "n_head", "n_kv_heads", "dim", "intermediate_size", "source_stride",
-         "block_stride", "window"]  # fmt: skip
+         "block_stride", "window", "flush_interval"]  # fmt: skip
 FLAGS = ["use_qk_norm", "use_parallel_residual", "use_linear_bias", "tie_word_embeddings", "ffn_reallocation", "dense",
          "dynamic", "multiway", "separate_norms", "pre_norm", "expand_last", "round64"]  # fmt: skip
 REALS = ["norm_eps", "rope_base", "rotary_pct", "initializer_range", "cap"]
@@ -165,6 +165,7 @@ def test_bad_fields(name: str, value, error: type[Exception]) -> None:
         ({"rotary_pct": 0.4}, "rotary_pct .* which are 3"),
         ({"intermediate_size": 100}, "intermediate_size is too small for ffn_reallocation"),
         ({"multiway": False, "ways": "qr"}, "ways must be 'qkvr' with multiway=False"),
+        ({"window": 2, "flush_interval": 2}, "flush_interval must be None or 1 with a window"),
         ({"widow": 3}, "unknown key 'widow': not a field of MUDDFormerConfig"),
         ({f"key{i}": 0 for i in range(100)}, "unknown key 'key0', 'key1', 'key2', 'key3', 'key4':"),
     ],

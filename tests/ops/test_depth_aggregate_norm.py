@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from op_samples import DTYPES, relative_error, tolerance
 from torch import Tensor, nn
 from torch.library import opcheck
 
+from helpers.op_samples import DTYPES, relative_error, tolerance
 from muddformer import ops, reference
 from muddformer.nn import DepthAggregation, RMSNorm
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import muddformer
+from helpers.paths import TESTS
 from muddformer import MUDDFormer, MUDDFormerConfig, build_model
 
-CASES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+CASES = sorted((TESTS / "golden").glob("*.safetensors"))
 
 
 class Case:
@@ -86,8 +88,6 @@ def test_greedy_tokens(case: Case) -> None:
 
 def test_checkpoint_directory_of_the_release(case: Case, tmp_path: Path) -> None:
     """What ``from_pretrained`` makes of the release's own files."""
-    from safetensors.torch import save_file
-
     official = {"model_type": case.config.model_type, "dynamic_dense": True, "dense_type": "qkvr", "n_local_heads": -1}
     for name in ("n_layer", "dim", "n_head", "vocab_size", "intermediate_size", "block_size", "use_qk_norm", "round64"):
         official[name] = getattr(case.config, name)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_samples import DTYPES, relative_error, tolerance
 from torch import Tensor
 
+from helpers.op_samples import DTYPES, relative_error, tolerance
 from muddformer import ops, reference
 
 
