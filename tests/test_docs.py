@@ -74,7 +74,7 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
         "w1": torch.randn(64, dim),
         "w2": torch.randn(ways * sources, 64),
         "prior": torch.zeros(ways, sources),
-        "group": [(ways, sources + 1), (ways, sources + 2)],
+        "group": [(ways, sources), (ways, sources + 1)],
     }
     small = {"n_layer=12, dim=768, n_head=12, intermediate_size=2048": "n_layer=3, dim=16, n_head=2", "50304": "64"}
     blocks = BLOCK.findall(page.read_text())
