@@ -166,12 +166,19 @@ def order(key: tuple[str, ...]) -> tuple:
     return (key[0] != "float32", key[0], *map(int, key[1:]))
 
 
-def operator(name: str, kinds: Sequence[str]) -> str:
-    """Eager, torch.compile and ours, the fraction of the floor, and how many times as fast as torch.compile."""
-    rows = read(name)
+def operator(name: str, kinds: Sequence[str], **where: str) -> str:
+    """Eager, torch.compile and ours, the fraction of the floor, and how many times as fast as torch.compile.
+
+    Args:
+        name: of the CSV file.
+        kinds: keys of KINDS.
+        where: values of columns that a row must have. Sizes of which ours alone was measured are left out.
+    """
+    rows = [row for row in read(name) if all(row[column] == value for column, value in where.items())]
+    others = latest((row for row in rows if row["method"] != "ours"), "dtype", "tokens", "D", "S")
     found = latest(rows, "dtype", "tokens", "D", "S", "kind", "method")
     lines = []
-    for key in sorted(latest(rows, "dtype", "tokens", "D", "S"), key=order):
+    for key in sorted(others, key=order):
         cells, used = [f"{key[0]}, {key[1]} x {key[2]}", key[3]], []
         for kind in kinds:
             eager, compiled, ours = (found.get((*key, kind, method)) for method in ("eager", "compile", "ours"))
@@ -295,6 +302,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "depth_aggregate": lambda: operator("h100_depth_aggregate", ["forward", "both", "chained"]),
     "depth_aggregation": lambda: operator("h100_depth_aggregation", ["forward", "both"]),
     "depth_aggregate_norm": aggregate_norm,
+    "depth_aggregate_norm_compile": lambda: operator("h100_depth_aggregate_norm", ["forward", "both"], norms="qkv"),
+    "depth_aggregate_prepost_compile": lambda: operator(
+        "h100_depth_aggregate_norm", ["forward", "both"], norms="pre-post"
+    ),
     "connection_weights": lambda: operator("h100_connection_weights", ["forward", "both", "chained"]),
     "deferred_flush": flush,
     "decode": decode,
