@@ -79,7 +79,14 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         listed.append({"package": name, "version": "1.0", "sha256": sha256, "licence": "none", "suffixes": ["c"]})
         if archive:
             listed[-1]["archive"] = archive
-    settings = {"vocab_size": 300, "held_out": 0.1, "largest_file": 4096, "tokenizer_sample": 2, "part_tokens": 4096}
+    settings = {
+        "vocab_size": 300,
+        "held_out": 0.1,
+        "largest_file": 4096,
+        "tokenizer_sample": 2,
+        "part_tokens": 4096,
+        "parts": 9,
+    }
     (folder / "packages.yaml").write_text(yaml.safe_dump({**settings, "packages": listed}))
     return folder
 

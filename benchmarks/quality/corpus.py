@@ -146,7 +146,7 @@ def write_parts(documents: Sequence[Document], settings: dict[str, Any], folder:
     manifest["held_out"] = write_part(folder / "held-out.xz", ids)
     parts: list[Future] = []
     with ThreadPoolExecutor(2) as pool:  # compressing takes longer than encoding, and holds no lock
-        for ids in regroup(encode(train, tokenizer), settings["part_tokens"]):
+        for ids in itertools.islice(regroup(encode(train, tokenizer), settings["part_tokens"]), settings["parts"]):
             say(f"part {len(parts)}: {len(ids):,} tokens")
             parts.append(pool.submit(write_part, folder / f"train-{len(parts):03}.xz", ids))
             if len(parts) > 2:
