@@ -62,7 +62,8 @@ tests-cpp: $(installed) gtest
 
 # The build and the core of the operators and models alone: for a second version of torch.
 smoke: $(installed)
-	$(bin)/pytest tests/test_depth_aggregate.py tests/test_connection_weights.py tests/test_golden.py tests/test_package.py
+	$(bin)/pytest tests/ops/test_depth_aggregate.py tests/ops/test_connection_weights.py tests/models/test_golden.py \
+		tests/test_package.py tests/test_consumer.py
 
 # The C++ tests with the library's CPU side under AddressSanitizer and UndefinedBehaviorSanitizer.
 asan: $(ready) gtest

@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._files import write_atomically
+from ..errors import Diverged, InputError
+from ..inference.loading import find_checkpoints, find_device, load_model
 from .data import Batches, held_out_batches, prepare_corpus
-from .errors import Diverged, InputError
 from .metrics import MetricsFile, Progress, Row, TensorBoard, peak_memory_mib, say
-from .modelling import find_device, load_model, make_config, make_model
+from .modelling import make_config, make_model
 from .optim import learning_rate, make_optimizer
 from .settings import Settings
-from .state import Checkpoint, find_checkpoints, restore_state, save_checkpoint
+from .state import Checkpoint, restore_state, save_checkpoint
 
 __all__ = ["Result", "Trainer", "load_run_settings"]
 
@@ -90,7 +92,8 @@ class Trainer:
         self._forward = torch.compile(self.model) if train.compile else self.model
         self._pending: list[tuple[float, Tensor, Tensor]] = []  # learning rate, loss and gradient norm, on the device
         self._stop = False
-        _write_text(run / "settings.json", json.dumps(settings.resolved().to_dict(), indent=1))
+        text = json.dumps(settings.resolved().to_dict(), indent=1)
+        write_atomically(run / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
         where = f"from step {self.step}" if checkpoint else "from the start"
         size = sum(parameter.numel() for parameter in self.model.parameters())
         say(f"training {size:,} parameters on {self.device} {where}, {len(self.corpus.train):,} tokens of text")
@@ -284,9 +287,3 @@ def _check_finite(rows: list[Row], checkpoint: Path | None) -> None:
 
 def _finite(value: float) -> bool:
     return float("-inf") < value < float("inf")
-
-
-def _write_text(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)

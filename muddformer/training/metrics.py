@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, require
+from .._files import write_atomically
+from ..errors import InputError, require
 
 __all__ = ["MetricsFile", "Progress", "Row", "TensorBoard", "peak_memory_mib", "read_metrics", "say"]
 
@@ -60,11 +61,13 @@ class MetricsFile:
         rows = read_metrics(path)[:last_step] if last_step else []
         if [row.step for row in rows] != list(range(1, last_step + 1)):
             raise InputError(f"{path} does not hold steps 1 to {last_step} of the run that is resumed")
-        scratch = path.with_name(path.name + ".tmp")
-        with scratch.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(_COLUMNS)
-            self._write(file, rows)
-        scratch.replace(path)
+
+        def begin(scratch: Path) -> None:
+            with scratch.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerow(_COLUMNS)
+                self._write(file, rows)
+
+        write_atomically(path, begin)
         self._file = path.open("a", newline="", encoding="utf-8")
 
     def write(self, rows: Sequence[Row]) -> None:

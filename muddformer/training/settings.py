@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, MissingPackage, require
+from ..errors import InputError, MissingPackage, require
 
 __all__ = ["DataSettings", "Settings", "TrainSettings", "load_file", "load_preset", "preset_names", "suggest"]
 
-PRESETS = Path(__file__).resolve().parent.parent / "presets"
+PRESETS = Path(__file__).resolve().parent / "presets"
 
 
 def _option(default: Any, help: str, **bounds: Any) -> Any:

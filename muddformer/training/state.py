@@ -9,7 +9,6 @@ Nothing is pickled.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import InputError
+from .._files import sync
+from ..errors import InputError
+from ..inference.loading import CHECKPOINT_PREFIX, find_checkpoints
 
-__all__ = ["Checkpoint", "find_checkpoints", "restore_state", "save_checkpoint"]
+__all__ = ["Checkpoint", "restore_state", "save_checkpoint"]
 
 _FORMAT = 1
-_PREFIX = "step-"
 _SCRATCH = (".tmp-", ".old-")
-
-
-def find_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob(f"{_PREFIX}*") if path.is_dir())
 
 
 def save_checkpoint(
@@ -60,7 +55,7 @@ def save_checkpoint(
     for left_over in folder.iterdir():  # of a run that was killed
         if left_over.name.startswith(_SCRATCH):
             shutil.rmtree(left_over)
-    target = folder / f"{_PREFIX}{training['step']:08}"
+    target = folder / f"{CHECKPOINT_PREFIX}{training['step']:08}"
     scratch = folder / f".tmp-{target.name}"
     scratch.mkdir()
     model.save_pretrained(scratch)
@@ -69,11 +64,11 @@ def save_checkpoint(
     contents = json.dumps({"format": _FORMAT, **training}, indent=1)
     (scratch / "training.json").write_text(contents, encoding="utf-8")
     for path in (*scratch.iterdir(), scratch):
-        _sync(path)
+        sync(path)
     if target.exists():  # a resumed run comes by the same step
         _discard(target)
     scratch.rename(target)
-    _sync(folder)
+    sync(folder)
     for old in find_checkpoints(run)[:-keep_last]:
         _discard(old)
     return target
@@ -142,11 +137,3 @@ def _discard(folder: Path) -> None:
     grave = folder.with_name(f".old-{folder.name}")
     folder.rename(grave)
     shutil.rmtree(grave)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
