@@ -116,7 +116,7 @@ def test_corpus_from_packages(quality, packages, made):
     assert len(manifest["train"]) > 1 and all(p["tokens"] == 4096 for p in manifest["train"][:-1])
     assert not list(packages.glob("text-*"))
 
-    from muddformer.training.tokenizer import parse_tokenizer
+    from muddformer.inference.tokenizer import parse_tokenizer
 
     text = parse_tokenizer(parts.tokenizer_json).decode(parts.train(5000).tolist())
     assert "int alpha_" in text and "int beta_" in text, "the files follow in a random order"
@@ -170,6 +170,9 @@ def test_a_run_that_is_cut_gives_the_rows_of_one_that_is_not(
     assert whole[2].held_out_loss < whole[0].held_out_loss
     assert not [path for path in (tmp_path / "whole").iterdir() if path.is_dir()], "checkpoints of ended runs go"
 
+    assert train(tmp_path / "two", "--processes", "2") == 0
+    two = quality.rows.read_rows(tmp_path / "two" / "rows.csv")
+    assert sorted(map(_timeless, two), key=str) == sorted(map(_timeless, whole), key=str), "two at once"
     plain = quality.sets.load_set(tiny_set).runs[0]
     parts, rows = quality.parts.Parts(made), tmp_path / "cut" / "rows.csv"
     assert train(tmp_path / "cut", "--seconds", "0") == 0, "no time, nothing done"

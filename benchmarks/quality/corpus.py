@@ -23,9 +23,9 @@ import numpy as np
 import yaml
 from parts import DTYPE, digest, write_manifest, write_part
 
-from muddformer.training import InputError
+from muddformer.errors import InputError
+from muddformer.inference.tokenizer import SEPARATOR, train_tokenizer
 from muddformer.training.corpus import Document, find_documents, split_documents
-from muddformer.training.tokenizer import SEPARATOR, train_tokenizer
 
 _FILES_AT_ONCE = 256
 

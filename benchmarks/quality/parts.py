@@ -2,13 +2,14 @@
 
 A folder holds::
 
-    corpus.json          packages, numbers of tokens, checksums and ``id``, the hash of all token ids
+    corpus.json          packages, numbers of tokens, checksums and ``id``
     tokenizer.json       the tokenizer of the ids
     held-out.xz          ids of the held-out files
     train-000.xz ...     ids of the training files, which follow in a random order: each part is a fair sample
 
-Ids are uint16, little endian, and the tokenizer's separator follows each file. Training parts may be missing at the
-end: a run on n tokens reads the first n.
+Token ids are uint16, little endian, and the tokenizer's separator follows each file. A run on n tokens reads the first
+n: training parts may be missing at the end, and more may be added there. So the corpus's ``id`` is the hash of the
+tokenizer, of the held-out ids and of the first training part.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from muddformer.training import InputError
+from muddformer.errors import InputError
 
 __all__ = ["DTYPE", "Parts", "digest", "write_manifest", "write_part"]
 
@@ -38,7 +39,7 @@ class Parts:
         folder: where they are.
 
     Attributes:
-        id: hash of all token ids.
+        id: hash of the corpus.
         vocab_size: tokens of the tokenizer.
         tokenizer_json: the tokenizer.
 
@@ -54,7 +55,7 @@ class Parts:
             self.id, self.vocab_size = self.manifest["id"], self.manifest["vocab_size"]
             same = self.id == _identify(self.manifest)
             same = same and self.manifest["tokenizer"] == digest(self.tokenizer_json.encode())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"{str(folder)!r} holds no corpus, corpus.py makes one: {error!r}") from error
         if not same:
             raise InputError(f"corpus.json or tokenizer.json in {str(folder)!r} was altered: it has another hash")
@@ -116,5 +117,5 @@ def digest(data: bytes) -> str:
 
 
 def _identify(manifest: dict[str, Any]) -> str:
-    parts = [manifest["held_out"], *manifest["train"]]
-    return digest("".join([manifest["tokenizer"], *(part["blake2b"] for part in parts)]).encode())[:12]
+    hashes = (manifest["tokenizer"], manifest["held_out"]["blake2b"], manifest["train"][0]["blake2b"])
+    return digest("".join(hashes).encode())[:12]

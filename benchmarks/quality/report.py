@@ -13,7 +13,7 @@ from rows import Row, read_rows
 from sets import KINDS, Run, RunSet, load_set
 from stats import cost_at_loss, format_interval, interval
 
-from muddformer.training import InputError
+from muddformer.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADINGS = {

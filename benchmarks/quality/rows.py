@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from muddformer.training import InputError
+from muddformer.errors import InputError
 
 __all__ = ["Row", "append_row", "read_rows", "write_rows"]
 

@@ -23,8 +23,9 @@ from rows import read_rows, write_rows
 from sets import Run, load_set
 from trainer import Trainer
 
-from muddformer.training import InputError
-from muddformer.training.state import Checkpoint, find_checkpoints
+from muddformer.errors import InputError
+from muddformer.inference.loading import find_checkpoints
+from muddformer.training.state import Checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds")
     p.add_argument("--keep", action="store_true", help="keep the last checkpoint of finished runs")
     p.add_argument("--commit", help="of the code, for the rows, on a machine that has no git")
-    p.add_argument("--gpus", type=int, help="how many to use; all of them if it is not given")
+    p.add_argument("--processes", type=int, help="runs at a time, one on a GPU; as many as there are GPUs if not given")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = p.parse_args(arguments)
     begin = time.time()
@@ -60,14 +61,15 @@ def _run(args: argparse.Namespace, deadline: float | None) -> int:
         for run in runs.values():
             print(f"{run.id} {'to do' if run in todo else 'ended'} {run.name}")
         return 0
-    gpus = 0 if args.device == "cpu" else min(args.gpus or 2**31, torch.cuda.device_count(), max(1, len(todo)))
-    if args.device == "cuda" and not gpus:
+    there = torch.cuda.device_count() if args.device == "cuda" else args.processes or 1
+    if not there:
         raise InputError("torch sees no GPU; --device cpu trains on the CPU, for tests")
+    count = min(args.processes or there, there, len(todo))
+    devices = [f"cuda:{n}" if args.device == "cuda" else "cpu" for n in range(count)]
     outcomes: dict[str, str] = {}
     if todo:
         longest = max(run.tokens + run.model["block_size"] + 1 for run in todo)
         settings = (parts, longest, args.out, rows, deadline, args.checkpoint_every, args.keep, args.commit)
-        devices = [f"cuda:{n}" for n in range(gpus)] or ["cpu"]
         outcomes = train_all(todo, devices, settings, deadline)
     left = [run for run in todo if outcomes.get(run.id) not in ("finished", "diverged")]
     for run in left:

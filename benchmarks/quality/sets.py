@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from parts import digest
 
-from muddformer.training import InputError, Settings, TrainSettings
+from muddformer.errors import InputError
+from muddformer.training import Settings, TrainSettings
 
 __all__ = ["KINDS", "Run", "RunSet", "load_set"]
 

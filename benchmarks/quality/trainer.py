@@ -20,12 +20,13 @@ from rows import Row, append_row
 from sets import Run
 from torch import Tensor, nn
 
-from muddformer import MUDDFormer, MUDDFormerConfig, build_model
+from muddformer.inference.loading import find_checkpoints, load_model
+from muddformer.models import Pretrained, build_model
 from muddformer.training import Batches
 from muddformer.training.data import held_out_batches
-from muddformer.training.modelling import load_model, make_config
+from muddformer.training.modelling import make_config
 from muddformer.training.optim import learning_rate, make_optimizer
-from muddformer.training.state import Checkpoint, find_checkpoints, restore_state, save_checkpoint
+from muddformer.training.state import Checkpoint, restore_state, save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import commit, device_name
@@ -66,7 +67,7 @@ class Trainer:
         self.revision = commit() if revision is None else revision
         self.held_out = parts.held_out()
         self.train_ids = parts.train(longest)
-        self._compiled: tuple[dict, MUDDFormer, Callable] | None = None
+        self._compiled: tuple[dict, Pretrained, Callable] | None = None
 
     def __call__(self, run: Run) -> str:
         """Trains a run to its end, from its checkpoint if there is one.
@@ -81,7 +82,7 @@ class Trainer:
             shutil.rmtree(self.out / run.id, ignore_errors=True)
         return state
 
-    def _model(self, run: Run) -> tuple[MUDDFormer, Callable]:
+    def _model(self, run: Run) -> tuple[Pretrained, Callable]:
         """The run's model with fresh parameters, and what to call in its place."""
         settings = run.settings
         built_from = {**run.model, "compile": settings.compile}
@@ -89,7 +90,7 @@ class Trainer:
             self._compiled = None
             torch._dynamo.reset()
             gc.collect()  # the last model is in cycles, and may be most of the device's memory
-            model = _build(run.model, self.parts.vocab_size, self.device)
+            model = build_model(make_config(run.model, self.parts.vocab_size), device=self.device)
             self._compiled = built_from, model, torch.compile(model) if settings.compile else model
         _, model, forward = self._compiled
         torch.manual_seed(run.seed)
@@ -100,7 +101,7 @@ class Trainer:
 class _Progress:
     """A run from its checkpoint, or its start, on."""
 
-    def __init__(self, run: Run, trainer: Trainer, model: MUDDFormer, forward: Callable) -> None:
+    def __init__(self, run: Run, trainer: Trainer, model: Pretrained, forward: Callable) -> None:
         self.run, self.trainer, self.model, self.forward = run, trainer, model, forward
         self.settings = settings = run.settings
         self.folder = trainer.out / run.id
@@ -244,23 +245,6 @@ class _Progress:
     def _synchronize(self) -> None:
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def _build(fields: dict, vocab_size: int, device: torch.device) -> MUDDFormer:
-    """The model of these fields. A plain one keeps its residual stream in autocast's dtype if they say so."""
-    narrow = fields.get("residual_dtype") == "autocast"
-    known = {field.name for field in dataclasses.fields(MUDDFormerConfig)}
-    if "residual_dtype" not in known:  # until the configuration has the field
-        fields = {name: value for name, value in fields.items() if name != "residual_dtype"}
-    model = build_model(make_config(fields, vocab_size), device=device)
-    if narrow and "residual_dtype" not in known:
-        model.tok_embeddings.register_forward_hook(_cast_to_autocast)
-    return model
-
-
-def _cast_to_autocast(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    kind = output.device.type
-    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 
 
 def _numbers(values: list[float | Tensor]) -> list[float]:
