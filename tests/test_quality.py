@@ -239,7 +239,7 @@ def test_page_from_rows(quality, tmp_path):
     for kind in quality.sets.KINDS:
         grid = {"learning_rates": [1e-3, 2e-3]} if kind in ("sweep", "stability") else {}
         if kind == "time":
-            grid["tokens"] = [640, 1280, 2560]
+            grid |= {"tokens": [640, 1280, 2560], "goals": {"loss": 0.1, "compute": 2.5, "seconds": 1.5}}
         path = tmp_path / f"{kind}.yaml"
         path.write_text(
             yaml.safe_dump({**SET, "kind": kind, "title": f"tiny {kind}", "seeds": [0, 1], **grid}, sort_keys=False)
@@ -263,6 +263,9 @@ def test_page_from_rows(quality, tmp_path):
     # MUDD at a budget has the loss of plain at twice the budget, and is 1.25 times as slow.
     assert "| MUDD | 0M | 2.800 ± 0.127 | 2 | 1 | 1 ± 0 | 2.00 ± 0.00 | 1.60 ± 0.00 |" in text
     assert text.count("| - | - |") == 1, "the loss of the largest budget is out of plain's reach"
+    assert "0.1 nats below plain. MUDD at 0M tokens: 0.200 ± 0.000: reached" in text
+    assert "2.5 times the compute. MUDD at 0M tokens: 2.000 ± 0.000: NOT reached" in text
+    assert "1.5 times the seconds. MUDD at 0M tokens: 1.600 ± 0.000: reached" in text
     assert "-0.200 ± 0.000" in text and "**2.8" in text and "diverged by" in text
 
 

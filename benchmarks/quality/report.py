@@ -143,7 +143,35 @@ def _time(result: Results) -> list[str]:
         "",
         f"Advantage: what {base} needs for the same loss, read off between its budgets, over what is needed here;",
     ]
-    return [*lines, f"a dash where {base} was not trained to that loss from both sides."]
+    return [*lines, f"a dash where {base} was not trained to that loss from both sides.", *_goals(result, fastest)]
+
+
+def _goals(result: Results, device: str) -> list[str]:
+    """What was to be reached and what was: at the largest budget that shows it, by the form that is best there."""
+    lines, base = [], result.set.baseline
+    for name, asked in result.set.goals.items():
+        found = []
+        for form in result.set.labels.keys() - {base}:
+            for budget in result.budgets(form):
+                if name == "loss":
+                    plain, losses = (result.by_seed(_loss, form=f, tokens=budget) for f in (base, form))
+                    values = [plain[seed] - loss for seed, loss in losses.items() if seed in plain]
+                else:
+                    values = advantages(result, form, budget, device)[name == "seconds"]
+                if values:
+                    found.append((budget, interval(values)[0], form, values))
+        what = {"loss": f"nats below {result.set.labels[base]}", "compute": "times the compute"}.get(name)
+        what = what or "times the seconds"
+        if found:
+            budget, mean, form, values = max(found)
+            verdict = "reached" if mean >= asked else "NOT reached"
+            measured = (
+                f"{result.set.labels[form]} at {_millions(budget)} tokens: {format_interval(values, 3)}: {verdict}"
+            )
+            lines.append(f"* Asked for: {asked:g} {what}. {measured}.")
+        else:
+            lines.append(f"* Asked for: {asked:g} {what}. Not measured.")
+    return ["", *lines] if lines else []
 
 
 def advantages(result: Results, form: str, budget: int, device: str) -> tuple[list[float], list[float]]:

@@ -24,8 +24,9 @@ __all__ = ["KINDS", "Run", "RunSet", "load_set"]
 KINDS = ("time", "sweep", "ablation", "stability")
 _KEYS = {
     "title", "kind", "note", "baseline", "model", "train", "warmup", "evaluations", "tokens", "seeds", "learning_rates",
-    "forms",
+    "forms", "goals",
 }  # fmt: skip
+_GOALS = {"loss", "compute", "seconds"}
 _FORM_KEYS = {"label", "model", "train"}
 _COMPUTED = {"steps", "warmup_steps", "seed", "learning_rate"}
 
@@ -92,6 +93,7 @@ class RunSet:
         title, note: what report.py writes over and under its tables.
         kind: which tables these are, one of :data:`KINDS`.
         baseline: the form that others are compared with.
+        goals: figures to reach: nats below the baseline ("loss"), advantages in "compute" and in "seconds".
         labels: of the forms, in order.
         runs: all of them.
     """
@@ -101,6 +103,7 @@ class RunSet:
     note: str
     kind: str
     baseline: str
+    goals: dict[str, float]
     labels: dict[str, str]
     runs: list[Run]
 
@@ -122,6 +125,8 @@ def _parse(name: str, values: dict[str, Any]) -> RunSet:
     _check_keys("the set", values, _KEYS)
     if values["kind"] not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)}, got {values['kind']!r}")
+    goals = values.get("goals", {})
+    _check_keys("goals", goals, _GOALS)
     forms = {form: given or {} for form, given in values["forms"].items()}
     runs = []
     for form, given in forms.items():
@@ -139,7 +144,7 @@ def _parse(name: str, values: dict[str, Any]) -> RunSet:
             runs.append(run)
     baseline = values.get("baseline", next(iter(forms)))
     labels = {form: given.get("label", form) for form, given in forms.items()}
-    return RunSet(name, values["title"], values.get("note", ""), values["kind"], baseline, labels, runs)
+    return RunSet(name, values["title"], values.get("note", ""), values["kind"], baseline, goals, labels, runs)
 
 
 def _check_keys(owner: str, values: dict[str, Any], known: Sequence[str]) -> None:
