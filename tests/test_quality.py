@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 import yaml
 
-QUALITY = Path(__file__).resolve().parent.parent / "benchmarks" / "quality"
+from helpers.programs import BENCHMARKS, programs
+
+QUALITY = BENCHMARKS / "quality"
 pytest.importorskip("yaml")
 pytest.importorskip("tokenizers")
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
@@ -34,21 +37,10 @@ SET = {
 
 
 @pytest.fixture
-def quality(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def quality() -> Iterator[SimpleNamespace]:
     """The programs as modules."""
-    monkeypatch.syspath_prepend(str(QUALITY))
-    import corpus
-    import parts
-    import report
-    import rows
-    import run
-    import sets
-    import stats
-    import trainer
-
-    return SimpleNamespace(
-        corpus=corpus, parts=parts, report=report, rows=rows, run=run, sets=sets, stats=stats, trainer=trainer
-    )
+    with programs(QUALITY, "corpus", "parts", "report", "rows", "run", "sets", "stats", "trainer") as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")

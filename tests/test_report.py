@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from helpers.paths import ROOT
-
-BENCHMARKS = ROOT / "benchmarks"
+from helpers.programs import BENCHMARKS, programs
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("report")
+def report() -> Iterator[ModuleType]:
+    with programs(BENCHMARKS, "report") as modules:
+        yield modules.report
 
 
 def test_the_pages_are_what_the_csv_files_give(report: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
