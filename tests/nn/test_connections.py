@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers.models import scramble
 from muddformer import MUDDFormerConfig, build_model, reference
 from muddformer.nn import BlockHistory, ConnectionOptions, Connections, DepthAggregation, MUDDStack, RMSNorm
 
@@ -49,14 +50,6 @@ class Pulling(Four):
 
     def forward(self, x: Tensor, *, history: BlockHistory) -> Tensor:
         return self.mix(*history.streams(x, [*self.norms, None]))
-
-
-def scramble(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return module
 
 
 def some_x() -> Tensor:
