@@ -133,7 +133,7 @@ def test_checkpointing(variant: str) -> None:
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("variant", ["default", "pythia", "static", "pre-post", "ways-qkv", "cap"])
+@pytest.mark.parametrize("variant", ["default", "pythia", "static", "pre-post", "ways-qkv", "cap", "residual-float32"])
 def test_autocast(variant: str) -> None:
     model, ids = scramble(make(variant), alpha=0.05), some_ids()  # larger weights amplify rounding
     expected = model(ids)
