@@ -27,11 +27,12 @@ def model_gradients(
     variant: str, interval: int | None, device: torch.device, dtype: torch.dtype, **changes: Any
 ) -> list[Tensor]:
     torch.manual_seed(0)
-    model = make(variant, n_layer=9, dim=64, flush_interval=interval, **changes).to(device, dtype)
+    size = {"n_layer": 9, "dim": 64, "vocab_size": 64, "block_size": 16, "intermediate_size": 256}
+    model = make(variant, **size, ffn_reallocation=True, flush_interval=interval, **changes).to(device, dtype)
     with torch.no_grad():
         for parameter in model.connection_parameters():
             parameter.add_(torch.randn(parameter.shape).to(parameter) / 20)
-    ids = torch.randint(model.config.vocab_size, (2, 16)).to(device)
+    ids = torch.randint(64, (2, 16)).to(device)
     model(ids, targets=ids).backward()
     return [p.grad for p in model.parameters()]
 
