@@ -26,11 +26,14 @@ def without_cuda_toolkit() -> dict[str, str]:
     return {**environment, "PATH": os.pathsep.join(folders)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def consumer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the programs of tests/consumer, compiled against what is installed."""
+    """The folder with the programs of tests/consumer, compiled without a CUDA toolkit against what is installed.
+
+    The programs of examples/cpp and tests/cpp/parity.cpp are compiled with one, where there is one.
+    """
     build = tmp_path_factory.mktemp("consumer")
-    build_project(CONSUMER, build)
+    build_project(CONSUMER, build, without_cuda_toolkit())
     return build
 
 
@@ -48,12 +51,6 @@ def test_consumer_trains(consumer: Path, tmp_path: Path) -> None:
     _, program = (CONSUMER / "train.cpp").read_text().split("\n", 1)
     assert program in (ROOT / "README.md").read_text()
     assert muddformer.__version__ in run(consumer / "train", tmp_path)
-
-
-@pytest.mark.slow
-def test_consumer_without_cuda_toolkit(tmp_path: Path) -> None:
-    build_project(CONSUMER, tmp_path, "train", environment=without_cuda_toolkit())
-    assert muddformer.__version__ in run(tmp_path / "train", tmp_path / "checkpoint")
 
 
 @pytest.mark.slow

@@ -12,16 +12,19 @@ __all__ = ["add_set_option", "add_source_options", "chosen_settings", "number"]
 
 
 def add_source_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """The options ``--preset`` and ``--config``."""
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(preset_names())} (default: {default})")
     parser.add_argument("--config", metavar="FILE", help="settings in a .yaml or .toml file, over those of --preset")
 
 
 def add_set_option(parser: argparse.ArgumentParser) -> None:
+    """The option ``--set``."""
     help = "one setting, over those of preset and config; repeatable"
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=help)
 
 
 def chosen_settings(options: argparse.Namespace) -> Settings:
+    """What ``--preset`` and ``--config`` name: the file over the preset, which is ``demo`` if none is named."""
     if options.config is None:
         return load_preset(options.preset or "demo")
     return load_file(options.config, over=load_preset(options.preset or "demo"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -9,9 +10,9 @@ import torch
 from ..errors import InputError
 from ..models import Pretrained, from_pretrained
 
-__all__ = ["find_checkpoints", "find_device", "load_model", "resolve_checkpoint"]
+__all__ = ["checkpoint_name", "find_checkpoints", "find_device", "load_model", "resolve_checkpoint"]
 
-CHECKPOINT_PREFIX = "step-"
+_NAME = re.compile(r"step-\d{8,}")
 
 
 def load_model(folder: Path) -> Pretrained:
@@ -45,9 +46,18 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a training run's checkpoint after so many steps."""
+    return f"step-{step:08}"
+
+
 def find_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a training run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir())
+    """Checkpoint folders of a training run, oldest first.
+
+    Folders with other names, such as a copy that a user made, and empty ones are none of ours.
+    """
+    folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in folders if any(path.iterdir())), key=lambda path: int(path.name[5:]))
 
 
 def resolve_checkpoint(folder: Path) -> Path:

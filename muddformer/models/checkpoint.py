@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .._files import write_atomically
+from .._files import read_json, write_atomically
 
 __all__ = ["CONFIG_NAME", "check_tensors", "open_weights", "read_config", "write_checkpoint"]
 
@@ -47,7 +47,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: naming the file and what is wrong with it.
     """
-    return _read_json(directory / CONFIG_NAME, _LARGEST_CONFIG)
+    return read_json(directory / CONFIG_NAME, _LARGEST_CONFIG)
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def open_weights(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def _shards(index: Path) -> dict[str, str]:
     """The checked ``weight_map`` of an index: tensor names to file names in the index's own directory."""
-    shards = _read_json(index, _LARGEST_INDEX).get("weight_map")
+    shards = read_json(index, _LARGEST_INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index}: no weight_map of tensor names to file names")
     for shard in shards.values():
@@ -120,18 +120,3 @@ def _open(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
     with file:
         yield file
-
-
-def _read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most ``limit`` bytes."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.stat().st_size > limit:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many, at most {limit} are read")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return values

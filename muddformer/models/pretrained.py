@@ -52,6 +52,7 @@ class Pretrained(nn.Module):
             OSError: if the directory cannot be written.
         """
         state = self.state_dict()
+        self._check_saveable(state)
         if any(value.is_meta for value in state.values()):
             raise ValueError("model must have values to save, but its parameters are on the meta device")
         # A DTensor, by what it can do: its module takes long to import.
@@ -63,6 +64,21 @@ class Pretrained(nn.Module):
             write_checkpoint(Path(directory), state, self.config.to_dict())
         if sharded:
             torch.distributed.barrier()  # whoever reads it next finds it there
+
+    def _check_saveable(self, state: Mapping[str, Any]) -> None:
+        """Refuses a model whose parts were replaced: quantised, or with adapters that are not merged."""
+        expected = type(self)(self.config, device="meta").state_dict()
+        for name in (*(state.keys() - expected.keys()), *(expected.keys() - state.keys())):
+            raise ValueError(
+                f"model must have the parts of its configuration to be saved, but {name} is "
+                f"{'no part of it' if name in state else 'missing'}: merge adapters first, save a model before it is "
+                "quantised"
+            )
+        for name, value in state.items():
+            if type(value) not in (Tensor, nn.Parameter) and not hasattr(value, "full_tensor"):
+                raise ValueError(
+                    f"model must have ordinary tensors to be saved, but {name} is a {type(value).__name__}"
+                )
 
     @classmethod
     def from_pretrained(

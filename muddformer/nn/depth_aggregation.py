@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_integer, check_real
-from .norm import RMSNorm, as_stream_norms, autocast_dtype
+from .norm import RMSNorm, as_stream_norms, autocast_dtype, is_plain
 from .options import WAYS, ConnectionOptions, check_ways
 
 __all__ = ["DepthAggregation"]
@@ -172,6 +173,11 @@ class DepthAggregation(nn.Module):
             ``(weights, x)``: weights [..., C, S] in the dtype of ``x`` (under autocast any), and ``x`` to be used from
             here on.
         """
+        if self.dynamic and not self._is_plain():
+            normed = F.rms_norm(x, x.shape[-1:], eps=self.eps) if self.norm is None else self.norm(x)
+            a = self.w2(F.gelu(self.w1(normed), approximate=self.gelu_approximate)).unflatten(-1, prior.shape)
+            a = a + prior.to(a.dtype)
+            return a if self.cap is None else self.cap * torch.tanh(a / self.cap), x
         if self.dynamic:
             return ops.connection_weights_chained(
                 x,
@@ -186,6 +192,14 @@ class DepthAggregation(nn.Module):
         if self.cap is not None:
             prior = self.cap * torch.tanh(prior / self.cap)
         return prior.to(x.dtype).expand(*x.shape[:-1], *prior.shape), x
+
+    def _is_plain(self) -> bool:
+        """Whether the operators may read the parameters of the generator, instead of calling its modules."""
+        if not self.dynamic:
+            return True
+        if not (is_plain(self.w1, nn.Linear) and is_plain(self.w2, nn.Linear)):
+            return False
+        return self.w1.bias is None and self.w2.bias is None and (self.norm is None or is_plain(self.norm, RMSNorm))
 
     def _mix(
         self,
@@ -214,7 +228,7 @@ class DepthAggregation(nn.Module):
         """Whether this is decoding: a few tokens on CUDA, no gradients, and what one kernel can do."""
         if torch.is_grad_enabled() or self.pre_norm is not None or self.post_norms is not None:
             return False
-        if type(self).connection_weights is not DepthAggregation.connection_weights:
+        if type(self).connection_weights is not DepthAggregation.connection_weights or not self._is_plain():
             return False
         if torch.compiler.is_exporting():  # the number of tokens is to stay open
             return False
@@ -241,7 +255,7 @@ class DepthAggregation(nn.Module):
             return None
         post = None
         if self.post_norms is not None:
-            kept = [i for i, norm in enumerate(self.post_norms) if isinstance(norm, RMSNorm)]
+            kept = [i for i, norm in enumerate(self.post_norms) if type(norm) is not nn.Identity]
             if any(i != self.num_ways - 1 or norms.weights[i] is not None for i in kept):
                 return None
             post = self.post_norms[-1] if kept else None

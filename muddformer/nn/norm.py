@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import StreamNorms
 
-__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype"]
+__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype", "is_plain"]
 
 
 class RMSNorm(nn.Module):
@@ -54,6 +54,21 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a module is of one of these very classes, without hooks, and its parameters are ordinary tensors.
+
+    Of such a module an operator may read the parameters. Any other (an adapter, a quantised or a parametrised module,
+    one with weights that are sharded over devices) has to be called.
+    """
+    if type(module) not in types or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    # A None among the parameters is one that is left out, such as a bias. FSDP1 puts tensors in their places.
+    weights = (getattr(module, name, None) for name in ("weight", "bias"))
+    return all(weight is None or type(weight) in (Tensor, nn.Parameter) for weight in weights)
+
+
 def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms | None:
     """These norms as the operators take them.
 
@@ -62,17 +77,14 @@ def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms
         x: a hidden state [..., D].
 
     Returns:
-        None if the operators cannot take them. They can if all are RMSNorm or all LayerNorm, without hooks, of one eps
-        and with parameters [D] of one dtype, that of ``x`` or float32, which are there (not sharded over devices).
+        None if the operators cannot take them. They can if all are RMSNorm or all LayerNorm, plain ones
+        (:func:`is_plain`), of one eps and with parameters [D] of one dtype, that of ``x`` or float32.
     """
     kinds, autocast = set(), autocast_dtype(x) is not None
     for norm in norms:
         if norm is None:
             continue
-        weight = getattr(norm, "weight", None)
-        if type(norm) not in (RMSNorm, nn.LayerNorm) or type(weight) not in (Tensor, nn.Parameter):
-            return None
-        if norm._forward_hooks or norm._forward_pre_hooks or weight.shape != x.shape[-1:]:
+        if not is_plain(norm, RMSNorm, nn.LayerNorm) or (weight := norm.weight) is None or weight.shape != x.shape[-1:]:
             return None
         if not autocast and weight.dtype not in (x.dtype, torch.float32):
             return None

@@ -25,11 +25,10 @@ def cmake() -> str:
     return str(beside) if beside.exists() else shutil.which("cmake") or "cmake"
 
 
-def build_project(project: Path, build: Path, *targets: str, environment: dict[str, str] | None = None) -> None:
+def build_project(project: Path, build: Path, environment: dict[str, str] | None = None) -> None:
     """Compiles a CMake project that finds the installed package, in the folder ``build``.
 
     Args:
-        targets: what is built; none: everything.
         environment: of CMake and the compiler. None: this process's.
 
     Raises:
@@ -37,8 +36,7 @@ def build_project(project: Path, build: Path, *targets: str, environment: dict[s
     """
     configure = [cmake(), "-S", str(project), "-B", str(build), f"-DCMAKE_PREFIX_PATH={utils.cmake_prefix_path}"]
     launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
-    make = [cmake(), "--build", str(build), *(["--target", *targets] if targets else [])]
-    for command in ([*configure, "-DCMAKE_BUILD_TYPE=Release", *launcher], make):
+    for command in ([*configure, "-DCMAKE_BUILD_TYPE=Release", *launcher], [cmake(), "--build", str(build)]):
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode != 0:
             raise RuntimeError(f"{project} was not built: {result.stdout}{result.stderr}")

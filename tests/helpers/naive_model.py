@@ -11,7 +11,7 @@ from muddformer.reference import connection_weights, depth_aggregate
 
 
 def naive_norm(c: MUDDFormerConfig, p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    if c.model_type == "muddpythia":
+    if c.norm == "layer":
         return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], c.norm_eps)
     return naive_rms(x, p[f"{name}.weight"], c.norm_eps)
 
@@ -49,12 +49,14 @@ def naive_block(c: MUDDFormerConfig, p: dict[str, Tensor], i: int, streams: list
     q, k = naive_rotary(c, q), naive_rotary(c, k)
     k, v = (x.repeat_interleave(c.n_head // c.n_kv_heads, 2) for x in (k, v))
     scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / q.shape[-1] ** 0.5
-    future = torch.ones(scores.shape[-2:]).triu(1).bool()
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    if c.causal:
+        future = torch.ones(scores.shape[-2:]).triu(1).bool()
+        scores = scores.masked_fill(future, -torch.inf)
+    weights = scores.softmax(-1)
     attention = linear("attention.wo", torch.einsum("bhqk,bkhe->bqhe", weights, v).flatten(-2))
     a = streams[3] + attention
     h = naive_norm(c, p, f"{name}.ffn_norm", streams[3] if c.use_parallel_residual else a)
-    if c.model_type == "muddpythia":
+    if c.feed_forward == "gelu":
         inner = F.gelu(linear("feed_forward.w1", h), approximate=c.gelu_approximate)
     else:
         inner = F.silu(linear("feed_forward.w1", h)) * linear("feed_forward.w3", h)
