@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "checks.h"
+#include "../nn/checks.h"
 
 namespace muddformer {
 

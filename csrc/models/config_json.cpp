@@ -9,8 +9,8 @@
 #include <string>
 #include <string_view>
 
-#include "checks.h"
-#include "files.h"
+#include "../io/files.h"
+#include "../nn/checks.h"
 
 namespace muddformer {
 

@@ -4,7 +4,7 @@
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
-#include "checks.h"
+#include "../nn/checks.h"
 
 namespace muddformer {
 

@@ -1,127 +1,23 @@
-// The blocks of both families: attention with rotary positions, feed-forward networks, norms.
+// The blocks of both families: attention with rotary positions, feed-forward networks.
 //
-// B, T: batch and sequence length; D: model width; H: heads; E: width of a head. Every module takes
-// the dtype and device of its parameters, and `initialize`: false leaves the parameters without
-// values, for a loader that fills them all. reset() makes them anew without values (as clone()
-// needs it), reset_parameters() gives them their initial ones.
+// B, T: batch and sequence length; D: model width; H: heads; E: width of a head. The
+// conventions of modules are those of nn/linear.h.
 #pragma once
 
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "../nn/linear.h"
+#include "../nn/norm.h"
 #include "config.h"
 #include "kv_cache.h"
 
 namespace muddformer {
-
-/// `x weight^T + bias`, [..., in] -> [..., out].
-class MUDDFORMER_API LinearImpl : public torch::nn::Cloneable<LinearImpl> {
- public:
-  /// @param std standard deviation of a fresh weight; a fresh bias is 0.
-  LinearImpl(int64_t in_features, int64_t out_features, bool with_bias, double std,
-             at::TensorOptions options = {}, bool initialize = true);
-  void reset() override;
-  void reset_parameters();
-  /// [..., in] -> [..., out].
-  at::Tensor forward(const at::Tensor& x);
-  void pretty_print(std::ostream& stream) const override;
-
-  /// [out, in], and [out] or undefined.
-  at::Tensor weight, bias;
-
- private:
-  int64_t in_features_, out_features_;
-  bool with_bias_;
-  double std_;
-  at::TensorOptions options_;
-};
-TORCH_MODULE(Linear);
-
-/// Rows of a table, int64 or int32 [...] -> [..., D].
-class MUDDFORMER_API EmbeddingImpl : public torch::nn::Cloneable<EmbeddingImpl> {
- public:
-  /// @param rows number of rows; D is `dim`.
-  /// @param std standard deviation of a fresh weight.
-  EmbeddingImpl(int64_t rows, int64_t dim, double std, at::TensorOptions options = {},
-                bool initialize = true);
-  void reset() override;
-  void reset_parameters();
-  /// @throws c10::IndexError for an id that is no row (on CUDA: torch's device-side assertion).
-  at::Tensor forward(const at::Tensor& ids);
-  void pretty_print(std::ostream& stream) const override;
-
-  /// [rows, D].
-  at::Tensor weight;
-
- private:
-  int64_t rows_, dim_;
-  double std_;
-  at::TensorOptions options_;
-};
-TORCH_MODULE(Embedding);
-
-enum class NormKind { kRMSNorm, kLayerNorm };
-
-/// RMSNorm, `x / sqrt(mean(x^2) + eps) * weight`, or LayerNorm with weight and bias, over the last
-/// dimension [D].
-///
-/// The weight of an RMSNorm is used in the dtype of x, so that a float32 weight meets a bfloat16
-/// input (as under autocast) in the fused kernel.
-class MUDDFORMER_API NormImpl : public torch::nn::Cloneable<NormImpl> {
- public:
-  /// @param eps added to the mean square or variance.
-  /// @param init value of a fresh weight; a fresh bias is 0.
-  NormImpl(int64_t dim, double eps, NormKind kind = NormKind::kRMSNorm, double init = 1.0,
-           at::TensorOptions options = {}, bool initialize = true);
-  void reset() override;
-  void reset_parameters();
-  /// [..., D] -> [..., D].
-  at::Tensor forward(const at::Tensor& x);
-  void pretty_print(std::ostream& stream) const override;
-
-  double eps() const { return eps_; }
-  NormKind kind() const { return kind_; }
-
-  /// [D], and [D] or undefined.
-  at::Tensor weight, bias;
-
- private:
-  int64_t dim_;
-  double eps_;
-  NormKind kind_;
-  double init_;
-  at::TensorOptions options_;
-};
-TORCH_MODULE(Norm);
-
-/// RMSNorms or LayerNorms of one width by number, as submodules "0", "1", ... of which some may be
-/// missing.
-class MUDDFORMER_API NormsImpl : public torch::nn::Cloneable<NormsImpl> {
- public:
-  /// @param numbers those that are there; the other arguments are those of NormImpl.
-  NormsImpl(std::vector<int64_t> numbers, int64_t dim, double eps,
-            NormKind kind = NormKind::kRMSNorm, double init = 1.0, at::TensorOptions options = {},
-            bool initialize = true);
-  void reset() override;
-  void reset_parameters();
-  /// The norm of a number, or an empty holder.
-  Norm at(int64_t number) const;
-
- private:
-  std::map<int64_t, Norm> norms_;
-  int64_t dim_;
-  double eps_;
-  NormKind kind_;
-  double init_;
-  at::TensorOptions options_;
-};
-TORCH_MODULE(Norms);
 
 /// The kind of a family's norms over the model width: RMSNorm (muddformer), LayerNorm
 /// (muddpythia).

@@ -6,10 +6,10 @@
 
 #include <vector>
 
+#include "../nn/connections.h"
 #include "config.h"
 #include "kv_cache.h"
 #include "layers.h"
-#include "mudd_stack.h"
 
 namespace muddformer {
 

@@ -1,6 +1,6 @@
 #include <gtest/gtest.h>
+#include <muddformer/io/safetensors.h>
 #include <muddformer/models/checkpoint.h>
-#include <muddformer/models/safetensors.h>
 #include <torch/types.h>
 #include <torch/utils.h>
 

@@ -1,5 +1,5 @@
 #include <gtest/gtest.h>
-#include <muddformer/models/generation.h>
+#include <muddformer/inference/generation.h>
 #include <torch/types.h>
 #include <torch/utils.h>
 

@@ -1,5 +1,5 @@
 #include <gtest/gtest.h>
-#include <muddformer/models/mudd_stack.h>
+#include <muddformer/nn/mudd_stack.h>
 #include <torch/torch.h>
 
 #include <string>

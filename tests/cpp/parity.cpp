@@ -4,8 +4,8 @@
 // of a decode with a cache), fresh/* (initial values of seed 0) and the configuration.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <muddformer/io/safetensors.h>
 #include <muddformer/models.h>
-#include <muddformer/models/safetensors.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <iostream>

@@ -10,7 +10,7 @@
 #include <optional>
 
 #include "../macros.h"
-#include "muddformer.h"
+#include "../models/muddformer.h"
 
 namespace muddformer {
 

@@ -1,4 +1,4 @@
-#include "mudd_stack.h"
+#include "connections.h"
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
@@ -199,25 +199,6 @@ at::Tensor Connections::run(const at::Tensor& x0,
     }
   }
   return streams.back();
-}
-
-MUDDStackImpl::MUDDStackImpl(torch::nn::Sequential blocks, MUDDStackOptions options,
-                             at::TensorOptions tensor_options, bool initialize)
-    : Cloneable("muddformer::MUDDStack"),
-      layers(std::move(blocks)),
-      connections(std::move(options), static_cast<int64_t>(layers->size()), tensor_options) {
-  reset();
-  if (initialize) reset_parameters();
-}
-
-void MUDDStackImpl::reset() {
-  // A container of its own: clone() replaces what is in it.
-  torch::nn::Sequential blocks;
-  const auto named = layers->named_children();
-  auto name = named.begin();
-  for (const torch::nn::AnyModule& block : *layers) blocks->push_back((name++)->key(), block);
-  layers = register_module("layers", blocks);
-  connections.reset(*this);
 }
 
 }  // namespace muddformer

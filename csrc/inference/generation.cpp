@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "../nn/checks.h"
 
 namespace muddformer {
 

@@ -1,0 +1,27 @@
+#include "mudd_stack.h"
+
+#include <cstdint>
+#include <utility>
+
+namespace muddformer {
+
+MUDDStackImpl::MUDDStackImpl(torch::nn::Sequential blocks, MUDDStackOptions options,
+                             at::TensorOptions tensor_options, bool initialize)
+    : Cloneable("muddformer::MUDDStack"),
+      layers(std::move(blocks)),
+      connections(std::move(options), static_cast<int64_t>(layers->size()), tensor_options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void MUDDStackImpl::reset() {
+  // A container of its own: clone() replaces what is in it.
+  torch::nn::Sequential blocks;
+  const auto named = layers->named_children();
+  auto name = named.begin();
+  for (const torch::nn::AnyModule& block : *layers) blocks->push_back((name++)->key(), block);
+  layers = register_module("layers", blocks);
+  connections.reset(*this);
+}
+
+}  // namespace muddformer
