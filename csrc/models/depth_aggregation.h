@@ -15,7 +15,7 @@
 #include <variant>
 #include <vector>
 
-#include "../ops/deferred_flush.h"
+#include "../ops/deferred_flush/deferred_flush.h"
 #include "layers.h"
 
 namespace muddformer {
