@@ -7,16 +7,16 @@
 #include <cmath>
 #include <utility>
 
-#include "../ops/connection_weights.h"
-#include "../ops/depth_aggregate.h"
-#include "../ops/depth_aggregate_norm.h"
-#include "../ops/depth_aggregation_step.h"
+#include "../ops/connection_weights/connection_weights.h"
+#include "../ops/depth_aggregate/depth_aggregate.h"
+#include "../ops/depth_aggregate_norm/depth_aggregate_norm.h"
+#include "../ops/depth_aggregation_step/depth_aggregation_step.h"
 #include "checks.h"
 #ifdef MUDDFORMER_WITH_CUDA
 #include <c10/core/DeviceGuard.h>
 
-#include "../kernels/aggregate_norm.h"
-#include "../kernels/device.h"
+#include "../kernels/common/device.h"
+#include "../kernels/depth_aggregate_norm/depth_aggregate_norm.h"
 #endif
 
 namespace muddformer {
@@ -148,7 +148,7 @@ std::optional<NormArguments> norm_arguments(const std::vector<Norm>& norms, cons
 // The most tokens that count as decoding.
 constexpr int64_t kStepTokens = 64;
 
-// Whether the aggregation's kernels can norm streams like x, see csrc/kernels/aggregate_norm.h.
+// Whether the aggregation's kernels can norm streams like x, see csrc/kernels/depth_aggregate_norm.
 // Where they cannot, the norms are better left to the modules: the operator would make them of
 // several steps in float32.
 bool has_norm_kernel(const at::Tensor& x, int64_t sources, int64_t ways) {

@@ -14,7 +14,7 @@
 #include <variant>
 #include <vector>
 
-#include "../ops/deferred_flush.h"
+#include "../ops/deferred_flush/deferred_flush.h"
 #include "linear.h"
 #include "norm.h"
 
