@@ -7,4 +7,5 @@
 #include "nn/linear.h"
 #include "nn/mudd_stack.h"
 #include "nn/norm.h"
+#include "nn/options.h"
 #include "nn/plan.h"

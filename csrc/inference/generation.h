@@ -32,7 +32,7 @@ struct GenerateOptions {
 
 /// Continues token sequences. Gradients are not recorded.
 ///
-/// @param model where the parameters are, input_ids must be too.
+/// @param model a causal one; where its parameters are, input_ids must be too.
 /// @param input_ids prompts of one length, int64 or int32 [B, T].
 /// @param on_tokens called with the new tokens [B, 1] of every step as soon as they are known;
 ///   returns false to end the generation with them.

@@ -22,6 +22,9 @@ using Json = nlohmann::json;
 template <class Config, class F>
 void for_each_field(Config& c, F&& f) {
   f("model_type", c.model_type);
+  f("norm", c.norm);
+  f("feed_forward", c.feed_forward);
+  f("causal", c.causal);
   f("vocab_size", c.vocab_size);
   f("block_size", c.block_size);
   f("n_layer", c.n_layer);
@@ -53,6 +56,7 @@ void for_each_field(Config& c, F&& f) {
   f("cap", c.cap);
   f("gelu_approximate", c.gelu_approximate);
   f("flush_interval", c.flush_interval);
+  f("residual_dtype", c.residual_dtype);
 }
 
 // A value as an error shows it; it may come from a file that holds anything.

@@ -24,7 +24,8 @@ class MUDDFORMER_API KVCache {
   /// @param batch_size number of sequences B.
   /// @param length number of tokens that it holds, at most config.block_size.
   /// @param options dtype and device of the model's parameters.
-  /// @throws c10::ValueError naming the argument, what was expected and what came.
+  /// @throws c10::ValueError naming the argument or field, what was expected and what came: a model
+  ///   that is not causal has no cache.
   KVCache(const MUDDFormerConfig& config, int64_t batch_size, int64_t length,
           at::TensorOptions options = {});
   // A copy would share the tensors and not the count of what is in them.

@@ -16,7 +16,7 @@
 namespace muddformer {
 
 NormKind norm_kind(const MUDDFormerConfig& config) {
-  return config.model_type == "muddpythia" ? NormKind::kLayerNorm : NormKind::kRMSNorm;
+  return config.norm == "layer" ? NormKind::kLayerNorm : NormKind::kRMSNorm;
 }
 
 // ---- rotary positions ----
@@ -126,9 +126,9 @@ at::Tensor AttentionImpl::forward(const at::Tensor& xq, const at::Tensor& xk, co
   k = apply_rotary(k, rotary).transpose(1, 2);
   v = v.transpose(1, 2);
   if (cache != nullptr) std::tie(k, v) = cache->update(index_, k, v);
-  const bool causal = !mask.defined();
+  const auto seen = mask.defined() ? std::optional(mask) : std::nullopt;
   const at::Tensor y = at::scaled_dot_product_attention(
-      q, k, v, causal ? std::nullopt : std::optional(mask), /*dropout_p=*/0.0, causal,
+      q, k, v, seen, /*dropout_p=*/0.0, /*is_causal=*/!seen && config_.causal,
       /*scale=*/std::nullopt, /*enable_gqa=*/*config_.n_kv_heads != config_.n_head);
   return wo->forward(y.transpose(1, 2).flatten(-2));
 }
@@ -150,7 +150,7 @@ void FeedForwardImpl::reset() {
   };
   w1 = linear("w1", config_.dim, width_);
   w2 = linear("w2", width_, config_.dim);
-  if (config_.model_type == "muddformer") w3 = linear("w3", config_.dim, width_);
+  if (config_.feed_forward == "swiglu") w3 = linear("w3", config_.dim, width_);
 }
 
 void FeedForwardImpl::reset_parameters() {

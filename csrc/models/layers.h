@@ -1,4 +1,4 @@
-// The blocks of both families: attention with rotary positions, feed-forward networks.
+// The blocks of all families: attention with rotary positions, feed-forward networks.
 //
 // B, T: batch and sequence length; D: model width; H: heads; E: width of a head. The
 // conventions of modules are those of nn/linear.h.
@@ -19,8 +19,7 @@
 
 namespace muddformer {
 
-/// The kind of a family's norms over the model width: RMSNorm (muddformer), LayerNorm
-/// (muddpythia).
+/// The kind of the norms over the model width, config.norm of a checked() configuration.
 MUDDFORMER_API NormKind norm_kind(const MUDDFormerConfig& config);
 
 /// Cosines and sines of T positions, float32 [T, rotary_dim / 2] each.
@@ -62,7 +61,7 @@ TORCH_MODULE(RotaryEmbedding);
 /// @return [B, T, H, E] in the dtype of x; computed in float32 (float64 for float64).
 MUDDFORMER_API at::Tensor apply_rotary(const at::Tensor& x, const Rotary& rotary);
 
-/// Causal self-attention whose queries, keys and values may come from different streams.
+/// Self-attention whose queries, keys and values may come from different streams.
 class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
  public:
   /// @param index number of the block from 0, the place of its keys and values in a cache.
@@ -72,12 +71,12 @@ class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> 
   void reset() override;
   void reset_parameters();
 
-  /// Attends to this and earlier positions.
+  /// Attends to this and earlier positions, without config.causal to all.
   ///
   /// @param xq, xk, xv normed streams [B, T, D]; they may be one tensor.
   /// @param rotary of the T positions.
-  /// @param mask bool [T, length of the cache], true where a query sees a key. Undefined: causal
-  ///   among the T.
+  /// @param mask bool [T, length of the cache], true where a query sees a key. Undefined: among
+  ///   the T, causal with config.causal.
   /// @param cache keys and values of earlier positions, or null.
   /// @return [B, T, D].
   at::Tensor forward(const at::Tensor& xq, const at::Tensor& xk, const at::Tensor& xv,
@@ -94,7 +93,7 @@ class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> 
 };
 TORCH_MODULE(Attention);
 
-/// SwiGLU, `w2(silu(w1 x) * w3 x)` (muddformer), or `w2(gelu(w1 x))` (muddpythia).
+/// config.feed_forward: SwiGLU, `w2(silu(w1 x) * w3 x)`, or GELU, `w2(gelu(w1 x))`.
 class MUDDFORMER_API FeedForwardImpl : public torch::nn::Cloneable<FeedForwardImpl> {
  public:
   /// @param width hidden width.
@@ -106,7 +105,7 @@ class MUDDFORMER_API FeedForwardImpl : public torch::nn::Cloneable<FeedForwardIm
   at::Tensor forward(const at::Tensor& x);
 
   Linear w1{nullptr}, w2{nullptr};
-  /// Empty for muddpythia.
+  /// Of SwiGLU alone.
   Linear w3{nullptr};
 
  private:

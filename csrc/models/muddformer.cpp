@@ -10,27 +10,6 @@ namespace muddformer {
 
 namespace {
 
-MUDDStackOptions connections_of(const MUDDFormerConfig& c) {
-  MUDDStackOptions o;
-  o.dim = c.dim;
-  o.multiway = c.dense && c.multiway;
-  o.dense = c.dense;
-  o.ways = c.ways;
-  o.dynamic = c.dynamic;
-  o.source_stride = c.source_stride;
-  o.block_stride = c.block_stride;
-  o.window = c.window;
-  o.pre_norm = c.pre_norm;
-  o.post_norm = c.post_norm;
-  o.expand_last = c.expand_last;
-  o.round64 = c.round64;
-  o.eps = *c.norm_eps;
-  o.gelu_approximate = c.gelu_approximate;
-  o.cap = c.cap;
-  o.flush_interval = c.flush_interval;
-  return o;
-}
-
 void check_ids(const char* name, const at::Tensor& ids, at::Device device) {
   TORCH_CHECK_TYPE(ids.defined(), name, " must be a tensor, got an undefined one");
   TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, name,
@@ -46,7 +25,7 @@ MUDDFormerImpl::MUDDFormerImpl(const MUDDFormerConfig& given, at::TensorOptions 
                                bool initialize)
     : Cloneable("muddformer::MUDDFormer"),
       config(given.checked()),
-      connections(connections_of(config), config.n_layer, options),
+      connections(config.connections(), config.dim, config.n_layer, *config.norm_eps, options),
       options_(options) {
   const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
   TORCH_CHECK_TYPE(

@@ -1,4 +1,4 @@
-// The language model of both families, with MUDD connections or without.
+// The language model of all families, with MUDD connections or without.
 #pragma once
 
 #include <torch/nn/modules/common.h>
@@ -15,7 +15,8 @@ namespace muddformer {
 
 class MUDDFormer;
 
-/// MUDDFormer or MUDDPythia (config.model_type), or its plain twin (config.dense = false).
+/// MUDDFormer, MUDDPythia or another family (config.model_type), or its plain twin (config.dense =
+/// false).
 ///
 /// `X_0 = Embedding(ids)`, the blocks with MUDD connections, final norm, linear head. Parameters
 /// have the names of the public release and of the Python model: what named_parameters() lists is

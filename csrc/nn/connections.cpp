@@ -30,13 +30,16 @@ void PriorsImpl::pretty_print(std::ostream& stream) const {
   stream << ')';
 }
 
-Connections::Connections(MUDDStackOptions given, int64_t layers, at::TensorOptions tensor_options)
-    : options(std::move(given)), layers_(layers), tensor_options_(tensor_options) {
+Connections::Connections(const ConnectionOptions& given, int64_t dim, int64_t layers, double eps,
+                         at::TensorOptions tensor_options)
+    : options(given.checked()),
+      dim_(dim),
+      layers_(layers),
+      eps_(eps),
+      tensor_options_(tensor_options) {
+  check_integer("dim", dim_);
+  check_real("eps", eps_, 0.0, 1.0);
   joins_.assign(static_cast<size_t>(layers_) + 1, false);
-  options.ways = check_ways(options.ways);
-  TORCH_CHECK_VALUE(!options.dense || options.multiway || options.ways == kWays,
-                    "ways must be 'qkvr' with multiway = false, got '", options.ways, "'");
-  check_flush_interval(options.flush_interval, options.window);
   if (!options.dense) return;
   const bool last = options.ways.find('r') != std::string::npos;
   plan =
@@ -67,27 +70,19 @@ bool Connections::defers(at::TensorList older) const {
 }
 
 void Connections::reset(torch::nn::Module& owner) {
+  using Ways = std::variant<std::string, int64_t>;
   torch::nn::ModuleList aggregations;
   std::vector<std::vector<int64_t>> shapes;
   std::set<int64_t> joining;
   for (const auto& [i, sources] : plan) {
-    DepthAggregationOptions o;
-    o.dim = options.dim;
-    o.sources = static_cast<int64_t>(sources.size());
-    o.dynamic = options.dynamic;
-    o.round64 = options.round64;
-    o.pre_norm = options.pre_norm;
-    o.post_norm = options.post_norm;
-    o.eps = options.eps;
-    o.gelu_approximate = options.gelu_approximate;
-    o.cap = options.cap;
-    o.prior = false;
-    if (i == layers_ && options.expand_last) o.expand = 4;
-    if (i == layers_ || !options.multiway) {
-      o.ways = int64_t{1};
-    } else {
-      o.ways = options.ways;
-    }
+    const bool single = i == layers_ || !options.multiway;
+    const DepthAggregationOptions o{.dim = dim_,
+                                    .sources = static_cast<int64_t>(sources.size()),
+                                    .ways = single ? Ways(int64_t{1}) : Ways(options.ways),
+                                    .expand = i == layers_ && options.expand_last ? 4 : 1,
+                                    .prior = false,
+                                    .eps = eps_,
+                                    .connections = options};
     const DepthAggregation da(o, tensor_options_, /*initialize=*/false);
     aggregations->push_back(da);
     shapes.push_back({da->num_ways(), o.sources});
@@ -103,8 +98,8 @@ void Connections::reset(torch::nn::Module& owner) {
   std::vector<int64_t> normed;
   if (options.pre_norm) normed.assign(joining.begin(), joining.end());
   source_norms = owner.register_module(
-      "source_norms", Norms(normed, options.dim, options.eps, NormKind::kRMSNorm, 1.0,
-                            tensor_options_, /*initialize=*/false));
+      "source_norms",
+      Norms(normed, dim_, eps_, NormKind::kRMSNorm, 1.0, tensor_options_, /*initialize=*/false));
 }
 
 void Connections::reset_parameters() {
@@ -144,8 +139,8 @@ std::vector<int64_t> versions(at::TensorList tensors) {
 at::Tensor Connections::run(const at::Tensor& x0,
                             c10::function_ref<at::Tensor(int64_t, at::TensorList, bool)> block,
                             c10::function_ref<std::vector<Norm>(int64_t)> stream_norms) const {
-  TORCH_CHECK_VALUE(plan.empty() || (x0.dim() >= 1 && x0.size(-1) == options.dim),
-                    "x must have shape [..., dim] with dim = ", options.dim, ", got ", x0.sizes());
+  TORCH_CHECK_VALUE(plan.empty() || (x0.dim() >= 1 && x0.size(-1) == dim_),
+                    "x must have shape [..., dim] with dim = ", dim_, ", got ", x0.sizes());
   std::vector<at::Tensor> history(joins_.size()), streams = {x0};
   std::map<int64_t, Deferral> deferrals;
   bool normed = false;

@@ -15,36 +15,6 @@
 
 namespace muddformer {
 
-/// Which connections a stack of blocks has; see MUDDFormerConfig and DepthAggregationOptions.
-struct MUDDStackOptions {
-  /// Model width D.
-  int64_t dim = 0;
-  /// The blocks are called with four streams (xq, xk, xv, xr), each with its own aggregate. false:
-  /// they are called with one stream x.
-  bool multiway = false;
-  /// false: no connections at all.
-  bool dense = true;
-  /// With multiway: the ways that are aggregated, a part of "qkvr"; one left out takes the newest
-  /// hidden state. Without "r" nothing is aggregated after the last block.
-  std::string ways = "qkvr";
-  bool dynamic = true;
-  /// Which hidden states are mixed where, see aggregation_plan().
-  int64_t source_stride = 1;
-  int64_t block_stride = 1;
-  std::optional<int64_t> window = std::nullopt;
-  bool pre_norm = false;
-  std::string post_norm = "none";
-  /// The last generator has a hidden layer four times as wide.
-  bool expand_last = true;
-  bool round64 = true;
-  double eps = 1e-6;
-  std::string gelu_approximate = "none";
-  std::optional<double> cap = std::nullopt;
-  /// Aggregations that add to the gradients of older hidden states together, see flush_groups().
-  /// Left out: on CUDA in bfloat16 and float16 the groups that move the fewest bytes; 1: none.
-  std::optional<int64_t> flush_interval = std::nullopt;
-};
-
 /// The priors [C, S] of all aggregations, as parameters "0", "1", ...
 class MUDDFORMER_API PriorsImpl : public torch::nn::Cloneable<PriorsImpl> {
  public:
@@ -70,8 +40,13 @@ TORCH_MODULE(Priors);
 /// aggregations; PreDANorm adds `source_norms.j.weight` for hidden states that join without one.
 class MUDDFORMER_API Connections {
  public:
+  /// @param dim model width D.
+  /// @param layers number of blocks L.
+  /// @param eps added to the mean square in the norms.
+  /// @param tensor_options dtype and device of the parameters.
   /// @throws c10::ValueError naming the option, what was expected and what came.
-  Connections(MUDDStackOptions options, int64_t layers, at::TensorOptions tensor_options);
+  Connections(const ConnectionOptions& options, int64_t dim, int64_t layers, double eps,
+              at::TensorOptions tensor_options);
 
   /// Makes the parts anew, without values, and registers them as submodules of `owner`.
   void reset(torch::nn::Module& owner);
@@ -95,7 +70,7 @@ class MUDDFORMER_API Connections {
                  c10::function_ref<at::Tensor(int64_t, at::TensorList, bool)> block,
                  c10::function_ref<std::vector<Norm>(int64_t)> stream_norms) const;
 
-  MUDDStackOptions options;
+  ConnectionOptions options;
   /// Which hidden states each aggregation mixes, see aggregation_plan().
   std::map<int64_t, std::vector<int64_t>> plan;
   Priors dense_bs{nullptr};
@@ -104,7 +79,8 @@ class MUDDFORMER_API Connections {
   Norms source_norms{nullptr};
 
  private:
-  int64_t layers_ = 0;
+  int64_t dim_, layers_;
+  double eps_;
   at::TensorOptions tensor_options_;
   // Whether X_j joins the history by itself, not as the newest of an aggregation.
   std::vector<bool> joins_;

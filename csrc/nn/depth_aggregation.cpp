@@ -35,10 +35,8 @@ DepthAggregationImpl::DepthAggregationImpl(DepthAggregationOptions given,
     check_integer("ways", std::get<int64_t>(options.ways), kLargestCount);
   }
   check_integer("expand", options.expand, kLargestCount);
-  check_post_norm(options.post_norm);
   check_real("eps", options.eps, 0.0, 1.0);
-  check_gelu_approximate(options.gelu_approximate);
-  if (options.cap) check_real("cap", *options.cap);
+  options.connections = options.connections.checked();
   reset();
   if (initialize) reset_parameters();
 }
@@ -57,22 +55,22 @@ void DepthAggregationImpl::reset() {
   if (options.prior) {
     prior = register_parameter("prior", at::empty({ways, options.sources}, tensor_options_));
   }
-  if (options.dynamic) {
+  if (options.connections.dynamic) {
     int64_t width = weights * options.expand;
-    if (options.round64) width = (width / 64 + 1) * 64;
+    if (options.connections.round64) width = (width / 64 + 1) * 64;
     const double std = std::pow(static_cast<double>(dim), -0.5);
     w1 = register_module("w1", Linear(dim, width, false, std, tensor_options_, false));
     w2 = register_module("w2", Linear(width, weights, false, 0.0, tensor_options_, false));
-    if (options.pre_norm) generator_norm = norm("norm");
+    if (options.connections.pre_norm) generator_norm = norm("norm");
   }
-  if (options.pre_norm) pre_norm = norm("pre_norm");
-  if (options.post_norm != "none") {
+  if (options.connections.pre_norm) pre_norm = norm("pre_norm");
+  if (options.connections.post_norm != "none") {
     const auto* letters = std::get_if<std::string>(&options.ways);
     std::vector<int64_t> normed;
     for (int64_t way = 0; way < ways; ++way) {
       const bool residual =
           letters != nullptr ? (*letters)[static_cast<size_t>(way)] == 'r' : way == ways - 1;
-      if (residual || options.post_norm == "all") normed.push_back(way);
+      if (residual || options.connections.post_norm == "all") normed.push_back(way);
     }
     post_norms = register_module("post_norms", Norms(normed, dim, options.eps, NormKind::kRMSNorm,
                                                      1e-3, tensor_options_, false));
@@ -81,7 +79,7 @@ void DepthAggregationImpl::reset() {
 
 void DepthAggregationImpl::reset_parameters() {
   const at::NoGradGuard no_grad;
-  if (options.dynamic) {
+  if (options.connections.dynamic) {
     w1->reset_parameters();
     w2->weight.zero_();
   }
@@ -95,9 +93,9 @@ void DepthAggregationImpl::reset_parameters() {
 void DepthAggregationImpl::reset_prior(at::Tensor tensor) const {
   const at::NoGradGuard no_grad;
   tensor.zero_();
-  if (options.post_norm != "none") return;
+  if (options.connections.post_norm != "none") return;
   // The bounded weight, not the prior, has to be one; a cap of at most 1 cannot reach it.
-  const double cap = options.cap.value_or(0);
+  const double cap = options.connections.cap.value_or(0);
   tensor.select(1, options.sources - 1).fill_(cap > 1 ? cap * std::atanh(1 / cap) : 1.0);
 }
 
@@ -220,7 +218,7 @@ DepthAggregationImpl::Mixed DepthAggregationImpl::mix(at::TensorList hiddens, co
   auto [mixed, handed_on] = depth_aggregate_chained(sources, weights, deferral);
   if (!pre_norm) newest = handed_on.back();
   for (size_t way = 0; way < mixed.size(); ++way) {
-    if (options.post_norm != "none") {
+    if (options.connections.post_norm != "none") {
       Norm norm = post_norms->at(static_cast<int64_t>(way));
       mixed[way] = newest + (norm ? norm->forward(mixed[way]) : mixed[way]);
     }
@@ -235,16 +233,17 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
     const Deferral& deferral) {
   const std::optional<NormArguments> arguments = norm_arguments(norms, hiddens.back());
   if (!arguments) return std::nullopt;
-  const bool post = options.post_norm != "none";
+  const bool post = options.connections.post_norm != "none";
   if (!at::GradMode::is_enabled() && !pre_norm && !post &&
       hiddens.back().numel() <= kStepTokens * options.dim) {
     const auto matrix = [&](const Linear& linear) {
-      return options.dynamic ? std::optional<at::Tensor>(linear->weight) : std::nullopt;
+      return options.connections.dynamic ? std::optional<at::Tensor>(linear->weight) : std::nullopt;
     };
     std::vector<at::Tensor> sources = autocast_once(hiddens);
     std::vector<at::Tensor> streams = depth_aggregation_step(
-        sources, matrix(w1), matrix(w2), a, std::nullopt, options.eps, options.gelu_approximate,
-        options.cap, arguments->weights, arguments->biases, arguments->kind, arguments->eps);
+        sources, matrix(w1), matrix(w2), a, std::nullopt, options.eps,
+        options.connections.gelu_approximate, options.connections.cap, arguments->weights,
+        arguments->biases, arguments->kind, arguments->eps);
     at::Tensor newest = sources.back();
     return Mixed{std::move(streams), std::move(sources), std::move(newest)};
   }
@@ -281,12 +280,15 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
 
 std::tuple<at::Tensor, at::Tensor> DepthAggregationImpl::connection_weights_of(
     const at::Tensor& x, const at::Tensor& a) {
-  if (options.dynamic) {
+  if (options.connections.dynamic) {
     const auto scale = generator_norm ? std::optional(generator_norm->weight) : std::nullopt;
     return connection_weights_chained(x, w1->weight, w2->weight, a, scale, options.eps,
-                                      options.gelu_approximate, options.cap);
+                                      options.connections.gelu_approximate,
+                                      options.connections.cap);
   }
-  const at::Tensor bounded = options.cap ? at::tanh(a / *options.cap) * *options.cap : a;
+  const at::Tensor bounded = options.connections.cap
+                                 ? at::tanh(a / *options.connections.cap) * *options.connections.cap
+                                 : a;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end() - 1);
   shape.insert(shape.end(), a.sizes().begin(), a.sizes().end());
   return {bounded.to(x.scalar_type()).expand(shape), x};
@@ -296,9 +298,11 @@ void DepthAggregationImpl::pretty_print(std::ostream& stream) const {
   stream << "muddformer::DepthAggregation(" << options.dim << ", sources=" << options.sources
          << ", ways=";
   std::visit([&](const auto& ways) { stream << ways; }, options.ways);
-  stream << ", dynamic=" << (options.dynamic ? "true" : "false") << ", eps=" << options.eps;
-  if (options.dynamic) stream << ", gelu_approximate=" << options.gelu_approximate;
-  if (options.cap) stream << ", cap=" << *options.cap;
+  stream << ", dynamic=" << (options.connections.dynamic ? "true" : "false")
+         << ", eps=" << options.eps;
+  if (options.connections.dynamic)
+    stream << ", gelu_approximate=" << options.connections.gelu_approximate;
+  if (options.connections.cap) stream << ", cap=" << *options.connections.cap;
   stream << ')';
 }
 

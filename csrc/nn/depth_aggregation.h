@@ -17,6 +17,7 @@
 #include "../ops/deferred_flush/deferred_flush.h"
 #include "linear.h"
 #include "norm.h"
+#include "options.h"
 
 namespace muddformer {
 
@@ -28,26 +29,15 @@ struct DepthAggregationOptions {
   /// A part of "qkvr": four streams are returned, one left out being the newest hidden state. Or a
   /// number C: C streams are returned, the last one counting as the residual way.
   std::variant<std::string, int64_t> ways = "qkvr";
-  /// false: the prior alone, the same for every token.
-  bool dynamic = true;
   /// Factor of the generator's hidden width K = C * S * expand.
   int64_t expand = 1;
-  /// K goes up to the next multiple of 64 (an exact multiple too).
-  bool round64 = false;
-  /// PreDANorm: the newest hidden state passes an RMSNorm before it is mixed (and the generator's
-  /// norm has a weight). The others are expected as an earlier layer returned them.
-  bool pre_norm = false;
-  /// PostDANorm: `Y_c = X_i + sum_j ...` with an RMSNorm of the sum of the residual way
-  /// ("residual") or of every way ("all"). "none": no norm and no addition.
-  std::string post_norm = "none";
-  /// Added to the mean square in the norms.
-  double eps = 1e-6;
-  /// "none" (erf form) or "tanh".
-  std::string gelu_approximate = "none";
-  /// Soft bound of the weights, cap * tanh(A / cap). Left out: no bound.
-  std::optional<double> cap = std::nullopt;
   /// false: the module has no prior of its own; every call gets one.
   bool prior = true;
+  /// Added to the mean square in the norms.
+  double eps = 1e-6;
+  /// How they are mixed: dynamic, pre_norm, post_norm, round64, cap and gelu_approximate (with
+  /// pre_norm the older hidden states are expected as an earlier layer returned them).
+  ConnectionOptions connections = {.round64 = false};
 };
 
 /// Depth-wise aggregation DA_i: mixes the hidden states of all layers so far, with weights made

@@ -5,11 +5,12 @@
 
 namespace muddformer {
 
-MUDDStackImpl::MUDDStackImpl(torch::nn::Sequential blocks, MUDDStackOptions options,
+MUDDStackImpl::MUDDStackImpl(torch::nn::Sequential blocks, int64_t dim,
+                             const ConnectionOptions& options, double eps,
                              at::TensorOptions tensor_options, bool initialize)
     : Cloneable("muddformer::MUDDStack"),
       layers(std::move(blocks)),
-      connections(std::move(options), static_cast<int64_t>(layers->size()), tensor_options) {
+      connections(options, dim, static_cast<int64_t>(layers->size()), eps, tensor_options) {
   reset();
   if (initialize) reset_parameters();
 }

@@ -16,7 +16,7 @@ namespace muddformer {
 /// what the blocks alone compute (but for a pre-norm without post-norm, and a cap of at most 1).
 ///
 ///     torch::nn::Sequential blocks(MyBlock(64), MyBlock(64), MyBlock(64));
-///     muddformer::MUDDStack stack(blocks, muddformer::MUDDStackOptions{.dim = 64});
+///     muddformer::MUDDStack stack(blocks, 64);
 ///     at::Tensor y = stack->forward(x);
 ///
 /// forward() is a template, so a stack is called by name and not put into a Sequential. Python's
@@ -26,9 +26,12 @@ class MUDDFORMER_API MUDDStackImpl : public torch::nn::Cloneable<MUDDStackImpl> 
   /// @param blocks each one's forward takes one stream x, or with multiway four (xq, xk, xv, xr),
   ///   and what else MUDDStackImpl::forward() is given; it returns one tensor of the shape of x.
   ///   The stack holds these very modules, as submodules `layers.i`.
+  /// @param dim model width D.
+  /// @param eps added to the mean square in the norms.
+  /// @param tensor_options dtype and device of the connections' parameters.
   /// @throws c10::ValueError naming the option, what was expected and what came.
-  MUDDStackImpl(torch::nn::Sequential blocks, MUDDStackOptions options,
-                at::TensorOptions tensor_options = {}, bool initialize = true);
+  MUDDStackImpl(torch::nn::Sequential blocks, int64_t dim, const ConnectionOptions& options = {},
+                double eps = 1e-6, at::TensorOptions tensor_options = {}, bool initialize = true);
   void reset() override;
   /// Gives the connections their initial values; those of the blocks stay.
   void reset_parameters() { connections.reset_parameters(); }

@@ -23,7 +23,8 @@ TEST(DepthAggregation, EqualsTheNaiveOne) {
   torch::manual_seed(0);
   using Ways = std::variant<std::string, int64_t>;
   for (const Ways& ways : {Ways("qkvr"), Ways("qr"), Ways("v"), Ways(int64_t{3})}) {
-    DepthAggregation da(DepthAggregationOptions{.dim = 6, .sources = 3, .ways = ways, .cap = 2.0});
+    DepthAggregation da(
+        DepthAggregationOptions{.dim = 6, .sources = 3, .ways = ways, .connections = {.cap = 2.0}});
     scramble(*da);
     std::vector<Tensor> hiddens;
     for (int j = 0; j < 3; ++j) hiddens.push_back(torch::randn({2, 5, 6}));
@@ -46,8 +47,8 @@ TEST(DepthAggregation, FreshPassesTheNewestOn) {
   torch::manual_seed(0);
   for (const std::optional<double> cap : {std::optional<double>(), std::optional(1.5)}) {
     for (const char* post_norm : {"none", "all"}) {
-      DepthAggregation da(
-          DepthAggregationOptions{.dim = 6, .sources = 2, .post_norm = post_norm, .cap = cap});
+      DepthAggregation da(DepthAggregationOptions{
+          .dim = 6, .sources = 2, .connections = {.post_norm = post_norm, .cap = cap}});
       const std::vector<Tensor> hiddens = {torch::randn({5, 6}), torch::randn({5, 6})};
       for (const Tensor& stream : da->forward(hiddens).first) {
         EXPECT_TRUE(at::allclose(stream, hiddens[1], 1e-6, 1e-6));
@@ -70,7 +71,7 @@ TEST(DepthAggregationErrors, NameTheOption) {
   expect_error([] { DepthAggregation(DA{.sources = 2}); }, "dim must be from 1");
   expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .ways = int64_t{0}}); },
                "ways must be from 1");
-  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .cap = 0}); },
+  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .connections = {.cap = 0}}); },
                "cap must be more than 0 and finite, got 0");
   expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2})->forward({torch::ones(4)}); },
                "hiddens must be 2 tensors, got 1");

@@ -39,12 +39,11 @@ struct MixerImpl : torch::nn::Cloneable<MixerImpl> {
 TORCH_MODULE(Mixer);
 
 template <class Block>
-MUDDStack stack_of(MUDDStackOptions options = {}) {
-  options.dim = 8;
+MUDDStack stack_of(ConnectionOptions options = {}, double eps = 1e-6) {
   options.multiway = std::is_same_v<Block, Mixer>;
   torch::nn::Sequential blocks;
   for (int i = 0; i < 4; ++i) blocks->push_back(Block(8));
-  return MUDDStack(blocks, options);
+  return MUDDStack(blocks, 8, options, eps);
 }
 
 void scramble(torch::nn::Module& module) {
@@ -60,7 +59,7 @@ TYPED_TEST_SUITE(MUDDStackOf, Blocks);
 TYPED_TEST(MUDDStackOf, FreshEqualsItsBlocks) {
   torch::manual_seed(0);
   for (const bool normed : {false, true}) {
-    MUDDStackOptions options;
+    ConnectionOptions options;
     if (normed) {
       options.pre_norm = true;
       options.post_norm = "all";
@@ -112,7 +111,7 @@ TYPED_TEST(MUDDStackOf, EqualsTheNaiveLoop) {
 
 TYPED_TEST(MUDDStackOf, ClonesAndKeepsTheOriginal) {
   torch::manual_seed(0);
-  MUDDStackOptions options;
+  ConnectionOptions options;
   options.pre_norm = true;
   options.post_norm = "residual";
   options.block_stride = 2;
@@ -129,7 +128,7 @@ TYPED_TEST(MUDDStackOf, ClonesAndKeepsTheOriginal) {
 TEST(MUDDStack, HoldsTheVeryBlocksUnderTheReleasesNames) {
   const MLP block(8);
   torch::nn::Sequential blocks(block);
-  const MUDDStack stack(blocks, MUDDStackOptions{.dim = 8, .pre_norm = true});
+  const MUDDStack stack(blocks, 8, ConnectionOptions{.pre_norm = true});
   EXPECT_EQ(stack->layers->children()[0].get(), block.ptr().get());
   const auto p = stack->named_parameters();
   for (const char* name : {"layers.0.linear.weight", "dense_bs.0", "dynamic_dense.0.w1.weight",
@@ -148,7 +147,7 @@ TEST(MUDDStack, PassesArgumentsOnAndTakesAnyLeadingShape) {
   for (const auto& shape : shapes) {
     EXPECT_EQ(stack->forward(torch::randn(shape)).sizes(), at::IntArrayRef(shape));
   }
-  MUDDStack empty(torch::nn::Sequential(), MUDDStackOptions{.dim = 8});
+  MUDDStack empty(torch::nn::Sequential(), 8);
   EXPECT_TRUE(at::equal(empty->forward(x), x));
   MUDDStack plain = stack_of<MLP>({.dense = false});
   EXPECT_TRUE(plain->connection_parameters().empty());
@@ -156,7 +155,7 @@ TEST(MUDDStack, PassesArgumentsOnAndTakesAnyLeadingShape) {
 
 TEST(MUDDStackErrors, NameTheWidth) {
   torch::nn::Sequential blocks(torch::nn::Linear(8, 8), torch::nn::Linear(8, 4));
-  MUDDStack stack(blocks, MUDDStackOptions{.dim = 8});
+  MUDDStack stack(blocks, 8);
   EXPECT_THROW(stack->forward(torch::randn({2, 7})), c10::ValueError);
   EXPECT_THROW(stack->forward(torch::randn({2, 8})), c10::ValueError);
 }
@@ -176,15 +175,21 @@ TEST(MUDDStackErrors, NameWhatIsWrong) {
           << error.what_without_backtrace();
     }
   };
-  expect_error([] { stack_of<MLP>({.ways = "qk"}); }, "ways must be 'qkvr' with multiway = false");
+  expect_error([] { stack_of<MLP>({.ways = "qk"}); }, "ways must be 'qkvr' with multiway=false");
   expect_error([] { stack_of<MLP>({.window = 0}); }, "window must be from 1");
   expect_error([] { stack_of<MLP>({.source_stride = 0}); }, "source_stride must be from 1");
+  expect_error([] { stack_of<MLP>({.post_norm = "both"}); }, "post_norm must be one of 'none', ");
+  expect_error([] { stack_of<MLP>({.residual_dtype = "half"}); },
+               "residual_dtype must be one of 'autocast', 'float32', got 'half'");
+  expect_error([] { stack_of<MLP>({.window = 2, .flush_interval = 2}); },
+               "flush_interval must be left out or 1 with a window");
+  expect_error([] { MUDDStack(torch::nn::Sequential(), 0); }, "dim must be from 1");
   expect_error([] { stack_of<Mixer>({.ways = "qq"}); }, "ways must be a part of 'qkvr'");
-  expect_error([] { stack_of<MLP>({.eps = -1}); }, "eps must be more than 0 and at most 1, got -1");
+  expect_error([] { stack_of<MLP>({}, -1); }, "eps must be more than 0 and at most 1, got -1");
   expect_error(
       [] {
         const torch::NoGradGuard no_grad;
-        MUDDStack stack(torch::nn::Sequential(InPlace(), InPlace()), MUDDStackOptions{.dim = 8});
+        MUDDStack stack(torch::nn::Sequential(InPlace(), InPlace()), 8);
         stack->forward(torch::randn({2, 8}));
       },
       "block 0 changes its input in place");

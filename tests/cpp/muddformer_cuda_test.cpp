@@ -211,12 +211,13 @@ TEST_P(CudaLayers, FusedNormsEqualNormsAfterwards) {
     for (const int64_t tokens : {1, 7, 200}) {
       torch::manual_seed(2);
       const at::TensorOptions options = at::TensorOptions(dtype).device(at::kCUDA);
-      DepthAggregation layer(DepthAggregationOptions{.dim = dim,
-                                                     .sources = sources,
-                                                     .ways = std::string(c.ways),
-                                                     .pre_norm = c.pre_norm,
-                                                     .post_norm = c.post_norm},
-                             options);
+      DepthAggregation layer(
+          DepthAggregationOptions{
+              .dim = dim,
+              .sources = sources,
+              .ways = std::string(c.ways),
+              .connections = {.pre_norm = c.pre_norm, .post_norm = c.post_norm, .round64 = false}},
+          options);
       std::vector<Norm> norms;
       for (int way = 0; way < 3; ++way) norms.emplace_back(dim, 1e-6, c.kind, 1.0, options);
       norms.emplace_back(nullptr);

@@ -241,6 +241,36 @@ TEST(MUDDFormerErrors, NameTheArgument) {
                                 "layers.1.attention_norms differ, so this model has no plain twin");
 }
 
+TEST(MUDDFormer, CausalOrNot) {
+  MUDDFormerConfig c = small();
+  const Tensor ids = some_ids();
+  Tensor changed = ids.clone();
+  changed.slice(1, 8).fill_(0);
+  const auto first = [](MUDDFormer& model, const Tensor& ids) {
+    return model->forward(ids).slice(1, 0, 8);
+  };
+  MUDDFormer causal = scrambled(c);
+  EXPECT_TRUE(at::equal(first(causal, ids), first(causal, changed)));
+  c.causal = false;
+  MUDDFormer model = scrambled(c);
+  EXPECT_FALSE(at::allclose(first(model, ids), first(model, changed)));
+  expect_error<c10::ValueError>([&] { KVCache(model->config, 2, 8); },
+                                "causal must be true for a KVCache and for generation");
+  expect_error<c10::ValueError>([&] { generate(model, ids, {.max_new_tokens = 1}); },
+                                "causal must be true for a KVCache and for generation");
+}
+
+TEST(MUDDFormer, PartsBesideTheFamily) {
+  MUDDFormerConfig c = samples::variant("pythia");
+  c.norm = "rms";
+  c.feed_forward = "swiglu";
+  MUDDFormer model = scrambled(c);
+  const auto p = model->named_parameters();
+  EXPECT_TRUE(p.contains("layers.0.feed_forward.w3.bias"));
+  EXPECT_FALSE(p.contains("norm.bias"));
+  EXPECT_NO_THROW(model->forward(some_ids(), some_ids()).backward());
+}
+
 TEST(KVCacheErrors, NameTheArgument) {
   MUDDFormer model(small());
   const Tensor ids = some_ids();
