@@ -84,7 +84,6 @@ void check_combinations(const MUDDFormerConfig& c) {
   }
 }
 
-// The fields as they are, whether there are connections or not.
 ConnectionOptions options_of(const MUDDFormerConfig& c) {
   return {.dense = c.dense,
           .dynamic = c.dynamic,
@@ -118,8 +117,9 @@ MUDDFormerConfig MUDDFormerConfig::checked() const {
 }
 
 ConnectionOptions MUDDFormerConfig::connections() const {
-  if (dense) return options_of(*this).checked();
-  return {.dense = false, .residual_dtype = residual_dtype};
+  ConnectionOptions options = options_of(*this);
+  options.multiway = dense && multiway;
+  return options.checked();
 }
 
 int64_t MUDDFormerConfig::rotary_dim() const {

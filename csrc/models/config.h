@@ -63,7 +63,10 @@ struct MUDDFormerConfig {
   bool tie_word_embeddings = false;
   /// Standard deviation of fresh weight matrices and embeddings.
   double initializer_range = 0.02;
-  /// false for the plain Transformer; the fields below then have no effect.
+  /// q, k and v have a norm each (blocks that receive distinct streams only).
+  bool separate_norms = true;
+
+  /// false for the plain Transformer; of the fields below residual_dtype alone has an effect then.
   bool dense = true;
   /// Connection weights depend on the token; false for the static prior alone.
   bool dynamic = true;
@@ -71,8 +74,6 @@ struct MUDDFormerConfig {
   bool multiway = true;
   /// The ways that are aggregated, a part of "qkvr"; a way left out takes the newest hidden state.
   std::string ways = "qkvr";
-  /// q, k and v have a norm each (blocks that receive distinct streams only).
-  bool separate_norms = true;
   /// k of "k x p": every k-th hidden state is a source (with the first and the newest).
   int64_t source_stride = 1;
   /// p of "k x p": an aggregation after every p-th block and after the last.
@@ -110,7 +111,7 @@ struct MUDDFormerConfig {
   /// @throws c10::ValueError naming the field, what was expected and what came.
   MUDDFORMER_API MUDDFormerConfig checked() const;
 
-  /// The fields from `dense` on as a stack of blocks takes them; of a plain model, none.
+  /// The fields from `dense` on as a stack of blocks takes them, a plain one with a single stream.
   MUDDFORMER_API ConnectionOptions connections() const;
 
   /// Width of one head. The derived values are those of a checked() configuration.
@@ -133,7 +134,7 @@ struct MUDDFormerConfig {
   /// write it; fields left out take their defaults.
   ///
   /// @throws c10::ValueError, c10::TypeError for text that is no JSON object or has a key twice, an
-  /// unknown field or a wrong value.
+  ///   unknown field or a wrong value.
   MUDDFORMER_API static MUDDFormerConfig from_json(std::string_view text);
 
   /// The checked configuration in a JSON object with the keys of the public release.
@@ -143,7 +144,7 @@ struct MUDDFormerConfig {
   /// use_parallel_residual and use_linear_bias is there.
   ///
   /// @throws c10::ValueError, c10::TypeError for an unknown key, or a value that is wrong or not
-  /// supported here.
+  ///   supported here.
   MUDDFORMER_API static MUDDFormerConfig from_official_json(std::string_view text);
 
   /// Whether a JSON object uses the keys of the public release instead of these fields.

@@ -41,11 +41,11 @@ void for_each_field(Config& c, F&& f) {
   f("use_linear_bias", c.use_linear_bias);
   f("tie_word_embeddings", c.tie_word_embeddings);
   f("initializer_range", c.initializer_range);
+  f("separate_norms", c.separate_norms);
   f("dense", c.dense);
   f("dynamic", c.dynamic);
   f("multiway", c.multiway);
   f("ways", c.ways);
-  f("separate_norms", c.separate_norms);
   f("source_stride", c.source_stride);
   f("block_stride", c.block_stride);
   f("window", c.window);

@@ -44,8 +44,8 @@ class MUDDFORMER_API KVCache {
   /// Makes room for `count` tokens.
   ///
   /// @return (positions, mask): their positions, int64 [count], and which slots of the cache they
-  /// see, bool [count, length]; an undefined mask for the first ones, which see each other
-  /// causally.
+  ///   see, bool [count, length]; an undefined mask for the first ones, which see each other
+  ///   causally.
   /// @throws c10::ValueError if the cache is too short, c10::Error if gradients are enabled.
   std::pair<at::Tensor, at::Tensor> advance(int64_t count);
 

@@ -4,7 +4,6 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -210,24 +209,23 @@ std::vector<Norm> BlockImpl::stream_norms() const {
   return {attention_norms->at(0), attention_norms->at(1), attention_norms->at(2), Norm(nullptr)};
 }
 
+at::Tensor BlockImpl::forward(History& history, const Rotary& rotary, const at::Tensor& mask,
+                              KVCache* cache) {
+  return next(history.streams(stream_norms()), rotary, mask, cache);
+}
+
 at::Tensor BlockImpl::forward(at::TensorList streams, const Rotary& rotary, const at::Tensor& mask,
-                              KVCache* cache, bool normed) {
+                              KVCache* cache) {
   TORCH_CHECK_VALUE(streams.size() == 1 || streams.size() == 4,
                     "streams must be one tensor or four (xq, xk, xv, xr), got ", streams.size());
-  const at::Tensor& residual = streams.back();
-  std::array<at::Tensor, 3> inputs;
-  if (normed) {
-    std::copy_n(streams.begin(), 3, inputs.begin());
-  } else if (!separate_norms_ && streams.size() == 1) {
-    inputs.fill(attention_norm->forward(residual));
-  } else {
-    std::vector<Norm> norms = stream_norms();
-    for (size_t way = 0; way < 3; ++way) {
-      inputs[way] = norms[way]->forward(streams.size() == 1 ? residual : streams[way]);
-    }
-  }
+  return next(normed(streams, stream_norms()), rotary, mask, cache);
+}
+
+at::Tensor BlockImpl::next(const std::vector<at::Tensor>& normed, const Rotary& rotary,
+                           const at::Tensor& mask, KVCache* cache) {
+  const at::Tensor& residual = normed[3];
   const at::Tensor x =
-      residual + attention->forward(inputs[0], inputs[1], inputs[2], rotary, mask, cache);
+      residual + attention->forward(normed[0], normed[1], normed[2], rotary, mask, cache);
   const at::Tensor& read = *config_.use_parallel_residual ? residual : x;
   return x + feed_forward->forward(ffn_norm->forward(read));
 }

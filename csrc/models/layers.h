@@ -12,6 +12,7 @@
 #include <mutex>
 #include <vector>
 
+#include "../nn/connections.h"
 #include "../nn/linear.h"
 #include "../nn/norm.h"
 #include "config.h"
@@ -128,16 +129,19 @@ class MUDDFORMER_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   void reset() override;
   void reset_parameters();
 
-  /// The next hidden state.
+  /// The next hidden state, from the streams that the history makes for this block's norms.
   ///
-  /// @param streams (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
   /// @param rotary, mask, cache see AttentionImpl::forward().
-  /// @param normed four streams have passed stream_norms() already.
   /// @return `A + FFN(Norm(A))` with `A = xr + Attention(...)`, or `A + FFN(Norm(xr))` with
   ///   use_parallel_residual; [B, T, D].
+  at::Tensor forward(History& history, const Rotary& rotary, const at::Tensor& mask = {},
+                     KVCache* cache = nullptr);
+  /// The next hidden state, from streams that are ready but for the norms.
+  ///
+  /// @param streams (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
   /// @throws c10::ValueError if streams are neither one nor four.
   at::Tensor forward(at::TensorList streams, const Rotary& rotary, const at::Tensor& mask = {},
-                     KVCache* cache = nullptr, bool normed = false);
+                     KVCache* cache = nullptr);
   /// The norms of the four streams (xq, xk, xv, xr); the residual stream has none.
   std::vector<Norm> stream_norms() const;
 
@@ -149,6 +153,10 @@ class MUDDFORMER_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   Norm ffn_norm{nullptr};
 
  private:
+  // From streams that have passed stream_norms().
+  at::Tensor next(const std::vector<at::Tensor>& normed, const Rotary& rotary,
+                  const at::Tensor& mask, KVCache* cache);
+
   MUDDFormerConfig config_;
   int64_t index_;
   bool separate_norms_;

@@ -25,7 +25,7 @@ MUDDFormerImpl::MUDDFormerImpl(const MUDDFormerConfig& given, at::TensorOptions 
                                bool initialize)
     : Cloneable("muddformer::MUDDFormer"),
       config(given.checked()),
-      connections(config.connections(), config.dim, config.n_layer, *config.norm_eps, options),
+      connections(config.dim, config.n_layer, config.connections(), *config.norm_eps, options),
       options_(options) {
   const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
   TORCH_CHECK_TYPE(
@@ -91,14 +91,11 @@ at::Tensor MUDDFormerImpl::forward(const at::Tensor& input_ids, const at::Tensor
     std::tie(positions, mask) = cache->advance(length);
     tables = rotary->forward_at(positions);
   }
-  const auto block = [&](int64_t i) { return layers->ptr<BlockImpl>(static_cast<size_t>(i)); };
-  at::Tensor x = connections.run(
-      x0,
-      [&](int64_t i, at::TensorList streams, bool normed) {
-        return block(i)->forward(streams, tables, mask, cache, normed);
-      },
-      [&](int64_t i) { return block(i)->stream_norms(); });
-  x = norm->forward(x);
+  History history = connections.begin(x0);
+  for (size_t i = 0; i < layers->size(); ++i) {
+    history.append(layers->ptr<BlockImpl>(i)->forward(history, tables, mask, cache));
+  }
+  const at::Tensor x = norm->forward(history.result());
   at::Tensor logits = output ? output->forward(x) : at::linear(x, tok_embeddings->weight);
   if (!targets.defined()) return logits;
   logits = logits.flatten(0, 1);

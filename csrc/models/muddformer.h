@@ -28,7 +28,7 @@ class MUDDFORMER_API MUDDFormerImpl : public torch::nn::Cloneable<MUDDFormerImpl
   /// @param initialize false: the parameters are allocated without values, for a loader that fills
   ///   them all.
   /// @throws c10::ValueError, c10::TypeError naming the field or argument, what was expected and
-  /// what came.
+  ///   what came.
   explicit MUDDFormerImpl(const MUDDFormerConfig& config, at::TensorOptions options = {},
                           bool initialize = true);
 

@@ -2,10 +2,14 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <iterator>
 #include <set>
+#include <string>
 #include <utility>
+#include <variant>
 
 #include "checks.h"
 
@@ -30,13 +34,14 @@ void PriorsImpl::pretty_print(std::ostream& stream) const {
   stream << ')';
 }
 
-Connections::Connections(const ConnectionOptions& given, int64_t dim, int64_t layers, double eps,
-                         at::TensorOptions tensor_options)
+Connections::Connections(int64_t dim, int64_t layers, const ConnectionOptions& given, double eps,
+                         at::TensorOptions tensor_options, MakeAggregation make_aggregation)
     : options(given.checked()),
       dim_(dim),
       layers_(layers),
       eps_(eps),
-      tensor_options_(tensor_options) {
+      tensor_options_(tensor_options),
+      make_aggregation_(std::move(make_aggregation)) {
   check_integer("dim", dim_);
   check_real("eps", eps_, 0.0, 1.0);
   joins_.assign(static_cast<size_t>(layers_) + 1, false);
@@ -59,11 +64,19 @@ Connections::Connections(const ConnectionOptions& given, int64_t dim, int64_t la
   }
 }
 
+namespace {
+
+bool autocasts(at::DeviceType device) {
+  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
+}
+
+}  // namespace
+
 bool Connections::defers(at::TensorList older) const {
   if (older.empty() || !at::GradMode::is_enabled()) return false;
-  const at::ScalarType dtype = at::autocast::is_autocast_enabled(older[0].device().type())
-                                   ? at::autocast::get_autocast_dtype(older[0].device().type())
-                                   : older[0].scalar_type();
+  const at::DeviceType device = older[0].device().type();
+  const at::ScalarType dtype =
+      autocasts(device) ? at::autocast::get_autocast_dtype(device) : older[0].scalar_type();
   const bool fast = older[0].is_cuda() && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
                     older[0].size(-1) % 8 == 0;
   return fast || options.flush_interval.has_value();
@@ -83,7 +96,12 @@ void Connections::reset(torch::nn::Module& owner) {
                                     .prior = false,
                                     .eps = eps_,
                                     .connections = options};
-    const DepthAggregation da(o, tensor_options_, /*initialize=*/false);
+    const auto da = make_aggregation_ ? make_aggregation_(o, tensor_options_)
+                                      : std::make_shared<DepthAggregationImpl>(
+                                            o, tensor_options_, /*initialize=*/false);
+    TORCH_CHECK_VALUE(da != nullptr && da->options.sources == o.sources &&
+                          da->options.ways == o.ways && !da->options.prior,
+                      "make_aggregation must return a layer with the options that it is given");
     aggregations->push_back(da);
     shapes.push_back({da->num_ways(), o.sources});
     joining.insert(sources.begin(), sources.end());
@@ -123,6 +141,12 @@ std::vector<at::Tensor> Connections::parameters() const {
   return all;
 }
 
+History Connections::begin(const at::Tensor& x0) const {
+  TORCH_CHECK_VALUE(plan.empty() || (x0.dim() >= 1 && x0.size(-1) == dim_),
+                    "x must have shape [..., dim] with dim = ", dim_, ", got ", x0.sizes());
+  return {*this, x0};
+}
+
 namespace {
 
 // How often each tensor was changed in place; not known of tensors of inference mode.
@@ -136,64 +160,111 @@ std::vector<int64_t> versions(at::TensorList tensors) {
 
 }  // namespace
 
-at::Tensor Connections::run(const at::Tensor& x0,
-                            c10::function_ref<at::Tensor(int64_t, at::TensorList, bool)> block,
-                            c10::function_ref<std::vector<Norm>(int64_t)> stream_norms) const {
-  TORCH_CHECK_VALUE(plan.empty() || (x0.dim() >= 1 && x0.size(-1) == dim_),
-                    "x must have shape [..., dim] with dim = ", dim_, ", got ", x0.sizes());
-  std::vector<at::Tensor> history(joins_.size()), streams = {x0};
-  std::map<int64_t, Deferral> deferrals;
-  bool normed = false;
-  // Adds X_i to the history if any aggregation reads it.
-  const auto join = [&](size_t i, const at::Tensor& x) {
-    if (!joins_[i]) return;
-    Norm norm = source_norms->at(static_cast<int64_t>(i));
-    history[i] = norm ? norm->forward(x) : x;
-  };
-  join(0, x0);
-  auto aggregation = plan.begin();
-  for (int64_t i = 1; i <= layers_; ++i) {
-    if (options.multiway && streams.size() == 1) streams.resize(kWays.size(), streams[0]);
-    const std::vector<int64_t> before = versions(streams);
-    at::Tensor x = block(i - 1, streams, normed);
-    TORCH_CHECK_TYPE(x.defined(), "block ", i - 1, " must return a tensor, got an undefined one");
-    TORCH_CHECK_VALUE(x.sizes() == streams[0].sizes(), "block ", i - 1,
-                      " must return the shape of its input ", streams[0].sizes(), ", got ",
-                      x.sizes());
-    TORCH_CHECK(versions(streams) == before, "block ", i - 1,
-                " changes its input in place, but later blocks read this hidden state too: "
-                "write x = x + f(x) instead of x += f(x)");
-    if (aggregation == plan.end() || aggregation->first != i) {
-      join(static_cast<size_t>(i), x);
-      streams = {std::move(x)};
-      normed = false;
-      continue;
-    }
-    const auto n = static_cast<size_t>(std::distance(plan.begin(), aggregation));
-    const std::vector<int64_t>& numbers = (aggregation++)->second;
-    std::vector<at::Tensor> sources;
-    for (const int64_t j : numbers) sources.push_back(history[static_cast<size_t>(j)]);
-    sources.pop_back();
-    if (const auto group = flush_groups_.find(i); group != flush_groups_.end() && defers(sources)) {
-      const auto& [layers, ways, counts] = group->second;
-      auto [older, opened] = defer_gradients(sources, ways, counts);
-      sources = std::move(older);
-      for (size_t k = 0; k < layers.size(); ++k) deferrals[layers[k]] = std::move(opened[k]);
-    }
-    sources.push_back(std::move(x));
-    std::vector<Norm> norms;
-    if (options.multiway && i < layers_) norms = stream_norms(i);
-    normed = !norms.empty();
-    auto [mixed, handed_on] = dynamic_dense->ptr<DepthAggregationImpl>(n)->forward(
-        sources, (*dense_bs)[n], norms, deferrals[i]);
-    deferrals.erase(i);
-    streams = std::move(mixed);
-    std::fill(history.begin(), history.end(), at::Tensor());
-    for (size_t s = 0; s < numbers.size(); ++s) {
-      history[static_cast<size_t>(numbers[s])] = std::move(handed_on[s]);
-    }
+History::History(const Connections& connections, const at::Tensor& x0)
+    : connections_(&connections), hiddens_(connections.joins_.size()) {
+  const at::DeviceType device = x0.device().type();
+  const bool cast = connections.options.residual_dtype == "autocast" && autocasts(device) &&
+                    x0.scalar_type() != at::kDouble;
+  join(cast ? x0.to(at::autocast::get_autocast_dtype(device)) : x0);
+}
+
+// Makes X_count the newest hidden state, and adds it to the history if any aggregation reads it
+// without being the one that follows.
+void History::join(at::Tensor x) {
+  const Connections& c = *connections_;
+  if (c.options.residual_dtype == "float32" && !c.plan.empty() && autocasts(x.device().type())) {
+    x = x.to((*c.dense_bs)[0].scalar_type());
   }
-  return streams.back();
+  if (c.joins_[static_cast<size_t>(count_)]) {
+    Norm norm = c.source_norms->at(count_);
+    hiddens_[static_cast<size_t>(count_)] = norm ? norm->forward(x) : x;
+  }
+  newest_ = std::move(x);
+}
+
+void History::check_open(const char* call) const {
+  TORCH_CHECK(!ended_, call, "() came after result(), with which a history ends: begin a new one");
+}
+
+std::vector<at::Tensor> History::streams(const std::vector<Norm>& norms) {
+  const Connections& c = *connections_;
+  check_open("streams");
+  TORCH_CHECK(streams_.empty(), "streams were made already for block ", count_,
+              "; append its output first");
+  TORCH_CHECK(count_ < c.layers_, "streams() came after the output of the last of the ", c.layers_,
+              " blocks; what follows is result()");
+  TORCH_CHECK_VALUE(norms.empty() || norms.size() == kWays.size(),
+                    "norms must be those of xq, xk, xv and xr or none, got ", norms.size());
+  const bool multiway = c.options.multiway;
+  if (multiway && c.plan.contains(count_)) {
+    streams_ = aggregate(norms);
+  } else {
+    streams_ = {c.plan.contains(count_) ? aggregate({})[0] : std::move(newest_)};
+    if (multiway) streams_.resize(kWays.size(), streams_[0]);
+    if (!norms.empty()) streams_ = normed(streams_, norms);
+  }
+  versions_ = versions(streams_);
+  return streams_;
+}
+
+void History::append(at::Tensor x) {
+  check_open("append");
+  TORCH_CHECK(count_ < connections_->layers_, "append() came after the output of the last of the ",
+              connections_->layers_, " blocks; what follows is result()");
+  TORCH_CHECK(!streams_.empty(), "append() came before streams() of block ", count_,
+              ", which are what its output is made of");
+  TORCH_CHECK_TYPE(x.defined(), "block ", count_, " must return a tensor, got an undefined one");
+  TORCH_CHECK_VALUE(x.sizes() == streams_[0].sizes(), "block ", count_,
+                    " must return the shape of its input ", streams_[0].sizes(), ", got ",
+                    x.sizes());
+  TORCH_CHECK(versions(streams_) == versions_, "block ", count_,
+              " changes its input in place, but later blocks read this hidden state too: "
+              "write x = x + f(x) instead of x += f(x)");
+  streams_.clear();
+  ++count_;
+  join(std::move(x));
+}
+
+at::Tensor History::result() {
+  check_open("result");
+  TORCH_CHECK(count_ == connections_->layers_ && streams_.empty(),
+              "result() came before the output of block ", count_, " of ", connections_->layers_,
+              " was appended");
+  ended_ = true;
+  return connections_->plan.contains(count_) ? aggregate({})[0] : std::move(newest_);
+}
+
+std::vector<at::Tensor> History::aggregate(const std::vector<Norm>& norms) {
+  const Connections& c = *connections_;
+  const at::DeviceType device = newest_.device().type();
+  c10::DispatchKeySet excluded;
+  if (c.options.residual_dtype == "float32" && autocasts(device)) {
+    excluded = excluded.add(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  }
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(excluded);
+
+  const auto found = c.plan.find(count_);
+  const auto n = static_cast<size_t>(std::distance(c.plan.begin(), found));
+  const std::vector<int64_t>& numbers = found->second;
+  std::vector<at::Tensor> sources;
+  for (const int64_t j : numbers) sources.push_back(hiddens_[static_cast<size_t>(j)]);
+  sources.pop_back();
+  const auto group = c.flush_groups_.find(count_);
+  if (group != c.flush_groups_.end() && c.defers(sources)) {
+    const auto& [layers, ways, counts] = group->second;
+    auto [older, opened] = defer_gradients(sources, ways, counts);
+    sources = std::move(older);
+    for (size_t k = 0; k < layers.size(); ++k) deferrals_[layers[k]] = std::move(opened[k]);
+  }
+  sources.push_back(std::move(newest_));
+  auto [mixed, handed_on] = c.dynamic_dense->ptr<DepthAggregationImpl>(n)->forward(
+      sources, (*c.dense_bs)[n], norms, deferrals_[count_]);
+  deferrals_.erase(count_);
+  std::fill(hiddens_.begin(), hiddens_.end(), at::Tensor());
+  for (size_t s = 0; s < numbers.size(); ++s) {
+    hiddens_[static_cast<size_t>(numbers[s])] = std::move(handed_on[s]);
+  }
+  return std::move(mixed);
 }
 
 }  // namespace muddformer

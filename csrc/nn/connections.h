@@ -1,13 +1,12 @@
 // The connections of a stack of blocks, without the blocks (arXiv 2502.12170).
 #pragma once
 
-#include <c10/util/FunctionRef.h>
 #include <torch/nn/modules/container/modulelist.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
-#include <optional>
-#include <string>
+#include <memory>
 #include <vector>
 
 #include "depth_aggregation.h"
@@ -33,6 +32,13 @@ class MUDDFORMER_API PriorsImpl : public torch::nn::Cloneable<PriorsImpl> {
 };
 TORCH_MODULE(Priors);
 
+/// Makes a layer of connections, whose values are not used: in place of DepthAggregation itself,
+/// for a stack of layers of a class that derives from it.
+using MakeAggregation = std::function<std::shared_ptr<DepthAggregationImpl>(
+    const DepthAggregationOptions&, const at::TensorOptions&)>;
+
+class History;
+
 /// The connections of a stack of blocks: what a module that runs blocks is given to hold them.
 ///
 /// Not a module, because its parts belong to the module that owns it and have the names of the
@@ -44,9 +50,10 @@ class MUDDFORMER_API Connections {
   /// @param layers number of blocks L.
   /// @param eps added to the mean square in the norms.
   /// @param tensor_options dtype and device of the parameters.
+  /// @param make_aggregation makes the layers; by default they are DepthAggregation.
   /// @throws c10::ValueError naming the option, what was expected and what came.
-  Connections(const ConnectionOptions& options, int64_t dim, int64_t layers, double eps,
-              at::TensorOptions tensor_options);
+  Connections(int64_t dim, int64_t layers, const ConnectionOptions& options, double eps = 1e-6,
+              at::TensorOptions tensor_options = {}, MakeAggregation make_aggregation = {});
 
   /// Makes the parts anew, without values, and registers them as submodules of `owner`.
   void reset(torch::nn::Module& owner);
@@ -55,20 +62,11 @@ class MUDDFORMER_API Connections {
   void reset_parameters();
   std::vector<at::Tensor> parameters() const;
 
-  /// Runs the blocks.
+  /// The history of a forward pass, for a stack with these connections. It must not outlive them.
   ///
-  /// @param x X_0 [..., D], the embedding output.
-  /// @param block block(i, streams, normed) calls block i from 0 with its one or four streams.
-  /// @param stream_norms stream_norms(i) are the norms with which block i reads four streams, an
-  ///   empty holder for one without. The aggregation makes them, and normed is true then. An empty
-  ///   list: the block does so itself.
-  /// @return the residual way's aggregate after the last block [..., D].
-  /// @throws c10::ValueError if x has another width than dim, or a block returns another shape than
-  ///   that of its input; c10::Error if a block changes its input in place, which the history still
-  ///   holds.
-  at::Tensor run(const at::Tensor& x,
-                 c10::function_ref<at::Tensor(int64_t, at::TensorList, bool)> block,
-                 c10::function_ref<std::vector<Norm>(int64_t)> stream_norms) const;
+  /// @param x0 X_0 [..., D], the embedding output.
+  /// @throws c10::ValueError if x0 has another width than dim.
+  History begin(const at::Tensor& x0) const;
 
   ConnectionOptions options;
   /// Which hidden states each aggregation mixes, see aggregation_plan().
@@ -79,19 +77,76 @@ class MUDDFORMER_API Connections {
   Norms source_norms{nullptr};
 
  private:
-  int64_t dim_, layers_;
-  double eps_;
-  at::TensorOptions tensor_options_;
-  // Whether X_j joins the history by itself, not as the newest of an aggregation.
-  std::vector<bool> joins_;
+  friend class History;
+
   // By the first aggregation of a group: all of them, and their numbers of ways and of sources.
   struct FlushGroup {
     std::vector<int64_t> layers, ways, sources;
   };
-  std::map<int64_t, FlushGroup> flush_groups_;
-
   // Whether a group of aggregations defers the gradients of these hidden states.
   bool defers(at::TensorList older) const;
+
+  int64_t dim_, layers_;
+  double eps_;
+  at::TensorOptions tensor_options_;
+  MakeAggregation make_aggregation_;
+  // Whether X_j joins the history by itself, not as the newest of an aggregation.
+  std::vector<bool> joins_;
+  std::map<int64_t, FlushGroup> flush_groups_;
+};
+
+/// What a forward pass through a stack carries from block to block: the hidden states that later
+/// aggregations mix, and whose turn it is.
+///
+///     History history = connections.begin(x0);
+///     for (auto& block : blocks) history.append(block->forward(history.streams()));
+///     at::Tensor y = history.result();
+///
+/// Every call out of this order, and a second one, is a c10::Error that says what was to come.
+class MUDDFORMER_API History {
+ public:
+  History(const History&) = delete;  // a hidden state is handed on once
+  History& operator=(const History&) = delete;
+  History(History&&) = default;
+  History& operator=(History&&) = default;
+  ~History() = default;
+
+  /// What the next block reads, once for each block.
+  ///
+  /// @param norms the norms with which it reads xq, xk, xv and xr, an empty holder for a stream
+  ///   that has none; the streams have passed them then. On CUDA the aggregation makes them in the
+  ///   same pass. By default none: the block norms what it reads itself.
+  /// @return (xq, xk, xv, xr), [..., D] each, or without multiway and norms one stream for all.
+  /// @throws c10::ValueError for another number of norms.
+  std::vector<at::Tensor> streams(const std::vector<Norm>& norms = {});
+
+  /// Takes the output of the block whose streams() were made [..., D].
+  ///
+  /// @throws c10::TypeError, c10::ValueError if it is undefined or of another shape than the
+  ///   streams; c10::Error if the block changed a stream in place, because the history still holds
+  ///   it.
+  void append(at::Tensor x);
+
+  /// The residual way's aggregate after the last block [..., D]; the history ends with it.
+  at::Tensor result();
+
+ private:
+  friend class Connections;
+  History(const Connections& connections, const at::Tensor& x0);
+
+  void check_open(const char* call) const;
+  void join(at::Tensor x);
+  std::vector<at::Tensor> aggregate(const std::vector<Norm>& norms);
+
+  const Connections* connections_;
+  int64_t count_ = 0;  // of the blocks whose output is here
+  bool ended_ = false;
+  at::Tensor newest_;                // X_count, until something has been made of it
+  std::vector<at::Tensor> hiddens_;  // X_j by j, those that an aggregation to come mixes
+  std::map<int64_t, Deferral> deferrals_;
+  // What streams() has handed out, and how often each had been changed.
+  std::vector<at::Tensor> streams_;
+  std::vector<int64_t> versions_;
 };
 
 }  // namespace muddformer

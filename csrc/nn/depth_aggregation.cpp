@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <typeinfo>
 #include <utility>
 
 #include "../ops/connection_weights/connection_weights.h"
@@ -212,7 +213,7 @@ std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> DepthAggregationImpl
 DepthAggregationImpl::Mixed DepthAggregationImpl::mix(at::TensorList hiddens, const at::Tensor& a,
                                                       const std::vector<Norm>& norms,
                                                       const Deferral& deferral) {
-  auto [weights, newest] = connection_weights_of(hiddens.back(), a);
+  auto [weights, newest] = connection_weights(hiddens.back(), a);
   std::vector<at::Tensor> sources = hiddens.vec();
   sources.back() = pre_norm ? pre_norm->forward(newest) : newest;
   auto [mixed, handed_on] = depth_aggregate_chained(sources, weights, deferral);
@@ -234,7 +235,7 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
   const std::optional<NormArguments> arguments = norm_arguments(norms, hiddens.back());
   if (!arguments) return std::nullopt;
   const bool post = options.connections.post_norm != "none";
-  if (!at::GradMode::is_enabled() && !pre_norm && !post &&
+  if (!derived() && !at::GradMode::is_enabled() && !pre_norm && !post &&
       hiddens.back().numel() <= kStepTokens * options.dim) {
     const auto matrix = [&](const Linear& linear) {
       return options.connections.dynamic ? std::optional<at::Tensor>(linear->weight) : std::nullopt;
@@ -265,7 +266,7 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
     all.push_back(own);
   }
   if (!takes_dtypes(all, hiddens.back())) return std::nullopt;
-  auto [weights, newest] = connection_weights_of(hiddens.back(), a);
+  auto [weights, newest] = connection_weights(hiddens.back(), a);
   std::vector<at::Tensor> sources = hiddens.vec();
   sources.back() = newest;
   const auto weight_of = [](const Norm& norm) {
@@ -278,8 +279,20 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
   return Mixed{std::move(streams), std::move(handed_on), std::move(newest)};
 }
 
-std::tuple<at::Tensor, at::Tensor> DepthAggregationImpl::connection_weights_of(
-    const at::Tensor& x, const at::Tensor& a) {
+bool DepthAggregationImpl::derived() const {
+  return typeid(*this) != typeid(DepthAggregationImpl);
+}
+
+std::shared_ptr<torch::nn::Module> DepthAggregationImpl::clone(
+    const std::optional<at::Device>& device) const {
+  TORCH_CHECK(!derived(),
+              "a class that derives from DepthAggregation must override clone(), which would "
+              "otherwise lose what the class adds");
+  return Cloneable::clone(device);
+}
+
+std::tuple<at::Tensor, at::Tensor> DepthAggregationImpl::connection_weights(const at::Tensor& x,
+                                                                            const at::Tensor& a) {
   if (options.connections.dynamic) {
     const auto scale = generator_norm ? std::optional(generator_norm->weight) : std::nullopt;
     return connection_weights_chained(x, w1->weight, w2->weight, a, scale, options.eps,

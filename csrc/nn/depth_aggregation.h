@@ -7,6 +7,7 @@
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -52,9 +53,9 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
                                 at::TensorOptions tensor_options = {}, bool initialize = true);
   void reset() override;
   /// Passes X_i on: W1 ~ Normal(variance 1/D), W2 = 0, prior one-hot on X_i (0 with post_norm).
-  void reset_parameters();
+  virtual void reset_parameters();
   /// Fills a prior [C, S] for this layer with its initial values, in place.
-  void reset_prior(at::Tensor prior) const;
+  virtual void reset_prior(at::Tensor prior) const;
 
   /// Mixes hidden states.
   ///
@@ -72,6 +73,20 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
       at::TensorList hiddens, const at::Tensor& prior = {},
       const std::vector<Norm>& stream_norms = {}, const Deferral& deferral = {});
 
+  /// Connection weights of every token, of the newest hidden state. A class that derives from this
+  /// one overrides it to weigh hidden states otherwise, with a softmax over depth say; everything
+  /// else stays as it is.
+  ///
+  /// @param x X_i [..., D].
+  /// @param prior [C, S].
+  /// @return (weights [..., C, S] of the dtype of x, x to be used from here on, so that its gradient
+  ///   is chained).
+  virtual std::tuple<at::Tensor, at::Tensor> connection_weights(const at::Tensor& x,
+                                                                const at::Tensor& prior);
+
+  /// @throws c10::Error for a class that derives from this one, which has to override it.
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<at::Device>& device = std::nullopt) const override;
   /// Number of ways C.
   int64_t num_ways() const;
   void pretty_print(std::ostream& stream) const override;
@@ -99,9 +114,8 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
   // launch; nothing where it cannot.
   std::optional<Mixed> mix_fused(at::TensorList hiddens, const at::Tensor& prior,
                                  const std::vector<Norm>& norms, const Deferral& deferral);
-  // Connection weights [..., C, S], and x to be used from here on.
-  std::tuple<at::Tensor, at::Tensor> connection_weights_of(const at::Tensor& x,
-                                                           const at::Tensor& a);
+  // Whether connection_weights() may be another class's.
+  bool derived() const;
 
   at::TensorOptions tensor_options_;
 };

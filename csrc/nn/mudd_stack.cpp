@@ -7,10 +7,12 @@ namespace muddformer {
 
 MUDDStackImpl::MUDDStackImpl(torch::nn::Sequential blocks, int64_t dim,
                              const ConnectionOptions& options, double eps,
-                             at::TensorOptions tensor_options, bool initialize)
+                             at::TensorOptions tensor_options, bool initialize,
+                             MakeAggregation make_aggregation)
     : Cloneable("muddformer::MUDDStack"),
       layers(std::move(blocks)),
-      connections(options, dim, static_cast<int64_t>(layers->size()), eps, tensor_options) {
+      connections(dim, static_cast<int64_t>(layers->size()), options, eps, tensor_options,
+                  std::move(make_aggregation)) {
   reset();
   if (initialize) reset_parameters();
 }

@@ -29,9 +29,11 @@ class MUDDFORMER_API MUDDStackImpl : public torch::nn::Cloneable<MUDDStackImpl> 
   /// @param dim model width D.
   /// @param eps added to the mean square in the norms.
   /// @param tensor_options dtype and device of the connections' parameters.
+  /// @param make_aggregation makes the layers of connections; by default they are DepthAggregation.
   /// @throws c10::ValueError naming the option, what was expected and what came.
   MUDDStackImpl(torch::nn::Sequential blocks, int64_t dim, const ConnectionOptions& options = {},
-                double eps = 1e-6, at::TensorOptions tensor_options = {}, bool initialize = true);
+                double eps = 1e-6, at::TensorOptions tensor_options = {}, bool initialize = true,
+                MakeAggregation make_aggregation = {});
   void reset() override;
   /// Gives the connections their initial values; those of the blocks stay.
   void reset_parameters() { connections.reset_parameters(); }
@@ -42,20 +44,17 @@ class MUDDFORMER_API MUDDStackImpl : public torch::nn::Cloneable<MUDDStackImpl> 
   /// @param arguments passed on to every block, after its streams.
   /// @return the residual way's aggregate after the last block [..., D] (before any final norm).
   /// @throws c10::Error if a block changes its input in place, or its forward takes other
-  /// arguments.
+  ///   arguments.
   template <class... Arguments>
   at::Tensor forward(const at::Tensor& x, const Arguments&... arguments) {
-    auto block = layers->begin();
-    return connections.run(
-        x,
-        [&](int64_t, at::TensorList streams, bool) {
-          torch::nn::AnyModule& layer = *block++;
-          return streams.size() == 1
-                     ? layer.template forward<at::Tensor>(streams[0], arguments...)
-                     : layer.template forward<at::Tensor>(streams[0], streams[1], streams[2],
-                                                          streams[3], arguments...);
-        },
-        [](int64_t) { return std::vector<Norm>(); });
+    History history = connections.begin(x);
+    for (torch::nn::AnyModule& layer : *layers) {
+      const std::vector<at::Tensor> s = history.streams();
+      history.append(s.size() == 1
+                         ? layer.forward<at::Tensor>(s[0], arguments...)
+                         : layer.forward<at::Tensor>(s[0], s[1], s[2], s[3], arguments...));
+    }
+    return history.result();
   }
 
   /// The parameters of the connections, which usually have no weight decay.

@@ -63,4 +63,20 @@ Norm NormsImpl::at(int64_t number) const {
   return found == norms_.end() ? Norm(nullptr) : found->second;
 }
 
+std::vector<at::Tensor> normed(at::TensorList streams, const std::vector<Norm>& norms) {
+  std::vector<at::Tensor> results;
+  for (size_t way = 0; way < norms.size(); ++way) {
+    Norm norm = norms[way];
+    const at::Tensor& x = streams[streams.size() == 1 ? 0 : way];
+    const bool again = streams.size() == 1 && way > 0 && norm && norms[way - 1] &&
+                       norm.ptr() == norms[way - 1].ptr();
+    if (again) {
+      results.push_back(results.back());
+    } else {
+      results.push_back(norm ? norm->forward(x) : x);
+    }
+  }
+  return results;
+}
+
 }  // namespace muddformer

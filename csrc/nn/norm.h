@@ -69,4 +69,11 @@ class MUDDFORMER_API NormsImpl : public torch::nn::Cloneable<NormsImpl> {
 };
 TORCH_MODULE(Norms);
 
+/// Streams as their norms leave them, one for each norm; an empty holder stands for no norm.
+///
+/// @param streams as many as norms, each [..., D]. Or one for all: it passes a norm that follows
+///   itself once.
+MUDDFORMER_API std::vector<at::Tensor> normed(at::TensorList streams,
+                                              const std::vector<Norm>& norms);
+
 }  // namespace muddformer

@@ -17,10 +17,9 @@ ConnectionOptions ConnectionOptions::checked() const {
     check_choice("residual_dtype", *o.residual_dtype, {"autocast", "float32"});
   }
   o.ways = check_ways(o.ways);
-  TORCH_CHECK_VALUE(o.multiway || o.ways == kWays,
-                    "ways must be 'qkvr' with multiway=false, because all streams share one "
-                    "aggregate, got '",
-                    o.ways, "'");
+  TORCH_CHECK_VALUE(!o.dense || o.multiway || o.ways == kWays,
+                    "ways must be 'qkvr' with multiway=false, got '", o.ways,
+                    "': all streams share one aggregate");
   if (o.flush_interval) check_integer("flush_interval", *o.flush_interval, kLargest);
   TORCH_CHECK_VALUE(!o.window || o.flush_interval.value_or(1) == 1,
                     "flush_interval must be left out or 1 with a window, because the aggregations "

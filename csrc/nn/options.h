@@ -14,7 +14,8 @@ namespace muddformer {
 ///
 /// Every user of it takes checked().
 struct ConnectionOptions {
-  /// false: no connections at all; the fields below then have no effect.
+  /// false: no connections at all; of the fields below multiway and residual_dtype alone have an
+  /// effect then.
   bool dense = true;
   /// Connection weights depend on the token; false: the static prior alone.
   bool dynamic = true;

@@ -1,6 +1,5 @@
 // The models on a GPU, where layers are made by fused kernels (normed streams, connection weights,
 // decoding), beside the same models on the CPU, which compose them of single steps.
-#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <gtest/gtest.h>
 #include <muddformer/models.h>
@@ -12,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "autocast.h"
 #include "files.h"
 #include "variants.h"
 
@@ -19,6 +19,7 @@ namespace muddformer {
 namespace {
 
 using at::Tensor;
+using testing_autocast::Autocast;
 
 constexpr int64_t kVocabulary = 61;
 
@@ -108,11 +109,12 @@ std::map<std::string, Tensor> gradients(const MUDDFormer& model) {
 
 class CudaModels : public testing::TestWithParam<at::ScalarType> {
  protected:
-  // Calls check() for every variant, with its models in place.
+  // Calls check() for every variant (that has a cache, if it needs one), with its models in place.
   template <class Check>
-  void for_each_variant(const Check& check) {
+  void for_each_variant(const Check& check, bool needs_cache = false) {
     SKIP_WITHOUT_GPU();
     for (const samples::Variant& variant : samples::variants()) {
+      if (needs_cache && !variant.config.causal) continue;
       SCOPED_TRACE(variant.name);
       composed = scrambled(variant.config, GetParam());
       exact = copy(composed, at::kCPU, at::kDouble);
@@ -164,7 +166,8 @@ TEST_P(CudaModels, CachedDecoding) {
     return at::cat(parts, 1);
   };
   for_each_variant(
-      [&] { expect_near("logits", decode(model), decode(composed), exact->forward(ids), 2); });
+      [&] { expect_near("logits", decode(model), decode(composed), exact->forward(ids), 2); },
+      /*needs_cache=*/true);
 }
 
 // Every token is among the likeliest of a pass without a cache, but for rounding; in float32, where
@@ -172,17 +175,19 @@ TEST_P(CudaModels, CachedDecoding) {
 TEST_P(CudaModels, GenerationWithCache) {
   const torch::NoGradGuard no_grad;
   const Tensor prompt = some_ids(3, 7);
-  for_each_variant([&] {
-    const Tensor ids = generate(model, prompt.cuda(), {.max_new_tokens = 16});
-    ASSERT_EQ(ids.sizes(), (std::vector<int64_t>{3, 23}));
-    const Tensor logits = model->forward(ids.slice(1, 0, 22)).slice(1, 6).to(at::kDouble);
-    const Tensor chosen = logits.gather(2, ids.slice(1, 7).unsqueeze(2)).squeeze(2);
-    const double lost = (logits.amax(2) - chosen).max().item<double>();
-    EXPECT_LE(lost, 4 * floor_of(GetParam()) * logits.abs().max().item<double>());
-    if (GetParam() != at::kFloat) return;
-    EXPECT_TRUE(at::equal(logits.argmax(2), ids.slice(1, 7)));
-    EXPECT_TRUE(at::equal(ids.cpu(), generate(composed, prompt, {.max_new_tokens = 16})));
-  });
+  for_each_variant(
+      [&] {
+        const Tensor ids = generate(model, prompt.cuda(), {.max_new_tokens = 16});
+        ASSERT_EQ(ids.sizes(), (std::vector<int64_t>{3, 23}));
+        const Tensor logits = model->forward(ids.slice(1, 0, 22)).slice(1, 6).to(at::kDouble);
+        const Tensor chosen = logits.gather(2, ids.slice(1, 7).unsqueeze(2)).squeeze(2);
+        const double lost = (logits.amax(2) - chosen).max().item<double>();
+        EXPECT_LE(lost, 4 * floor_of(GetParam()) * logits.abs().max().item<double>());
+        if (GetParam() != at::kFloat) return;
+        EXPECT_TRUE(at::equal(logits.argmax(2), ids.slice(1, 7)));
+        EXPECT_TRUE(at::equal(ids.cpu(), generate(composed, prompt, {.max_new_tokens = 16})));
+      },
+      /*needs_cache=*/true);
 }
 
 INSTANTIATE_TEST_SUITE_P(Dtypes, CudaModels, testing::Values(at::kFloat, at::kBFloat16, at::kHalf),
@@ -274,18 +279,6 @@ INSTANTIATE_TEST_SUITE_P(
                     LayerCase{"rms_two_ways", NormKind::kRMSNorm, false, "none", "qv"}),
     [](const auto& info) { return std::string(info.param.name); });
 
-class Autocast {
- public:
-  Autocast() {
-    at::autocast::set_autocast_dtype(at::kCUDA, at::kBFloat16);
-    at::autocast::set_autocast_enabled(at::kCUDA, true);
-  }
-  ~Autocast() {
-    at::autocast::clear_cache();
-    at::autocast::set_autocast_enabled(at::kCUDA, false);
-  }
-};
-
 TEST(CudaAutocast, TrainsAndDecodes) {
   SKIP_WITHOUT_GPU();
   for (const char* name : {"default", "pythia"}) {
@@ -298,7 +291,7 @@ TEST(CudaAutocast, TrainsAndDecodes) {
     };
     Tensor loss;
     {
-      const Autocast guard;
+      const Autocast guard(at::kCUDA);
       loss = loss_of(model, at::kCUDA);
     }
     loss.backward();
@@ -309,7 +302,7 @@ TEST(CudaAutocast, TrainsAndDecodes) {
       EXPECT_EQ(gradient.scalar_type(), at::kFloat) << name;
       expect_near(name, gradient, theirs[name], wanted[name], 3);
     }
-    const Autocast guard;
+    const Autocast guard(at::kCUDA);
     EXPECT_EQ(generate(model, ids.cuda(), {.max_new_tokens = 5}).size(1), 45);
   }
 }
@@ -319,7 +312,7 @@ TEST(CudaAutocast, CastsAHiddenStateOnceInDecoding) {
   DepthAggregation layer(DepthAggregationOptions{.dim = 64, .sources = 3}, at::kCUDA);
   const std::vector<Tensor> hiddens = torch::randn({3, 2, 1, 64}, at::kCUDA).unbind();
   const torch::NoGradGuard no_grad;
-  const Autocast guard;
+  const Autocast guard(at::kCUDA);
   const auto [streams, handed_on] = layer->forward(hiddens);
   const std::vector<Tensor> again = layer->forward(handed_on).second;
   for (size_t j = 0; j < again.size(); ++j) {
@@ -327,6 +320,35 @@ TEST(CudaAutocast, CastsAHiddenStateOnceInDecoding) {
     EXPECT_TRUE(again[j].is_same(handed_on[j]));
   }
   EXPECT_EQ(streams[0].scalar_type(), at::kBFloat16);
+}
+
+// A layer that weighs hidden states otherwise does so in decoding, too.
+struct SoftmaxImpl : DepthAggregationImpl {
+  using DepthAggregationImpl::DepthAggregationImpl;
+  std::tuple<Tensor, Tensor> connection_weights(const Tensor& x, const Tensor& a) override {
+    auto [weights, same] = DepthAggregationImpl::connection_weights(x, a);
+    return {weights.softmax(-1), same};
+  }
+};
+
+TEST(CudaSubclass, MakesItsOwnWeights) {
+  SKIP_WITHOUT_GPU();
+  torch::manual_seed(0);
+  const DepthAggregationOptions options{.dim = 64, .sources = 3};
+  SoftmaxImpl cpu(options), gpu(options, at::kCUDA);
+  const torch::NoGradGuard no_grad;
+  auto theirs = gpu.named_parameters();
+  for (auto& item : cpu.named_parameters()) {
+    item.value().add_(torch::randn_like(item.value()), 0.2);
+    theirs[item.key()].copy_(item.value());
+  }
+  const std::vector<Tensor> hiddens = torch::randn({3, 2, 1, 64}).unbind();
+  std::vector<Tensor> there;
+  for (const Tensor& x : hiddens) there.push_back(x.cuda());
+  const std::vector<Tensor> expected = cpu.forward(hiddens).first, got = gpu.forward(there).first;
+  for (size_t c = 0; c < 4; ++c) {
+    EXPECT_TRUE(at::allclose(got[c].cpu(), expected[c], 1e-4, 1e-4));
+  }
 }
 
 TEST(CudaGenerate, SeedDecides) {

@@ -56,6 +56,7 @@ TEST_P(Models, EveryParameterHasAGradient) {
 
 // In float64: these random weights magnify the rounding of products of other sizes.
 TEST_P(Models, CachedDecodeEqualsFullForward) {
+  if (!GetParam().config.causal) GTEST_SKIP() << "has no cache";
   MUDDFormer model = scrambled(GetParam().config);
   model->to(at::kDouble);
   const torch::NoGradGuard no_grad;
@@ -239,6 +240,28 @@ TEST(MUDDFormerErrors, NameTheArgument) {
   MUDDFormer other = scrambled(small());
   expect_error<c10::ValueError>([&] { other->plain_twin(); },
                                 "layers.1.attention_norms differ, so this model has no plain twin");
+}
+
+// A block that pulls its streams from a history does what it does with streams that are ready.
+TEST(Block, TakesAHistoryOrStreams) {
+  for (const char* name : {"default", "plain", "pythia", "one-way", "shared-norms"}) {
+    MUDDFormer model = scrambled(samples::variant(name));
+    const Rotary rotary = model->rotary->forward(6, at::kCPU);
+    const Tensor x = torch::randn({2, 6, 32});
+    History pulled = model->connections.begin(x), ready = model->connections.begin(x);
+    for (size_t i = 0; i < 2; ++i) {
+      const auto block = model->layers->ptr<BlockImpl>(i);
+      const Tensor y = block->forward(pulled, rotary);
+      const std::vector<Tensor> streams = ready.streams();
+      EXPECT_TRUE(at::equal(y, block->forward(streams, rotary))) << name;
+      pulled.append(y);
+      ready.append(y);
+    }
+  }
+  const auto block = MUDDFormer(small())->layers->ptr<BlockImpl>(0);
+  const Tensor x = torch::randn({2, 6, 32});
+  expect_error<c10::ValueError>([&] { block->forward({x, x}, {}); },
+                                "streams must be one tensor or four (xq, xk, xv, xr), got 2");
 }
 
 TEST(MUDDFormer, CausalOrNot) {

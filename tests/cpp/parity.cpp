@@ -60,7 +60,7 @@ void run(const std::string& path) {
   for (const auto& item : model->named_parameters()) {
     found["grad/" + item.key()] = item.value().grad();
   }
-  found["decoded"] = decode(model, ids);
+  if (model->config.causal) found["decoded"] = decode(model, ids);
   at::manual_seed(0);
   model->reset_parameters();
   for (const auto& item : model->named_parameters()) {
