@@ -8,6 +8,7 @@ float32 (float64 for float64). The kernels are in ``csrc/ops``; here are only th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from muddformer import _library  # noqa: F401  (loads libmuddformer, which regis
 
 __all__ = [
     "Deferral",
+    "StreamNorms",
     "connection_weights",
     "connection_weights_chained",
     "defer_gradients",
@@ -38,6 +40,29 @@ class Deferral(NamedTuple):
 
     tickets: list[Tensor]
     count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamNorms:
+    """The norms that the aggregation makes of its streams, see :func:`depth_aggregate_norm_chained`.
+
+    Attributes:
+        weights: weight [D] of every way's norm, None for a way without one.
+        biases: bias [D] of every way's norm, or None for each; None: no bias at all.
+        kind: ``"rms"`` (RMSNorm), ``"layer"`` (LayerNorm), or ``"none"`` where no way has a norm.
+        eps: added to the mean square, or the variance.
+        add_newest: whether the newest hidden state, as it came, is added to every way.
+        pre_weight: weight [D] of the RMSNorm of the newest hidden state before it is mixed, or None.
+        post_weight: weight [D] of the RMSNorm of the last way's sum, or None.
+    """
+
+    weights: Sequence[Tensor | None]
+    biases: Sequence[Tensor | None] | None = None
+    kind: str = "rms"
+    eps: float = 1e-6
+    add_newest: bool = False
+    pre_weight: Tensor | None = None
+    post_weight: Tensor | None = None
 
 
 def _check_list(hiddens: object) -> None:
@@ -125,7 +150,7 @@ def defer_gradients(
 def depth_aggregate_norm_chained(
     hiddens: Sequence[Tensor],
     weights: Tensor,
-    norm_weights: Sequence[Tensor | None],
+    norm_weights: Sequence[Tensor | None] | StreamNorms,
     norm_biases: Sequence[Tensor | None] | None = None,
     *,
     norm: str = "rms",
@@ -166,6 +191,10 @@ def depth_aggregate_norm_chained(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     _check_list(hiddens)
+    if isinstance(norm_weights, StreamNorms):
+        given = norm_weights
+        norm_weights, norm_biases, norm, eps = given.weights, given.biases, given.kind, given.eps
+        add_newest, pre_weight, post_weight = given.add_newest, given.pre_weight, given.post_weight
     biases = [None] * len(norm_weights) if norm_biases is None else norm_biases
     streams, hiddens = torch.ops.muddformer.depth_aggregate_norm_chained(
         hiddens,
@@ -288,3 +317,19 @@ def depth_aggregation_step(
         norm,
         norm_eps,
     )
+
+
+@torch.compiler.assume_constant_result
+def _has_bulk_copies(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] >= 9
+
+
+def fuses_norms(x: Tensor, sources: int, ways: int) -> bool:
+    """Whether one kernel aggregates and norms hidden states like ``x``."""
+    fits = x.is_cuda and x.dtype != torch.float64 and ways <= 4 and sources <= 64 and x.shape[-1] % 8 == 0
+    return fits and _has_bulk_copies(x.device.index)
+
+
+def fuses_step(newest: Tensor) -> bool:
+    """Whether :func:`depth_aggregation_step` is meant for these tokens."""
+    return newest.is_cuda and newest.numel() <= 64 * newest.shape[-1]
