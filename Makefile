@@ -57,6 +57,7 @@ test-cpp: tests-cpp
 
 tests-cpp: $(installed) gtest
 	$(bin)/cmake -S tests/cpp -B $(call cmake_build,tests-cpp) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
+		-DPython_EXECUTABLE="$(abspath $(bin))/python" \
 		-DCMAKE_PREFIX_PATH="$$($(bin)/python -I -c 'import muddformer.utils as u; print(u.cmake_prefix_path)')"
 	$(bin)/cmake --build $(call cmake_build,tests-cpp) --parallel $(cmake_jobs)
 

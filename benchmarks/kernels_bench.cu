@@ -6,8 +6,8 @@
 // the case, launched alike: what small cases lose to the launch and to the memory's start shows
 // there too.
 //
-//   nvcc -O3 -std=c++17 -arch=sm_90 -Icsrc/kernels benchmarks/kernels_bench.cu csrc/kernels/*.cu
-//       -o kernels_bench
+//   nvcc -O3 -std=c++17 -arch=sm_90 -Icsrc/kernels benchmarks/kernels_bench.cu -o kernels_bench
+//       csrc/kernels/common/*.cu csrc/kernels/depth_aggregate/*.cu
 //   kernels_bench [--csv FILE] [--date YYYY-MM-DD] [--group NAME]... [--op NAME]
 //
 // floor = bytes that must move at the speed of a device-to-device copy (bytes read plus bytes
@@ -26,7 +26,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "aggregate.h"
+#include "depth_aggregate/depth_aggregate.h"
 
 namespace {
 

@@ -2,9 +2,5 @@
 // operators and the version. The models are in models.h.
 #pragma once
 
-#include "ops/connection_weights.h"
-#include "ops/deferred_flush.h"
-#include "ops/depth_aggregate.h"
-#include "ops/depth_aggregate_norm.h"
-#include "ops/depth_aggregation_step.h"
+#include "ops.h"
 #include "version.h"

@@ -148,6 +148,7 @@ def test_bad_corpus(quality, packages, made, tmp_path, tiny_set, capsys):
 
 
 @needs_dpkg
+@pytest.mark.slow
 def test_a_run_that_is_cut_gives_the_rows_of_one_that_is_not(
     quality, made, tmp_path, tiny_set, monkeypatch, capsys, one_thread
 ):

@@ -34,6 +34,8 @@ def draw_time(results: Sequence[Results], path: Path) -> None:
                 bars = [half or 0.0 for half in halves]
                 axis.errorbar(seconds, losses, bars, color=colour, marker="o", markersize=4, capsize=3, label=label)
         axis.set_xscale("log")
+        for place in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            place("{x:g}")
         axis.set_title(result.set.title, fontsize=9)
         axis.set_xlabel(f"seconds of training, {next(iter(result.final.values())).device}", fontsize=8)
         axis.set_ylabel("held-out loss at the end (nats per token)", fontsize=8)

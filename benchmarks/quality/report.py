@@ -58,7 +58,7 @@ class Results:
         self.set = run_set
         self.rows: dict[str, list[Row]] = {}
         ids = {run.id for run in run_set.runs}
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row.step):
             if row.run in ids:
                 self.rows.setdefault(row.run, []).append(row)
         self.final = {i: found[-1] for i, found in self.rows.items() if found[-1].state}

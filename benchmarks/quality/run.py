@@ -95,8 +95,8 @@ def unfinished(runs: list[Run], path: Path, out: Path, corpus: str, *, change: b
         if run.id not in ended and (checkpoints := find_checkpoints(out / run.id)):
             training = Checkpoint(checkpoints[-1]).training
             steps[run.id] = training["step"]
-            if (theirs := training["corpus"].get("parts")) != corpus:
-                raise InputError(f"{checkpoints[-1]} is of corpus {theirs}, this one is {corpus}")
+            if training["corpus"] != {"id": corpus}:
+                raise InputError(f"{checkpoints[-1]} is of corpus {training['corpus'].get('id')}, this one is {corpus}")
     if change:
         path.parent.mkdir(parents=True, exist_ok=True)
         keep = [r for r in rows if r.run not in mine or r.run in ended or r.step <= steps.get(r.run, 0)]

@@ -226,7 +226,7 @@ class _Progress:
             "step": self.step,
             "sequences": self.step * self.settings.batch_size * self.settings.accumulation,
             "settings": dataclasses.asdict(self.run),
-            "corpus": {"parts": self.trainer.parts.id},
+            "corpus": {"id": self.trainer.parts.id},
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "seconds": self.seconds,

@@ -9,8 +9,8 @@
 #include <string>
 #include <string_view>
 
-#include "checks.h"
-#include "files.h"
+#include "../io/files.h"
+#include "../nn/checks.h"
 
 namespace muddformer {
 
@@ -22,6 +22,9 @@ using Json = nlohmann::json;
 template <class Config, class F>
 void for_each_field(Config& c, F&& f) {
   f("model_type", c.model_type);
+  f("norm", c.norm);
+  f("feed_forward", c.feed_forward);
+  f("causal", c.causal);
   f("vocab_size", c.vocab_size);
   f("block_size", c.block_size);
   f("n_layer", c.n_layer);
@@ -38,11 +41,11 @@ void for_each_field(Config& c, F&& f) {
   f("use_linear_bias", c.use_linear_bias);
   f("tie_word_embeddings", c.tie_word_embeddings);
   f("initializer_range", c.initializer_range);
+  f("separate_norms", c.separate_norms);
   f("dense", c.dense);
   f("dynamic", c.dynamic);
   f("multiway", c.multiway);
   f("ways", c.ways);
-  f("separate_norms", c.separate_norms);
   f("source_stride", c.source_stride);
   f("block_stride", c.block_stride);
   f("window", c.window);
@@ -53,6 +56,7 @@ void for_each_field(Config& c, F&& f) {
   f("cap", c.cap);
   f("gelu_approximate", c.gelu_approximate);
   f("flush_interval", c.flush_interval);
+  f("residual_dtype", c.residual_dtype);
 }
 
 // A value as an error shows it; it may come from a file that holds anything.

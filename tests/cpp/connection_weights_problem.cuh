@@ -1,4 +1,4 @@
-// A problem for the launchers of csrc/kernels/connection_weights.h: tensors on the device, and the
+// A problem for the launchers of csrc/kernels/connection_weights: tensors on the device, and the
 // checks of every step against float64 on the CPU. Each step is checked from the inputs that the
 // kernels themselves have made for it, so that bounds are one rounding and what sums in float32 may
 // lose.
@@ -12,7 +12,7 @@
 #include <ostream>
 #include <vector>
 
-#include "connection_weights.h"
+#include "connection_weights/connection_weights.h"
 #include "kernels_problem.cuh"
 
 namespace muddformer::kernels {

@@ -1,10 +1,10 @@
-// The launcher of deferred_flush.h against a float64 reference on the CPU, without torch.
+// The launcher of csrc/kernels/deferred_flush against a float64 reference on the CPU, without torch.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "deferred_flush.h"
+#include "deferred_flush/deferred_flush.h"
 #include "kernels_problem.cuh"
 
 namespace muddformer::kernels {

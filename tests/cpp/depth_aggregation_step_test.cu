@@ -1,4 +1,4 @@
-// The launcher of csrc/kernels/depth_aggregation_step.h against a float64 reference on the CPU:
+// The launcher of csrc/kernels/depth_aggregation_step against a float64 reference on the CPU:
 // every dtype, option and odd shape, without torch.
 #include <gtest/gtest.h>
 
@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "depth_aggregation_step.h"
+#include "depth_aggregation_step/depth_aggregation_step.h"
 #include "kernels_problem.cuh"
 
 namespace muddformer::kernels {

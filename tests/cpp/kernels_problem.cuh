@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "aggregate.h"
+#include "depth_aggregate/depth_aggregate.h"
 
 namespace muddformer::kernels {
 

@@ -1,9 +1,0 @@
-#include "aggregate_norm_backward.cuh"
-#include "aggregate_norm_forward.cuh"
-
-namespace muddformer::kernels {
-
-template cudaError_t forward_norm<__half>(const AggregateNormForward&, cudaStream_t);
-template cudaError_t backward_norm<__half>(const AggregateNormBackward&, int, cudaStream_t);
-
-}  // namespace muddformer::kernels

@@ -1,0 +1,7 @@
+#include "backward.cuh"
+
+namespace muddformer::kernels {
+
+template cudaError_t backward_fast<__half>(const AggregateBackward&, Path, cudaStream_t);
+
+}  // namespace muddformer::kernels

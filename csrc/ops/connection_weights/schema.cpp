@@ -1,0 +1,157 @@
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "../common/checks.h"
+#include "connection_weights.h"
+
+namespace muddformer {
+
+TORCH_LIBRARY_FRAGMENT(muddformer, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "connection_weights(Tensor x, Tensor w1, Tensor w2, Tensor prior, Tensor? scale=None, "
+      "float eps=1e-6, str gelu_approximate='none', float? cap=None) -> Tensor",
+      tags);
+  m.def(
+      "connection_weights_chained(Tensor x, Tensor w1, Tensor w2, Tensor prior, Tensor? "
+      "scale=None, "
+      "float eps=1e-6, str gelu_approximate='none', float? cap=None) -> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "connection_weights_forward(Tensor x, Tensor w1, Tensor w2, Tensor prior, Tensor? "
+      "scale=None, "
+      "float eps=1e-6, str gelu_approximate='none', float? cap=None) -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "connection_weights_backward(Tensor grad_weights, Tensor? grad_x, Tensor x, Tensor w1, "
+      "Tensor w2, Tensor prior, Tensor? scale, Tensor? weights, Tensor hidden, Tensor factor, str "
+      "gelu_approximate, float? cap, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
+}
+
+at::Tensor connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
+                              const at::Tensor& prior, const std::optional<at::Tensor>& scale,
+                              double eps, std::string_view gelu_approximate,
+                              std::optional<double> cap) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("muddformer::connection_weights", "")
+                             .typed<decltype(connection_weights)>();
+  return op.call(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+}
+
+std::tuple<at::Tensor, at::Tensor> connection_weights_chained(
+    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
+    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
+    std::optional<double> cap) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("muddformer::connection_weights_chained", "")
+                             .typed<decltype(connection_weights_chained)>();
+  return op.call(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> connection_weights_forward(
+    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
+    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
+    std::optional<double> cap) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("muddformer::connection_weights_forward", "")
+                             .typed<decltype(connection_weights_forward)>();
+  return op.call(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> connection_weights_backward(
+    const at::Tensor& grad_weights, const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
+    const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
+    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& weights,
+    const at::Tensor& hidden, const at::Tensor& factor, std::string_view gelu_approximate,
+    std::optional<double> cap, std::array<bool, 5> wanted) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("muddformer::connection_weights_backward", "")
+                             .typed<decltype(connection_weights_backward)>();
+  return op.call(grad_weights, grad_x, x, w1, w2, prior, scale, weights, hidden, factor,
+                 gelu_approximate, cap, wanted);
+}
+
+// prior and scale: the dtype of x, or float32.
+static void check_dtype_or_float32(const at::Tensor& tensor, ArgumentName argument,
+                                   const at::Tensor& x) {
+  check_defined(tensor, argument);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == at::kFloat,
+                   argument, ": expected dtype ", x.scalar_type(), " of x or Float, got ",
+                   tensor.scalar_type());
+  check_same_device(tensor, argument, x, "x");
+}
+
+void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
+                              const at::Tensor& prior, const std::optional<at::Tensor>& scale,
+                              double eps, std::string_view gelu_approximate,
+                              std::optional<double> cap) {
+  check_floating(x, {"x"});
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.sym_size(-1) >= 1,
+                    "x: expected shape [..., D] with D >= 1, got ", x.sym_sizes());
+  check_same_dtype_device(w1, {"w1"}, x, "x");
+  TORCH_CHECK_VALUE(w1.dim() == 2 && w1.sym_size(1) == x.sym_size(-1),
+                    "w1: expected shape [K, D] with D = ", x.sym_size(-1), " of x, got ",
+                    w1.sym_sizes());
+  check_dtype_or_float32(prior, {"prior"}, x);
+  TORCH_CHECK_VALUE(prior.dim() == 2 && prior.sym_size(0) >= 1 && prior.sym_size(1) >= 1,
+                    "prior: expected shape [C, S] with C >= 1 and S >= 1, got ", prior.sym_sizes());
+  check_same_dtype_device(w2, {"w2"}, x, "x");
+  TORCH_CHECK_VALUE(w2.dim() == 2 && w2.sym_size(0) == prior.sym_size(0) * prior.sym_size(1) &&
+                        w2.sym_size(1) == w1.sym_size(0),
+                    "w2: expected shape [C*S, K] = [", prior.sym_size(0) * prior.sym_size(1), ", ",
+                    w1.sym_size(0), "], got ", w2.sym_sizes(), " with prior ", prior.sym_sizes());
+  if (scale.has_value()) {
+    check_dtype_or_float32(*scale, {"scale"}, x);
+    TORCH_CHECK_VALUE(scale->dim() == 1 && scale->sym_size(0) == x.sym_size(-1),
+                      "scale: expected shape [D] with D = ", x.sym_size(-1), " of x, got ",
+                      scale->sym_sizes());
+  }
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, "eps: expected a finite number >= 0, got ",
+                    eps);
+  TORCH_CHECK_VALUE(gelu_approximate == "none" || gelu_approximate == "tanh",
+                    "gelu_approximate: expected 'none' or 'tanh', got '", gelu_approximate, "'");
+  TORCH_CHECK_VALUE(!cap.has_value() || (std::isfinite(*cap) && *cap > 0),
+                    "cap: expected a finite number > 0 or None, got ", cap.value_or(0));
+}
+
+// A tensor of the tokens of x: their shape and then `last`.
+static void check_of_tokens(const at::Tensor& tensor, ArgumentName argument, const at::Tensor& x,
+                            c10::SymIntArrayRef last) {
+  c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end() - 1);
+  shape.append(last.begin(), last.end());
+  TORCH_CHECK_VALUE(tensor.sym_sizes() == c10::SymIntArrayRef(shape), argument, ": expected shape ",
+                    c10::SymIntArrayRef(shape), ", got ", tensor.sym_sizes());
+}
+
+void check_connection_weights_backward(const at::Tensor& grad_weights,
+                                       const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
+                                       const at::Tensor& w1, const at::Tensor& prior,
+                                       const std::optional<at::Tensor>& weights,
+                                       const at::Tensor& hidden, const at::Tensor& factor,
+                                       std::optional<double> cap) {
+  check_same_dtype_device(grad_weights, {"grad_weights"}, x, "x");
+  check_of_tokens(grad_weights, {"grad_weights"}, x, prior.sym_sizes());
+  if (grad_x.has_value()) {
+    check_same_dtype_device(*grad_x, {"grad_x"}, x, "x");
+    check_of_tokens(*grad_x, {"grad_x"}, x, {x.sym_size(-1)});
+  }
+  TORCH_CHECK_TYPE(weights.has_value() || !cap.has_value(),
+                   "weights: expected a tensor where there is a cap, got None");
+  if (weights.has_value()) {
+    check_same_dtype_device(*weights, {"weights"}, x, "x");
+    check_of_tokens(*weights, {"weights"}, x, prior.sym_sizes());
+  }
+  check_same_dtype_device(hidden, {"hidden"}, x, "x");
+  check_of_tokens(hidden, {"hidden"}, x, {w1.sym_size(0)});
+  check_defined(factor, {"factor"});
+  TORCH_CHECK_TYPE(factor.scalar_type() == accumulation_dtype(x.scalar_type()),
+                   "factor: expected dtype ", accumulation_dtype(x.scalar_type()), ", got ",
+                   factor.scalar_type());
+  check_same_device(factor, {"factor"}, x, "x");
+  check_of_tokens(factor, {"factor"}, x, {});
+}
+
+}  // namespace muddformer
