@@ -1,4 +1,4 @@
-// Runs the cases that tests/test_cpp_parity.py writes: `parity THREADS CASE...` reads every file
+// Runs the cases that tests/models/test_cpp_parity.py writes: `parity THREADS CASE...` reads every file
 // CASE.safetensors (param/*, input_ids, targets; the configuration in the metadata) and writes what
 // this library computes of it into CASE.result.safetensors: logits, loss, grad/*, decoded (logits
 // of a decode with a cache), fresh/* (initial values of seed 0) and the configuration.

@@ -14,7 +14,7 @@ TEST(AggregationPlan, IsThatOfThePaper) {
   EXPECT_EQ(aggregation_plan(4, 1, 1, 1, false), (Plan{{1, {0, 1}}, {2, {0, 2}}, {3, {0, 3}}}));
 }
 
-// The same as Python's, tests/test_deferred_flush.py.
+// The same as Python's, tests/nn/test_plan.py.
 TEST(FlushGroups, AreThoseOfPython) {
   using Groups = std::vector<std::vector<int64_t>>;
   const auto groups = [](int64_t layers, std::optional<int64_t> window,
