@@ -1,7 +1,8 @@
-// Runs the cases that tests/models/test_cpp_parity.py writes: `parity THREADS CASE...` reads every file
-// CASE.safetensors (param/*, input_ids, targets; the configuration in the metadata) and writes what
-// this library computes of it into CASE.result.safetensors: logits, loss, grad/*, decoded (logits
-// of a decode with a cache), fresh/* (initial values of seed 0) and the configuration.
+// Runs the cases that tests/models/test_cpp_parity.py writes: `parity THREADS CASE...` reads every
+// file CASE.safetensors (param/*, input_ids, targets; the configuration in the metadata) and writes
+// what this library computes of it into CASE.result.safetensors: logits, loss, grad/*, decoded
+// (logits of a decode with a cache, if causal), fresh/* (initial values of seed 0) and the
+// configuration.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <muddformer/io/safetensors.h>
