@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_integer, check_real
+from ..models import not_a_model
 from .graphs import GraphedStep, graph_works
 from .sampling import sample
 
@@ -78,7 +79,7 @@ def generate_stream(
     """:func:`generate`, one step at a time: yields the new tokens [B, 1] of every step as soon as they are known."""
     config = getattr(model, "config", None)
     if config is None or not callable(getattr(model, "new_cache", None)):
-        raise TypeError(f"model must be a MUDDFormer, got {type(model).__name__}")
+        raise not_a_model(model)
     _check_prompt(config.vocab_size, input_ids)
     check_integer("max_new_tokens", max_new_tokens, low=0)
     if input_ids.shape[1] + max_new_tokens > config.block_size:

@@ -4,7 +4,7 @@ from .config import MUDDFormerConfig
 from .families import FAMILIES, Family, build_model, family_of, from_pretrained, load_config, save_pretrained
 from .kv_cache import KVCache
 from .muddformer import MUDDFormer
-from .pretrained import Pretrained
+from .pretrained import Pretrained, not_a_model
 
 __all__ = [
     "FAMILIES",
@@ -17,5 +17,6 @@ __all__ = [
     "family_of",
     "from_pretrained",
     "load_config",
+    "not_a_model",
     "save_pretrained",
 ]

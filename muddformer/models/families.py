@@ -12,7 +12,7 @@ import torch
 from .checkpoint import read_config
 from .config import FAMILY_DEFAULTS, MUDDFormerConfig
 from .muddformer import MUDDFormer
-from .pretrained import Pretrained
+from .pretrained import Pretrained, not_a_model
 
 __all__ = ["FAMILIES", "Family", "build_model", "family_of", "from_pretrained", "load_config", "save_pretrained"]
 
@@ -69,7 +69,7 @@ def save_pretrained(model: Pretrained, directory: str | os.PathLike[str]) -> Non
         OSError: if the directory cannot be written.
     """
     if not isinstance(model, Pretrained):
-        raise TypeError(f"model must be a MUDDFormer, got {type(model).__name__}")
+        raise not_a_model(model)
     model.save_pretrained(directory)
 
 

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from .checkpoint import CONFIG_NAME, check_tensors, open_weights, read_config, write_checkpoint
 
-__all__ = ["Pretrained"]
+__all__ = ["Pretrained", "not_a_model"]
 
 
 class Pretrained(nn.Module):
@@ -131,3 +131,12 @@ class Pretrained(nn.Module):
 
     def _check_stored(self, path: Path, state: dict[str, Tensor]) -> None:
         """Checks values that must agree, and takes out of ``state`` what is stored but not loaded."""
+
+
+def not_a_model(model: Any) -> TypeError:
+    """The error for something that is no model of ours, which names the model inside if it is a wrapper of one."""
+    inner = None
+    if isinstance(model, nn.Module):
+        inner = next((name for name, module in model.named_modules() if isinstance(module, Pretrained)), None)
+    hint = f": pass the model inside, model.{inner}" if inner else ""
+    return TypeError(f"model must be a MUDDFormer, got {type(model).__name__}{hint}")

@@ -106,3 +106,19 @@ def test_files_from_before_the_parts_had_names(tmp_path: Path) -> None:
         del values[name]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert muddformer.from_pretrained(tmp_path).config == model.config
+
+
+def test_wrappers_name_the_model_inside(tmp_path: Path) -> None:
+    model = build_model(MUDDFormerConfig(**SMALL))
+    ids = torch.arange(4)[None]
+    averaged, compiled = torch.optim.swa_utils.AveragedModel(model), torch.compile(model, backend="eager")
+    for wrapped, name in ((averaged, "module"), (nn.DataParallel(model), "module"), (compiled, "_orig_mod")):
+        with pytest.raises(
+            TypeError, match=rf"model must be a MUDDFormer, got \w+: pass the model inside, model.{name}"
+        ):
+            muddformer.save_pretrained(wrapped, tmp_path)
+    with pytest.raises(TypeError, match=r"got AveragedModel: pass the model inside, model.module"):
+        muddformer.generate(averaged, ids, max_new_tokens=2)
+    assert muddformer.generate(compiled, ids, max_new_tokens=2).shape == (1, 6)
+    with pytest.raises(TypeError, match=r"model must be a MUDDFormer, got Linear$"):
+        muddformer.save_pretrained(nn.Linear(2, 2), tmp_path)
