@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../nn/checks.h"
+#include "config_fields.h"
 #include "families.h"
 
 namespace muddformer {
@@ -85,21 +86,9 @@ void check_combinations(const MUDDFormerConfig& c) {
 }
 
 ConnectionOptions options_of(const MUDDFormerConfig& c) {
-  return {.dense = c.dense,
-          .dynamic = c.dynamic,
-          .multiway = c.multiway,
-          .ways = c.ways,
-          .source_stride = c.source_stride,
-          .block_stride = c.block_stride,
-          .window = c.window,
-          .pre_norm = c.pre_norm,
-          .post_norm = c.post_norm,
-          .expand_last = c.expand_last,
-          .round64 = c.round64,
-          .cap = c.cap,
-          .gelu_approximate = c.gelu_approximate,
-          .flush_interval = c.flush_interval,
-          .residual_dtype = c.residual_dtype};
+  ConnectionOptions options;
+  for_each_option([](const char*, auto& to, const auto& from) { to = from; }, options, c);
+  return options;
 }
 
 }  // namespace

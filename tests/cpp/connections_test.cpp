@@ -157,7 +157,8 @@ struct SoftmaxImpl : DepthAggregationImpl {
   }
 };
 
-struct PlusOneImpl : torch::nn::Module {
+struct PlusOneImpl : torch::nn::Cloneable<PlusOneImpl> {
+  void reset() override {}
   Tensor forward(const Tensor& x) { return x.sin() + 1; }
 };
 TORCH_MODULE(PlusOne);

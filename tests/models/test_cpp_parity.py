@@ -77,7 +77,9 @@ def test_logits_loss_and_gradients(results: Path, case: str) -> None:
     model, ids, targets = make_case(case)
     loss = model(ids, targets)
     loss.backward()
-    expected = {"logits": model(ids), "loss": loss, "decoded": decode(model, ids)}
+    expected = {"logits": model(ids), "loss": loss}
+    if model.config.causal:
+        expected["decoded"] = decode(model, ids)
     expected |= {f"grad/{name}": parameter.grad for name, parameter in model.named_parameters()}
     assert {name for name in found if not name.startswith("fresh/")} == expected.keys()
     for name, value in expected.items():
