@@ -4,12 +4,16 @@ B, T: batch and sequence length (any leading shape); D: model width; S: number o
 K: hidden width of the generator. Dtypes: float64, float32, bfloat16, float16. Products and sums are accumulated in
 float32 (float64 for float64). The kernels are in ``csrc/ops``; here are only the Python signatures of
 ``torch.ops.muddformer.*``.
+
+On the CPU, memory of freed results is kept for results of the same size, which saves the page faults of fresh memory.
+The environment variable ``MUDDFORMER_CPU_CACHE_MIB``, read at the first use, is the most of it that is kept, in MiB
+(256 where it is not set, at most 2^20; 0 keeps nothing). What is unused for five seconds goes back to the system.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +31,8 @@ __all__ = [
     "depth_aggregate_chained",
     "depth_aggregate_norm_chained",
     "depth_aggregation_step",
+    "fuses_norms",
+    "fuses_step",
 ]
 
 
@@ -42,18 +48,20 @@ class Deferral(NamedTuple):
     count: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class StreamNorms:
-    """The norms that the aggregation makes of its streams, see :func:`depth_aggregate_norm_chained`.
+    """How the streams of C ways are normed, see :func:`depth_aggregate_norm_chained`.
 
     Attributes:
-        weights: weight [D] of every way's norm, None for a way without one.
-        biases: bias [D] of every way's norm, or None for each; None: no bias at all.
-        kind: ``"rms"`` (RMSNorm), ``"layer"`` (LayerNorm), or ``"none"`` where no way has a norm.
-        eps: added to the mean square, or the variance.
-        add_newest: whether the newest hidden state, as it came, is added to every way.
-        pre_weight: weight [D] of the RMSNorm of the newest hidden state before it is mixed, or None.
-        post_weight: weight [D] of the RMSNorm of the last way's sum, or None.
+        weights: C weights [D], None for a way without a norm. All weights and biases of norms are of one dtype, that of
+            the hidden states or float32.
+        biases: C biases [D], or None for each; None: no bias at all.
+        kind: ``"rms"`` (RMSNorm) or ``"layer"`` (LayerNorm); ``"none"`` where no way has a norm weight.
+        eps: added to the mean square, or the variance, in every norm, at least 0.
+        add_newest: whether the newest hidden state, as it came, is added to every way before its norm.
+        pre_weight: weight [D] of the RMSNorm of the newest hidden state before it is mixed; None: no norm.
+        post_weight: weight [D] of the RMSNorm of the last way's sum, which then has no norm weight, before the newest
+            hidden state is added; needs ``add_newest``.
     """
 
     weights: Sequence[Tensor | None]
@@ -150,7 +158,7 @@ def defer_gradients(
 def depth_aggregate_norm_chained(
     hiddens: Sequence[Tensor],
     weights: Tensor,
-    norm_weights: Sequence[Tensor | None] | StreamNorms,
+    norm_weights: StreamNorms | Sequence[Tensor | None],
     norm_biases: Sequence[Tensor | None] | None = None,
     *,
     norm: str = "rms",
@@ -165,22 +173,15 @@ def depth_aggregate_norm_chained(
     ``Y_c = norm_c(base + mix_c)`` with ``mix_c = sum_j weights[..., c, j, None] * hiddens[j]``; a way without a norm
     weight is ``base + mix_c``, and with a post weight the last way is ``base + RMSNorm(mix_c) * post_weight``. base is
     ``hiddens[-1]`` as it came with ``add_newest``, otherwise 0. With ``pre_weight`` the newest hidden state is mixed,
-    and handed on, as ``RMSNorm(hiddens[-1]) * pre_weight`` (PrePostDANorm: arXiv 2502.12170, Eq. 10). On CUDA (compute
-    capability 9.0 or newer) the norms cost no pass of their own, forward or backward; sums are normed before they are
+    and handed on, as ``RMSNorm(hiddens[-1]) * pre_weight`` (PrePostDANorm: arXiv 2502.12170, Eq. 10). On CUDA the norms
+    cost no pass of their own, forward or backward, where :func:`fuses_norms` says so; sums are normed before they are
     rounded.
 
     Args:
         hiddens: as in :func:`depth_aggregate`.
         weights: as in :func:`depth_aggregate`.
-        norm_weights: C weights [D]; None for a way without a norm. All weights and biases of norms are of one dtype,
-            that of the hidden states or float32.
-        norm_biases: C biases [D], or None for each; None: no bias at all.
-        norm: ``"rms"`` (RMSNorm) or ``"layer"`` (LayerNorm).
-        eps: added to the mean square, or the variance, at least 0.
-        add_newest: whether ``hiddens[-1]``, as it came, is added to every way.
-        pre_weight: weight [D] of the RMSNorm of ``hiddens[-1]`` before it is mixed; None: no norm.
-        post_weight: weight [D] of the RMSNorm of the last way's sum, which then has no norm weight; needs
-            ``add_newest``.
+        norm_weights: a :class:`StreamNorms`, or its weights; the arguments from here to ``post_weight`` are then its
+            other fields (``norm`` is its kind).
         deferral: this layer's of :func:`defer_gradients`, or None; with ``add_newest`` or ``pre_weight`` the newest
             hidden state cannot be deferred.
 
@@ -191,24 +192,45 @@ def depth_aggregate_norm_chained(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     _check_list(hiddens)
-    if isinstance(norm_weights, StreamNorms):
-        given = norm_weights
-        norm_weights, norm_biases, norm, eps = given.weights, given.biases, given.kind, given.eps
-        add_newest, pre_weight, post_weight = given.add_newest, given.pre_weight, given.post_weight
-    biases = [None] * len(norm_weights) if norm_biases is None else norm_biases
+    norms = norm_weights
+    if not isinstance(norms, StreamNorms):
+        norms = StreamNorms(norm_weights, norm_biases, norm, eps, add_newest, pre_weight, post_weight)
     streams, hiddens = torch.ops.muddformer.depth_aggregate_norm_chained(
         hiddens,
         weights,
-        norm_weights,
-        biases,
-        norm,
-        eps,
-        add_newest,
-        pre_weight,
-        post_weight,
+        norms.weights,
+        [None] * len(norms.weights) if norms.biases is None else norms.biases,
+        norms.kind,
+        norms.eps,
+        norms.add_newest,
+        norms.pre_weight,
+        norms.post_weight,
         *(() if deferral is None else deferral),
     )
     return streams, hiddens
+
+
+@torch.compiler.assume_constant_result
+def _fuses_norms(device: torch.device, dtype: torch.dtype, width: int, sources: int, ways: int) -> bool:
+    return torch.ops.muddformer.fuses_norms(torch.empty(0, width, device=device, dtype=dtype), sources, ways)
+
+
+def fuses_norms(x: Tensor, sources: int, ways: int) -> bool:
+    """Whether one kernel makes the sums of :func:`depth_aggregate_norm_chained` and their norms.
+
+    Where it does not (a CPU build, the CPU, float64, devices before compute capability 9.0 or without code for it in
+    this build, sizes beyond the kernel's), the operator makes them of several steps in float32 and modules of their own
+    are the better choice. A constant to ``torch.compile``.
+
+    Args:
+        x: a hidden state [..., D], of which device, dtype and D count. D has to be a multiple of 8 in every dtype:
+            autocast may make float32 one of 16 bits.
+        sources: number of hidden states S.
+        ways: number of ways C.
+    """
+    if torch.compiler.is_compiling():
+        return _fuses_norms(x.device, x.dtype, x.shape[-1], sources, ways)
+    return torch.ops.muddformer.fuses_norms(x, sources, ways)
 
 
 def connection_weights(
@@ -273,6 +295,7 @@ def depth_aggregation_step(
     eps: float = 1e-6,
     gelu_approximate: str = "none",
     cap: float | None = None,
+    norms: StreamNorms | None = None,
     norm_weights: Sequence[Tensor | None] = (),
     norm_biases: Sequence[Tensor | None] = (),
     norm: str = "none",
@@ -281,20 +304,17 @@ def depth_aggregation_step(
     """A whole layer of connections for decoding: weights, aggregation and the norms of the streams, without gradients.
 
     ``A = GELU(RMSNorm(hiddens[-1]) w1^T) w2^T + prior`` (Eq. 6 to 8; without ``w1`` and ``w2``: ``A = prior``), then
-    ``Y_c = norm_c(sum_j A[..., c, j, None] * hiddens[j])``. On CUDA (compute capability 9.0 and later) one kernel for
-    up to 64 tokens, which a CUDA graph can capture; otherwise composed of :func:`connection_weights`,
-    :func:`depth_aggregate` and PyTorch's norms.
+    ``Y_c = norm_c(sum_j A[..., c, j, None] * hiddens[j])``. One kernel, which a CUDA graph can capture, where
+    :func:`fuses_step` says so; otherwise composed of :func:`connection_weights`, :func:`depth_aggregate` and PyTorch's
+    norms.
 
     Args:
         hiddens: the S sources X_j, each [..., D], of one shape, dtype and device; the newest is the last.
         w1, w2, scale, eps, gelu_approximate, cap: see :func:`connection_weights`; both ``w1`` and ``w2`` None for a
             static layer.
         prior: static prior [C, S], of the dtype of the hidden states or float32.
-        norm_weights: weight [D] of every stream's norm, None for a stream that stays as it is; or nothing at all. Of
-            the dtype of the hidden states or float32.
-        norm_biases: bias [D] or None for every stream, with ``norm="layer"``; or nothing at all.
-        norm: ``"rms"``, ``"layer"``, or ``"none"`` where no stream is normed.
-        norm_eps: added in the streams' norms, at least 0.
+        norms: the streams' norms, without ``add_newest``, ``pre_weight`` and ``post_weight``; weights and biases may be
+            empty. In place of the four arguments that follow, its ``weights``, ``biases``, ``kind`` and ``eps``.
 
     Returns:
         The C streams, each [..., D], new tensors.
@@ -303,6 +323,12 @@ def depth_aggregation_step(
         ValueError, TypeError: naming the argument, what was expected and what came.
         RuntimeError: if gradients are enabled and an argument requires one.
     """
+    if norms is None:
+        norms = StreamNorms(norm_weights, norm_biases, norm, norm_eps)
+    extra = {"add_newest": norms.add_newest or None, "pre_weight": norms.pre_weight, "post_weight": norms.post_weight}
+    given = [name for name, value in extra.items() if value is not None]
+    if given:
+        raise ValueError(f"norms: expected none of {', '.join(extra)} in a step, got {', '.join(given)}")
     return torch.ops.muddformer.depth_aggregation_step(
         hiddens,
         w1,
@@ -312,24 +338,28 @@ def depth_aggregation_step(
         eps,
         gelu_approximate,
         cap,
-        norm_weights,
-        norm_biases,
-        norm,
-        norm_eps,
+        norms.weights,
+        () if norms.biases is None else norms.biases,
+        norms.kind,
+        norms.eps,
     )
 
 
 @torch.compiler.assume_constant_result
-def _has_bulk_copies(index: int) -> bool:
-    return torch.cuda.get_device_capability(index)[0] >= 9
-
-
-def fuses_norms(x: Tensor, sources: int, ways: int) -> bool:
-    """Whether one kernel aggregates and norms hidden states like ``x``."""
-    fits = x.is_cuda and x.dtype != torch.float64 and ways <= 4 and sources <= 64 and x.shape[-1] % 8 == 0
-    return fits and _has_bulk_copies(x.device.index)
+def _step_tokens(device: torch.device, dtype: torch.dtype) -> int:
+    return torch.ops.muddformer.step_tokens(torch.empty(0, 1, device=device, dtype=dtype))
 
 
 def fuses_step(newest: Tensor) -> bool:
-    """Whether :func:`depth_aggregation_step` is meant for these tokens."""
-    return newest.is_cuda and newest.numel() <= 64 * newest.shape[-1]
+    """Whether :func:`depth_aggregation_step` is one kernel for tokens like these.
+
+    It is on CUDA (compute capability 9.0 or newer, and code for it in this build), not of float64, for no more than 64
+    tokens. Beyond that cuBLAS's products are the better choice, or there is no kernel.
+
+    Args:
+        newest: the newest hidden state [..., D].
+    """
+    if torch.compiler.is_compiling():
+        most = _step_tokens(newest.device, newest.dtype)  # a constant, while the number of tokens may be open
+        return most > 0 and newest.numel() <= most * newest.shape[-1]
+    return torch.ops.muddformer.fuses_step(newest)

@@ -9,6 +9,7 @@ include(csrc/cmake/MuddformerHopper.cmake)
 function(muddformer_add_op op)
   file(GLOB sources CONFIGURE_DEPENDS csrc/ops/${op}/*.cpp)
   if(MUDDFORMER_WITH_CUDA)
+    set_property(SOURCE ${sources} APPEND PROPERTY COMPILE_DEFINITIONS MUDDFORMER_WITH_CUDA) # they may call cuda.cpp
     file(GLOB kernels CONFIGURE_DEPENDS csrc/kernels/${op}/*.cu)
     muddformer_add_hopper_code(${kernels})
     list(APPEND sources ${kernels})

@@ -13,12 +13,6 @@
 #include "../ops/depth_aggregate_norm/depth_aggregate_norm.h"
 #include "../ops/depth_aggregation_step/depth_aggregation_step.h"
 #include "checks.h"
-#ifdef MUDDFORMER_WITH_CUDA
-#include <c10/core/DeviceGuard.h>
-
-#include "../kernels/common/device.h"
-#include "../kernels/depth_aggregate_norm/depth_aggregate_norm.h"
-#endif
 
 namespace muddformer {
 
@@ -102,13 +96,6 @@ void DepthAggregationImpl::reset_prior(at::Tensor tensor) const {
 
 namespace {
 
-// Norms as the operators take them.
-struct NormArguments {
-  std::string_view kind = "none";
-  double eps = 0.0;
-  OptionalTensors weights, biases;
-};
-
 // Whether the operators take these norms: weights of one dtype, that of x or float32. Autocast sees
 // to that itself.
 bool takes_dtypes(const std::vector<Norm>& norms, const at::Tensor& x) {
@@ -124,12 +111,12 @@ bool takes_dtypes(const std::vector<Norm>& norms, const at::Tensor& x) {
 }
 
 // Nothing if the norms are of different kinds or of dtypes that the operators do not take.
-std::optional<NormArguments> norm_arguments(const std::vector<Norm>& norms, const at::Tensor& x) {
+std::optional<StreamNorms> stream_norms_of(const std::vector<Norm>& norms, const at::Tensor& x) {
   const auto optional = [](const at::Tensor& tensor) {
     return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
   };
   if (!takes_dtypes(norms, x)) return std::nullopt;
-  NormArguments arguments;
+  StreamNorms arguments;
   for (const Norm& norm : norms) {
     arguments.weights.push_back(norm ? optional(norm->weight) : std::nullopt);
     arguments.biases.push_back(norm ? optional(norm->bias) : std::nullopt);
@@ -142,27 +129,6 @@ std::optional<NormArguments> norm_arguments(const std::vector<Norm>& norms, cons
     arguments.eps = norm->eps();
   }
   return arguments;
-}
-
-// The most tokens that count as decoding.
-constexpr int64_t kStepTokens = 64;
-
-// Whether the aggregation's kernels can norm streams like x, see csrc/kernels/depth_aggregate_norm.
-// Where they cannot, the norms are better left to the modules: the operator would make them of
-// several steps in float32.
-bool has_norm_kernel(const at::Tensor& x, int64_t sources, int64_t ways) {
-#ifdef MUDDFORMER_WITH_CUDA
-  if (!x.is_cuda() || x.scalar_type() == at::kDouble || x.size(-1) % 8 != 0 ||
-      sources > kernels::kMaxNormSources || ways > kernels::kMaxNormWays) {
-    return false;
-  }
-  const c10::DeviceGuard guard(x.device());
-  kernels::Device device{};
-  return kernels::current_device(device) == cudaSuccess && device.bulk_copy;
-#else
-  (void)x, (void)sources, (void)ways;
-  return false;
-#endif
 }
 
 // Hidden states in the dtype that autocast, if it is on, gives them in every operator. To hand
@@ -232,23 +198,25 @@ DepthAggregationImpl::Mixed DepthAggregationImpl::mix(at::TensorList hiddens, co
 std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
     at::TensorList hiddens, const at::Tensor& a, const std::vector<Norm>& norms,
     const Deferral& deferral) {
-  const std::optional<NormArguments> arguments = norm_arguments(norms, hiddens.back());
+  std::optional<StreamNorms> arguments = stream_norms_of(norms, hiddens.back());
   if (!arguments) return std::nullopt;
   const bool post = options.connections.post_norm != "none";
   if (!derived() && !at::GradMode::is_enabled() && !pre_norm && !post &&
-      hiddens.back().numel() <= kStepTokens * options.dim) {
+      fuses_step(hiddens.back())) {
     const auto matrix = [&](const Linear& linear) {
       return options.connections.dynamic ? std::optional<at::Tensor>(linear->weight) : std::nullopt;
     };
     std::vector<at::Tensor> sources = autocast_once(hiddens);
     std::vector<at::Tensor> streams = depth_aggregation_step(
-        sources, matrix(w1), matrix(w2), a, std::nullopt, options.eps,
-        options.connections.gelu_approximate, options.connections.cap, arguments->weights,
-        arguments->biases, arguments->kind, arguments->eps);
+        sources, matrix(w1), matrix(w2), a,
+        {std::nullopt, options.eps, options.connections.gelu_approximate, options.connections.cap},
+        *arguments);
     at::Tensor newest = sources.back();
     return Mixed{std::move(streams), std::move(sources), std::move(newest)};
   }
-  if (!has_norm_kernel(hiddens.back(), options.sources, num_ways())) return std::nullopt;
+  // Where no kernel makes the norms they are better left to the modules: the operator would make
+  // them of several steps in float32.
+  if (!fuses_norms(hiddens.back(), options.sources, num_ways())) return std::nullopt;
   // A norm after the sum must be the last way's, which then has no other norm.
   Norm post_norm{nullptr};
   for (size_t way = 0; post && way < norms.size(); ++way) {
@@ -259,10 +227,10 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
   }
   const bool normed = arguments->kind != "none";
   if (!normed && !post && !pre_norm) return std::nullopt;
-  const double eps = normed ? arguments->eps : options.eps;
+  if (!normed) arguments->eps = options.eps;
   std::vector<Norm> all = norms;
   for (const Norm& own : {pre_norm, post_norm}) {
-    if (own && own->eps() != eps) return std::nullopt;
+    if (own && own->eps() != arguments->eps) return std::nullopt;
     all.push_back(own);
   }
   if (!takes_dtypes(all, hiddens.back())) return std::nullopt;
@@ -272,9 +240,10 @@ std::optional<DepthAggregationImpl::Mixed> DepthAggregationImpl::mix_fused(
   const auto weight_of = [](const Norm& norm) {
     return norm ? std::optional<at::Tensor>(norm->weight) : std::nullopt;
   };
-  auto [streams, handed_on] = depth_aggregate_norm_chained(
-      sources, weights, arguments->weights, arguments->biases, normed ? arguments->kind : "rms",
-      eps, post, weight_of(pre_norm), weight_of(post_norm), deferral);
+  arguments->add_newest = post;
+  arguments->pre_weight = weight_of(pre_norm);
+  arguments->post_weight = weight_of(post_norm);
+  auto [streams, handed_on] = depth_aggregate_norm_chained(sources, weights, *arguments, deferral);
   if (!pre_norm) newest = handed_on.back();
   return Mixed{std::move(streams), std::move(handed_on), std::move(newest)};
 }
@@ -295,9 +264,9 @@ std::tuple<at::Tensor, at::Tensor> DepthAggregationImpl::connection_weights(cons
                                                                             const at::Tensor& a) {
   if (options.connections.dynamic) {
     const auto scale = generator_norm ? std::optional(generator_norm->weight) : std::nullopt;
-    return connection_weights_chained(x, w1->weight, w2->weight, a, scale, options.eps,
-                                      options.connections.gelu_approximate,
-                                      options.connections.cap);
+    return connection_weights_chained(
+        x, w1->weight, w2->weight, a,
+        {scale, options.eps, options.connections.gelu_approximate, options.connections.cap});
   }
   const at::Tensor bounded = options.connections.cap
                                  ? at::tanh(a / *options.connections.cap) * *options.connections.cap

@@ -39,7 +39,7 @@ TEST_P(ConnectionWeights, ForwardAndGradientsEqualTheNaiveOnes) {
   };
 
   const auto [weights, x] = connection_weights_chained(ours[0], ours[1], ours[2], ours[3],
-                                                       scale(ours), o.eps, o.gelu, o.cap);
+                                                       {scale(ours), o.eps, o.gelu, o.cap});
   const Tensor expected = reference::connection_weights(naive[0], naive[1], naive[2], naive[3],
                                                         scale(naive), o.eps, o.gelu, o.cap);
   EXPECT_TRUE(at::allclose(weights, expected, 1e-10, 1e-10));
@@ -61,10 +61,9 @@ TEST(ConnectionWeightsErrors, NameTheArgument) {
                prior = torch::zeros({4, 2});
   EXPECT_THROW(connection_weights(x, w2, w2, prior), c10::ValueError);
   EXPECT_THROW(connection_weights(x.to(at::kLong), w1, w2, prior), c10::TypeError);
-  EXPECT_THROW(connection_weights(x, w1, w2, prior, std::nullopt, -1.0), c10::ValueError);
-  EXPECT_THROW(connection_weights(x, w1, w2, prior, std::nullopt, 1e-6, "erf"), c10::ValueError);
-  EXPECT_THROW(connection_weights(x, w1, w2, prior, std::nullopt, 1e-6, "none", 0.0),
-               c10::ValueError);
+  EXPECT_THROW(connection_weights(x, w1, w2, prior, {.eps = -1.0}), c10::ValueError);
+  EXPECT_THROW(connection_weights(x, w1, w2, prior, {.gelu_approximate = "erf"}), c10::ValueError);
+  EXPECT_THROW(connection_weights(x, w1, w2, prior, {.cap = 0.0}), c10::ValueError);
 }
 
 }  // namespace

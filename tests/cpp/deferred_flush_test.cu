@@ -1,4 +1,5 @@
-// The launcher of csrc/kernels/deferred_flush against a float64 reference on the CPU, without torch.
+// The launcher of csrc/kernels/deferred_flush against a float64 reference on the CPU, without
+// torch.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The launchers of csrc/kernels/depth_aggregate_norm against a float64 reference on the CPU, without
-// torch.
+// The launchers of csrc/kernels/depth_aggregate_norm against a float64 reference on the CPU,
+// without torch.
 #include <gtest/gtest.h>
 
 #include <cstring>

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from helpers.op_samples import DTYPES, relative_error, tolerance
@@ -276,3 +277,64 @@ def test_backward_checks_what_the_forward_returned(name: str) -> None:
         torch.ops.muddformer.depth_aggregate_norm_backward(
             [torch.ones_like(y) for y in outputs], [], *case.private(), *bad.values()
         )
+
+
+def test_norms_as_one_object() -> None:
+    case = make_case("layer-add-3x16-S3-C4", torch.device("cpu"), torch.float32)
+    hiddens, weights, norm_weights, norm_biases = case.arguments()
+    options = case.options()
+    norms = ops.StreamNorms(norm_weights, norm_biases, options.pop("norm"), **options)
+    expected, _ = case.ours()
+    streams, _ = ops.depth_aggregate_norm_chained(hiddens, weights, norms)
+    for y, z in zip(streams, expected, strict=True):
+        assert torch.equal(y, z)
+
+
+def fast_gpu(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({}, True),
+        ({"dtype": torch.float32}, True),
+        ({"dtype": torch.float16, "sources": 64, "ways": 4, "width": 4096}, True),
+        ({"dtype": torch.float64}, False),
+        ({"dtype": torch.int32}, False),
+        ({"width": 60}, False),
+        ({"dtype": torch.float32, "width": 60}, False),  # autocast may make it one of 16 bits
+        ({"width": 1 << 20}, False),
+        ({"sources": 65}, False),
+        ({"ways": 5}, False),
+        ({"sources": 1 << 40}, False),
+    ],
+    ids=str,
+)
+def test_fuses_norms(changes: dict[str, Any], fits: bool, device: torch.device) -> None:
+    case = {"dtype": torch.bfloat16, "width": 64, "sources": 5, "ways": 3, **changes}
+    x = torch.empty(2, case["width"], dtype=case["dtype"], device=device)
+    expected = fits and fast_gpu(device)
+    assert ops.fuses_norms(x, case["sources"], case["ways"]) is expected
+    assert ops.fuses_norms(x.to("meta"), case["sources"], case["ways"]) is False
+    with FakeTensorMode() as mode:
+        assert ops.fuses_norms(mode.from_tensor(x), case["sources"], case["ways"]) is expected
+
+
+def test_fuses_norms_of_a_device_that_is_not_there() -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 64, dtype=torch.bfloat16, device="cuda:7")
+        assert ops.fuses_norms(x, 5, 3) in (False, torch.cuda.device_count() > 7)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fuses_norms_is_a_constant_when_compiling(dynamic: bool, device: torch.device) -> None:
+    def branch(x: Tensor) -> Tensor:
+        return x + 1 if ops.fuses_norms(x, 5, 3) else x - 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(branch, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for dtype in (torch.bfloat16, torch.float64):
+        for tokens in (2, 3):
+            x = torch.zeros(tokens, 64, dtype=dtype, device=device)
+            assert torch.equal(compiled(x), branch(x))

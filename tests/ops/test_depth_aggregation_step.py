@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from helpers.op_samples import DTYPES, relative_error, tolerance
 from muddformer import ops, reference
@@ -289,3 +291,41 @@ def test_repeats_bit_for_bit() -> None:
     for _ in range(100):
         for y, first in zip(ops.depth_aggregation_step(**kwargs), expected, strict=True):
             assert torch.equal(y, first)
+
+
+def test_norms_as_one_object() -> None:
+    kwargs = arguments(norm="layer", scale=True)
+    expected = ops.depth_aggregation_step(**kwargs)
+    norms = ops.StreamNorms(kwargs.pop("norm_weights"), kwargs.pop("norm_biases"), kwargs.pop("norm"))
+    for y, z in zip(ops.depth_aggregation_step(**kwargs, norms=norms), expected, strict=True):
+        assert torch.equal(y, z)
+    for field in ({"add_newest": True}, {"pre_weight": torch.ones(64)}, {"post_weight": torch.ones(64)}):
+        with pytest.raises(ValueError, match=f"norms: expected none of .*, got {next(iter(field))}"):
+            ops.depth_aggregation_step(**kwargs, norms=dataclasses.replace(norms, **field))
+
+
+def test_fuses_step(device: torch.device) -> None:
+    fast = device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    for dtype, leading, fits in (
+        (torch.bfloat16, (1, 1), True),
+        (torch.float32, (8, 8), True),
+        (torch.bfloat16, (65,), False),
+        (torch.float64, (1,), False),
+    ):
+        x = torch.empty(*leading, 64, dtype=dtype, device=device)
+        assert ops.fuses_step(x) is (fits and fast)
+        assert ops.fuses_step(x.to("meta")) is False
+        with FakeTensorMode() as mode:
+            assert ops.fuses_step(mode.from_tensor(x)) is (fits and fast)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fuses_step_when_compiling(dynamic: bool, device: torch.device) -> None:
+    def branch(x: Tensor) -> Tensor:
+        return x + 1 if ops.fuses_step(x) else x - 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(branch, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (2, 64, 65, 66):
+        x = torch.zeros(tokens, 64, dtype=torch.bfloat16, device=device)
+        assert torch.equal(compiled(x), branch(x))

@@ -9,8 +9,8 @@
 //
 // A cluster of CL blocks serves 128 tokens. Each block takes every CL-th part of D through a ring
 // of stages of 64 columns of x and W1 (asynchronous copies); its 8 warps stand 2 x 4 over tokens
-// and hidden columns. Then the blocks add their sums (forward_finish.cuh). More
-// blocks a cluster fill the device when tokens are few, and read less of W1 each.
+// and hidden columns. Then the blocks add their sums (forward_finish.cuh). More blocks a cluster
+// fill the device when tokens are few, and read less of W1 each.
 #pragma once
 
 #include "forward_finish.cuh"

@@ -2,10 +2,10 @@
 //
 //   r = rsqrt(mean(x^2) + eps),  h = r x W1^T,  A = GELU(h) W2^T + prior,  cap * tanh(A / cap)
 //
-// As forward.cuh, with the same second half: a cluster of CL blocks serves 128
-// tokens, each block a part of D. Here one thread brings boxes of 64 columns of x and W1 into the
-// ring, two warpgroups multiply 64 tokens each straight from shared memory, and take the sums of
-// squares from there meanwhile.
+// As forward.cuh, with the same second half: a cluster of CL blocks serves 128 tokens, each block a
+// part of D. Here one thread brings boxes of 64 columns of x and W1 into the ring, two warpgroups
+// multiply 64 tokens each straight from shared memory, and take the sums of squares from there
+// meanwhile.
 #include "../common/tensor_copy.cuh"
 #include "../common/warpgroup.cuh"
 #include "forward_finish.cuh"

@@ -7,9 +7,9 @@
 // [N, C, S]. X, G and dY are read once, dX is written once; float32 sums, rounded once.
 //
 // A block has one token. Its row is walked in chunks of at most 256 vectors of 16 bytes (see
-// common/launch.h), one for each thread: dY of the chunk stays in registers while the sources pass by. The
-// dot products are summed over a warp, kept per warp in shared memory, and added over the warps,
-// always in the same order, at the end of the token.
+// common/launch.h), one for each thread: dY of the chunk stays in registers while the sources pass
+// by. The dot products are summed over a warp, kept per warp in shared memory, and added over the
+// warps, always in the same order, at the end of the token.
 //
 // The first sources may be `deferred`: their dX is not wanted here (deferred_flush.h), only dw.
 //

@@ -5,10 +5,10 @@
 // X_j [N, D] with a row stride each, w [N, C, S], Y_c [N, D]; float32 sums, each output rounded and
 // written once.
 //
-// A block has one token and a chunk of at most 256 vectors of 16 bytes of its row (see common/launch.h). A
-// thread owns one vector and keeps the C * kVector sums of it in registers, so that no thread needs
-// another's result. Blocks that end and start while others are in their middle keep the memory
-// busier than blocks that stay and walk over the tokens.
+// A block has one token and a chunk of at most 256 vectors of 16 bytes of its row (see
+// common/launch.h). A thread owns one vector and keeps the C * kVector sums of it in registers, so
+// that no thread needs another's result. Blocks that end and start while others are in their middle
+// keep the memory busier than blocks that stay and walk over the tokens.
 //
 // Path::Ring: one thread requests row after row by bulk copies, the others multiply what has come.
 // Path::Vector: every thread has four loads in flight.

@@ -20,8 +20,8 @@
 //
 // dV_c is written where it is asked for: the factors of the deferred sources (deferred_flush.h).
 //
-// Work is split as in depth_aggregate/backward.cuh, but a chunk has up to 512 vectors (NormLayout), and
-// the blocks stay and walk over the tokens: each keeps the sums over its tokens for dweight and
+// Work is split as in depth_aggregate/backward.cuh, but a chunk has up to 512 vectors (NormLayout),
+// and the blocks stay and walk over the tokens: each keeps the sums over its tokens for dweight and
 // dbias in shared memory, every thread those of its own columns. They are added over the blocks, in
 // fixed order, by sum_partials (depth_aggregate_norm.cu).
 //

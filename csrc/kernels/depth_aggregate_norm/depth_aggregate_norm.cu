@@ -107,13 +107,25 @@ cudaError_t add_partials(const AggregateNormBackward& p, int blocks, cudaStream_
 
 }  // namespace
 
+bool aggregate_norm_supported(DType dtype, int64_t dim, int sources, int ways) {
+  Device device;
+  if (dtype == DType::Float64 || dim < 1 || dim > kMaxDim ||
+      dim % (dtype == DType::Float32 ? 4 : 8) || sources < 1 || sources > kMaxNormSources ||
+      ways < 1 || ways > kMaxNormWays || current_device(device) != cudaSuccess ||
+      !device.bulk_copy) {
+    return false;
+  }
+  const NormForwardLayout layout(dtype, dim, sources);
+  return layout.columns.threads != 0 && layout.shared_bytes + kStaticBytes <= device.shared_bytes;
+}
+
 cudaError_t launch_aggregate_norm_forward(const AggregateNormForward& p, cudaStream_t stream) {
   Device device;
   const cudaError_t error = check(p, device);
   if (error != cudaSuccess) return error;
   if (p.pre_weight != nullptr && p.normed == nullptr) return cudaErrorInvalidValue;
   if (!aligned(p.y, p.ways) || !aligned(p.normed)) return cudaErrorNotSupported;
-  const NormForwardLayout layout(p);
+  const NormForwardLayout layout(p.dtype, p.dim, p.sources);
   if (layout.columns.threads == 0 || p.tokens > INT_MAX / layout.columns.chunks) {
     return cudaErrorNotSupported;
   }

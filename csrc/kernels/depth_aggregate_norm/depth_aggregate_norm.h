@@ -8,8 +8,8 @@
 //
 // base is the last source, X_i, where it is to be added (PostDANorm), otherwise 0. With a pre
 // weight (PreDANorm) the last source is mixed as normed = RMSNorm(X_i) * pre_weight. norm_c is
-// RMSNorm, v * r * weight with r = 1 / sqrt(mean(v^2) + eps), or LayerNorm,
-// (v - m) * r * weight + bias.
+// RMSNorm, v * r * weight with r = 1 / sqrt(mean(v^2) + eps), or LayerNorm, (v - m) * r * weight +
+// bias.
 //
 // The backward takes the normed streams back instead of what was normed: n = (Y - bias) / weight.
 // Where a weight is too small for that, n is made again from the sources.
@@ -59,6 +59,10 @@ struct AggregateNormBackward : AggregateBackward {
   void* post_weight_grad;          // [D]
   float* workspace;                // aggregate_norm_workspace() floats
 };
+
+// Whether the forward takes these sizes on the current device, all pointers being aligned: the code
+// that runs there decides, which on a device of capability 9.0 may be translated from compute_80.
+bool aggregate_norm_supported(DType dtype, int64_t dim, int sources, int ways);
 
 // cudaErrorNotSupported, before anything is launched, for what only the composition of aggregation
 // and norm can do: float64, widths and alignments without 16-byte vectors, more ways or sources

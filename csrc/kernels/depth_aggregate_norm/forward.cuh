@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(NormThreads::kForward, 1)
 
 template <typename T, int C, bool kNewest>
 cudaError_t forward_norm_ways(const AggregateNormForward& p, cudaStream_t stream) {
-  const NormForwardLayout layout(p);
+  const NormForwardLayout layout(p.dtype, p.dim, p.sources);
   ForwardNormArgs<T, C> args;
   set_forward_args<T, C>(args, p, 0, layout.columns);
   for (int c = 0; c < C; ++c) {

@@ -111,8 +111,8 @@ struct NormForwardLayout {
   int stages = 0;
   int shared_bytes = 0;  // of a block, beside the kernel's own variables
 
-  explicit NormForwardLayout(const AggregateNormForward& p) {
-    const int vectors = static_cast<int>(p.dim) / (p.dtype == DType::Float32 ? 4 : 8);
+  NormForwardLayout(DType dtype, int64_t dim, int sources) {
+    const int vectors = static_cast<int>(dim) / (dtype == DType::Float32 ? 4 : 8);
     int most = 0;
     for (int blocks = 1; blocks <= kMaxNormBlocks; blocks *= 2) {
       const int width = (vectors + blocks - 1) / blocks;
@@ -126,7 +126,7 @@ struct NormForwardLayout {
     if (columns.threads == 0) return;
     stage_bytes = columns.threads * 16;
     stages = ring_stages(columns.threads, stage_bytes, kNormForwardBytesInFlight);
-    shared_bytes = stages * stage_bytes + p.sources * kMaxNormWays * int{sizeof(float)};
+    shared_bytes = stages * stage_bytes + sources * kMaxNormWays * int{sizeof(float)};
   }
 };
 

@@ -189,6 +189,13 @@ cudaError_t launch_tokens(const AggregationStep& p, const Device& device, cudaSt
 
 }  // namespace
 
+int aggregation_step_tokens(DType dtype) {
+  Device device;
+  const bool possible =
+      dtype != DType::Float64 && current_device(device) == cudaSuccess && device.bulk_copy;
+  return possible ? kMaxStepTokens : 0;
+}
+
 cudaError_t launch_aggregation_step(const AggregationStep& p, cudaStream_t stream) {
   if (!valid(p)) return cudaErrorInvalidValue;
   if (p.tokens == 0) return cudaSuccess;

@@ -49,6 +49,10 @@ struct AggregationStep {
   void* const* y;                  // [C] pointers to [N, D], contiguous
 };
 
+// The most tokens that the kernel takes on the current device; 0 where there is none for this dtype
+// or device.
+int aggregation_step_tokens(DType dtype);
+
 // cudaErrorInvalidValue for sizes out of range. cudaErrorNotSupported, before anything is launched,
 // for what only the composition of several kernels can do: float64, rows that are no aligned
 // vectors of 16 bytes, K not a multiple of 4, sizes above the limits or beyond the shared memory,

@@ -2,11 +2,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
 
-#include "../../kernels/depth_aggregate/depth_aggregate.h"
+#include "../../kernels/common/dtype.h"
+#include "checks.h"
 #include "rows.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 
 inline kernels::DType kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {
@@ -19,6 +22,17 @@ inline kernels::DType kernel_dtype(at::ScalarType dtype) {
     default:
       return kernels::DType::Float16;
   }
+}
+
+// What the kernels say of a dtype on x's device; {} for other dtypes than theirs, and where there
+// is no such device: x may be fake.
+template <typename Ask>
+auto ask_device(const at::Tensor& x, Ask ask) -> decltype(ask(kernels::DType::Float32)) {
+  const c10::Device device = x.device();
+  if (!is_floating(x.scalar_type()) || device.index() >= c10::cuda::device_count()) return {};
+  c10::cuda::OptionalCUDAGuard guard;
+  if (device.has_index()) guard.set_device(device);
+  return ask(kernel_dtype(x.scalar_type()));
 }
 
 // [tokens, C, S] with the block of a token contiguous; one block for all tokens stays one block.
@@ -46,4 +60,4 @@ void set_inputs(Args& args, const Rows& x, const at::Tensor& like, const at::Ten
   args.w_stride = blocks.stride(0) == 0 ? 0 : blocks.size(1) * blocks.size(2);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

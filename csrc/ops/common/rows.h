@@ -1,14 +1,22 @@
 // Lists of tensors as the aggregation's ops and kernels take them, on every device.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
 #include <optional>
 #include <vector>
 
-namespace muddformer {
+#include "norms.h"
+
+namespace muddformer::detail {
+
+// An entry of a list, nothing where that is too short.
+inline std::optional<at::Tensor> entry(const OptionalTensors& tensors, size_t i) {
+  if (i >= tensors.size()) return std::nullopt;
+  std::optional<at::Tensor> tensor = tensors.get(i);
+  return tensor.has_value() && tensor->defined() ? tensor : std::nullopt;
+}
 
 // Tensors [..., D] as [tokens, D] with contiguous rows, and what the kernels need to know of them.
 class Rows {
@@ -48,13 +56,11 @@ inline Rows rows_of(at::TensorList tensors, int64_t none = 0) {
   return rows;
 }
 
-inline Rows rows_of(const c10::List<std::optional<at::Tensor>>& tensors, size_t count) {
+inline Rows rows_of(const OptionalTensors& tensors, size_t count) {
   Rows rows;
   rows.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    const std::optional<at::Tensor> tensor =
-        i < tensors.size() ? tensors.get(i) : std::optional<at::Tensor>();
-    if (tensor.has_value() && tensor->defined()) {
+    if (const std::optional<at::Tensor> tensor = entry(tensors, i)) {
       rows.push_back(*tensor);
     } else {
       rows.push_back_none();
@@ -64,13 +70,12 @@ inline Rows rows_of(const c10::List<std::optional<at::Tensor>>& tensors, size_t 
 }
 
 // The same with rows that follow one another.
-inline Rows contiguous_rows_of(const c10::List<std::optional<at::Tensor>>& tensors, size_t count) {
-  c10::List<std::optional<at::Tensor>> contiguous;
+inline Rows contiguous_rows_of(const OptionalTensors& tensors, size_t count) {
+  OptionalTensors contiguous;
   contiguous.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const std::optional<at::Tensor> tensor = tensors.get(i);
-    const bool defined = tensor.has_value() && tensor->defined();
-    contiguous.push_back(defined ? std::optional<at::Tensor>(tensor->contiguous()) : std::nullopt);
+    const std::optional<at::Tensor> tensor = entry(tensors, i);
+    contiguous.push_back(tensor ? std::optional(tensor->contiguous()) : std::nullopt);
   }
   return rows_of(contiguous, count);
 }
@@ -84,8 +89,8 @@ inline std::vector<at::Tensor> without_edges(at::TensorList tensors, int64_t cou
 }
 
 // Undefined tensors as none, as the dispatcher knows them.
-inline c10::List<std::optional<at::Tensor>> optional_tensors(at::TensorList tensors) {
-  c10::List<std::optional<at::Tensor>> list;
+inline OptionalTensors optional_tensors(at::TensorList tensors) {
+  OptionalTensors list;
   list.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
     list.push_back(tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt);
@@ -100,4 +105,4 @@ inline std::vector<at::Tensor> empty_outputs(int64_t count, const at::Tensor& li
   return outputs;
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

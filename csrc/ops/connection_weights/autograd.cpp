@@ -6,10 +6,10 @@
 
 #include <array>
 
-#include "../common/checks.h"
 #include "connection_weights.h"
+#include "internal.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -30,16 +30,15 @@ struct ConnectionWeights : torch::autograd::Function<ConnectionWeights<kChained>
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w1,
                                const at::Tensor& w2, const at::Tensor& prior,
-                               const std::optional<at::Tensor>& scale, double eps,
-                               std::string_view gelu_approximate, std::optional<double> cap) {
+                               const std::optional<at::Tensor>& scale,
+                               const GeneratorOptions& options) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [weights, hidden, factor] =
-        connection_weights_forward(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+    auto [weights, hidden, factor] = connection_weights_forward(x, w1, w2, prior, options);
     const at::Tensor none;
-    ctx->save_for_backward(
-        {x, w1, w2, prior, scale.value_or(none), cap.has_value() ? weights : none, hidden, factor});
-    ctx->saved_data["gelu_approximate"] = std::string(gelu_approximate);
-    ctx->saved_data["cap"] = cap;
+    ctx->save_for_backward({x, w1, w2, prior, scale.value_or(none),
+                            options.cap.has_value() ? weights : none, hidden, factor});
+    ctx->saved_data["gelu_approximate"] = options.gelu_approximate;
+    ctx->saved_data["cap"] = options.cap;
     ctx->set_materialize_grads(false);
     variable_list outputs = {std::move(weights)};
     if (kChained) outputs.push_back(x);
@@ -49,7 +48,7 @@ struct ConnectionWeights : torch::autograd::Function<ConnectionWeights<kChained>
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const at::Tensor none;
     const at::Tensor& grad_x = kChained ? grads[1] : none;
-    if (!grads[0].defined()) return {grad_x, none, none, none, none, none, none, none};
+    if (!grads[0].defined()) return {grad_x, none, none, none, none, none};
     const variable_list saved = ctx->get_saved_variables();
     const auto optional = [](const at::Tensor& tensor) {
       return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
@@ -58,70 +57,64 @@ struct ConnectionWeights : torch::autograd::Function<ConnectionWeights<kChained>
     for (size_t i = 0; i < wanted.size(); ++i) {
       wanted[i] = saved[i].defined() && ctx->needs_input_grad(i);
     }
+    const WeightsForward forward{
+        {optional(saved[4]), 0, ctx->saved_data["gelu_approximate"].toStringRef(),
+         ctx->saved_data["cap"].toOptional<double>()},
+        optional(saved[5]),
+        saved[6],
+        saved[7]};
     const auto [dx, dw1, dw2, dprior, dscale] = connection_weights_backward(
-        grads[0], optional(grad_x), saved[0], saved[1], saved[2], saved[3], optional(saved[4]),
-        optional(saved[5]), saved[6], saved[7], ctx->saved_data["gelu_approximate"].toStringRef(),
-        ctx->saved_data["cap"].toOptional<double>(), wanted);
+        grads[0], optional(grad_x), saved[0], saved[1], saved[2], saved[3], forward, wanted);
     const auto if_wanted = [&](size_t i, const at::Tensor& grad) {
       return wanted[i] ? grad : none;
     };
-    return {if_wanted(0, dx),
-            if_wanted(1, dw1),
-            if_wanted(2, dw2),
-            if_wanted(3, dprior),
-            if_wanted(4, dscale),
-            none,
-            none,
-            none};
+    return {if_wanted(0, dx),     if_wanted(1, dw1),    if_wanted(2, dw2),
+            if_wanted(3, dprior), if_wanted(4, dscale), none};
   }
 };
 
 // Whether a backward can come: only then is anything kept for it.
 bool needs_gradient(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
-                    const at::Tensor& prior, const std::optional<at::Tensor>& scale) {
+                    const at::Tensor& prior, const GeneratorOptions& options) {
   return at::GradMode::is_enabled() &&
          (x.requires_grad() || w1.requires_grad() || w2.requires_grad() || prior.requires_grad() ||
-          (scale.has_value() && scale->requires_grad()));
+          (options.scale.has_value() && options.scale->requires_grad()));
 }
 
 at::Tensor connection_weights_autograd(const at::Tensor& x, const at::Tensor& w1,
                                        const at::Tensor& w2, const at::Tensor& prior,
-                                       const std::optional<at::Tensor>& scale, double eps,
-                                       std::string_view gelu_approximate,
-                                       std::optional<double> cap) {
+                                       const GeneratorOptions& options) {
   check_all_defined(x, w1, w2, prior);
-  if (!needs_gradient(x, w1, w2, prior, scale)) {
+  if (!needs_gradient(x, w1, w2, prior, options)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+    return connection_weights(x, w1, w2, prior, options);
   }
-  return ConnectionWeights<false>::apply(x, w1, w2, prior, scale, eps, gelu_approximate, cap)[0];
+  return ConnectionWeights<false>::apply(x, w1, w2, prior, options.scale, options)[0];
 }
 
 // Composite: there is nothing to dispatch on but the forward inside.
 std::tuple<at::Tensor, at::Tensor> connection_weights_chained_composite(
     const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap) {
-  if (!needs_gradient(x, w1, w2, prior, scale)) {
-    return {connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap), x};
+    const GeneratorOptions& options) {
+  if (!needs_gradient(x, w1, w2, prior, options)) {
+    return {connection_weights(x, w1, w2, prior, options), x};
   }
   check_all_defined(x, w1, w2, prior);
-  variable_list outputs =
-      ConnectionWeights<true>::apply(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+  variable_list outputs = ConnectionWeights<true>::apply(x, w1, w2, prior, options.scale, options);
   return {std::move(outputs[0]), std::move(outputs[1])};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(muddformer, Autograd, m) {
-  m.impl("connection_weights", connection_weights_autograd);
+  m.impl("connection_weights", flat<connection_weights_autograd>);
   // Differentiating these raises an error that names the op.
   m.impl("connection_weights_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("connection_weights_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(muddformer, CompositeImplicitAutograd, m) {
-  m.impl("connection_weights_chained", connection_weights_chained_composite);
+  m.impl("connection_weights_chained", flat<connection_weights_chained_composite>);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

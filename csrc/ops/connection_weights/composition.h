@@ -8,12 +8,9 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
-#include <array>
-#include <tuple>
+#include "internal.h"
 
-#include "../common/checks.h"
-
-namespace muddformer {
+namespace muddformer::detail {
 
 inline int64_t token_count(const at::Tensor& x) {
   return x.numel() / x.size(-1);
@@ -27,11 +24,13 @@ inline at::Tensor normed_rows(const at::Tensor& rows, const at::Tensor& factor,
   return normed.to(dtype);
 }
 
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor> connection_weights_forward_composition(
-    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap) {
-  check_connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+inline WeightsAndKept connection_weights_forward_composition(const at::Tensor& x,
+                                                             const at::Tensor& w1,
+                                                             const at::Tensor& w2,
+                                                             const at::Tensor& prior,
+                                                             const GeneratorOptions& options) {
+  check_connection_weights(x, w1, w2, prior, options);
+  const auto& [scale, eps, gelu_approximate, cap] = options;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::ScalarType dtype = x.scalar_type();
   const at::ScalarType wide = accumulation_dtype(dtype);
@@ -51,23 +50,17 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> connection_weights_forward
 
 inline at::Tensor connection_weights_composition(const at::Tensor& x, const at::Tensor& w1,
                                                  const at::Tensor& w2, const at::Tensor& prior,
-                                                 const std::optional<at::Tensor>& scale, double eps,
-                                                 std::string_view gelu_approximate,
-                                                 std::optional<double> cap) {
-  return std::get<0>(
-      connection_weights_forward_composition(x, w1, w2, prior, scale, eps, gelu_approximate, cap));
+                                                 const GeneratorOptions& options) {
+  return std::get<0>(connection_weights_forward_composition(x, w1, w2, prior, options));
 }
 
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-connection_weights_backward_composition(
+inline WeightsGradients connection_weights_backward_composition(
     const at::Tensor& grad_weights, const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
     const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& weights,
-    const at::Tensor& hidden, const at::Tensor& factor, std::string_view gelu_approximate,
-    std::optional<double> cap, std::array<bool, 5> wanted) {
-  check_connection_weights(x, w1, w2, prior, scale, 0, gelu_approximate, cap);
-  check_connection_weights_backward(grad_weights, grad_x, x, w1, prior, weights, hidden, factor,
-                                    cap);
+    const WeightsForward& forward, std::array<bool, 5> wanted) {
+  check_connection_weights_backward(grad_weights, grad_x, x, w1, w2, prior, forward);
+  const auto& [options, weights, hidden, factor] = forward;
+  const auto& [scale, eps, gelu_approximate, cap] = options;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::ScalarType dtype = x.scalar_type();
   const at::ScalarType wide = accumulation_dtype(dtype);
@@ -108,4 +101,4 @@ connection_weights_backward_composition(
   return {dx, dw1, dw2, dprior, dscale};
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

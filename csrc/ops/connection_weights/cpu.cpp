@@ -3,12 +3,12 @@
 
 #include "composition.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 
 TORCH_LIBRARY_IMPL(muddformer, CPU, m) {
-  m.impl("connection_weights", connection_weights_composition);
-  m.impl("connection_weights_forward", connection_weights_forward_composition);
-  m.impl("connection_weights_backward", connection_weights_backward_composition);
+  m.impl("connection_weights", flat<connection_weights_composition>);
+  m.impl("connection_weights_forward", flat<connection_weights_forward_composition>);
+  m.impl("connection_weights_backward", flat<connection_weights_backward_composition>);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

@@ -9,10 +9,8 @@
 #include "../common/launch_arguments.h"
 #include "composition.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
-
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Contiguous, and aligned as the kernels need it.
 at::Tensor aligned(const at::Tensor& tensor) {
@@ -33,8 +31,7 @@ at::Tensor scaled(const at::Tensor& w1, const std::optional<at::Tensor>& scale) 
 std::optional<kernels::ConnectionWeightsShape> kernel_shape(const at::Tensor& x,
                                                             const at::Tensor& w1,
                                                             const at::Tensor& prior,
-                                                            std::string_view gelu_approximate,
-                                                            std::optional<double> cap) {
+                                                            const GeneratorOptions& options) {
   const at::ScalarType dtype = x.scalar_type();
   if ((dtype != at::kBFloat16 && dtype != at::kHalf) || x.numel() == 0) return std::nullopt;
   if (w1.size(0) > kernels::kMaxHidden || prior.numel() > kernels::kMaxOutputs) return std::nullopt;
@@ -43,8 +40,8 @@ std::optional<kernels::ConnectionWeightsShape> kernel_shape(const at::Tensor& x,
                                               x.size(-1),
                                               static_cast<int>(w1.size(0)),
                                               static_cast<int>(prior.numel()),
-                                              gelu_approximate == "tanh",
-                                              static_cast<float>(cap.value_or(0))};
+                                              options.gelu_approximate == "tanh",
+                                              static_cast<float>(options.cap.value_or(0))};
   if (!kernels::connection_weights_supported(shape)) return std::nullopt;
   return shape;
 }
@@ -56,12 +53,9 @@ at::Tensor empty_of_tokens(const at::Tensor& x, at::IntArrayRef last, at::Scalar
 }
 
 // (weights, hidden, factor); the last two only where they are kept for a backward.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const kernels::ConnectionWeightsShape& shape,
-                                                       const at::Tensor& x, const at::Tensor& w1,
-                                                       const at::Tensor& w2,
-                                                       const at::Tensor& prior,
-                                                       const std::optional<at::Tensor>& scale,
-                                                       double eps, bool keep) {
+WeightsAndKept forward(const kernels::ConnectionWeightsShape& shape, const at::Tensor& x,
+                       const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
+                       const GeneratorOptions& options, bool keep) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   at::Tensor weights = empty_of_tokens(x, prior.sizes(), x.scalar_type());
   at::Tensor hidden, factor;
@@ -69,11 +63,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const kernels::Connection
     hidden = empty_of_tokens(x, {w1.size(0)}, x.scalar_type());
     factor = empty_of_tokens(x, {}, at::kFloat);
   }
-  const at::Tensor rows = aligned(x), first = scaled(w1, scale), second = aligned(w2);
+  const at::Tensor rows = aligned(x), first = scaled(w1, options.scale), second = aligned(w2);
   const at::Tensor bias = prior.contiguous();
   kernels::ConnectionWeightsForward args;
   args.shape = shape;
-  args.eps = static_cast<float>(eps);
+  args.eps = static_cast<float>(options.eps);
   args.x = rows.const_data_ptr();
   args.w1 = first.const_data_ptr();
   args.w2 = second.const_data_ptr();
@@ -88,26 +82,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const kernels::Connection
 }
 
 at::Tensor connection_weights_cuda(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
-                                   const at::Tensor& prior, const std::optional<at::Tensor>& scale,
-                                   double eps, std::string_view gelu_approximate,
-                                   std::optional<double> cap) {
-  check_connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+                                   const at::Tensor& prior, const GeneratorOptions& options) {
+  check_connection_weights(x, w1, w2, prior, options);
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const auto shape = kernel_shape(x, w1, prior, gelu_approximate, cap);
-  if (shape) return std::get<0>(forward(*shape, x, w1, w2, prior, scale, eps, /*keep=*/false));
-  return connection_weights_composition(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+  const auto shape = kernel_shape(x, w1, prior, options);
+  if (shape) return std::get<0>(forward(*shape, x, w1, w2, prior, options, /*keep=*/false));
+  return connection_weights_composition(x, w1, w2, prior, options);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> connection_weights_forward_cuda(
-    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap) {
-  check_connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+WeightsAndKept connection_weights_forward_cuda(const at::Tensor& x, const at::Tensor& w1,
+                                               const at::Tensor& w2, const at::Tensor& prior,
+                                               const GeneratorOptions& options) {
+  check_connection_weights(x, w1, w2, prior, options);
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const auto shape = kernel_shape(x, w1, prior, gelu_approximate, cap);
-  if (shape) return forward(*shape, x, w1, w2, prior, scale, eps, /*keep=*/true);
-  return connection_weights_forward_composition(x, w1, w2, prior, scale, eps, gelu_approximate,
-                                                cap);
+  const auto shape = kernel_shape(x, w1, prior, options);
+  if (shape) return forward(*shape, x, w1, w2, prior, options, /*keep=*/true);
+  return connection_weights_forward_composition(x, w1, w2, prior, options);
 }
 
 at::Tensor sum_rows(const at::Tensor& partials, const at::Tensor& like) {
@@ -126,10 +116,9 @@ struct HiddenGradients {
 };
 
 HiddenGradients backward_of_hidden(const kernels::ConnectionWeightsShape& shape,
-                                   const at::Tensor& grad_weights,
-                                   const std::optional<at::Tensor>& weights, const at::Tensor& w2,
-                                   const at::Tensor& hidden, const at::Tensor& factor,
-                                   bool want_w2) {
+                                   const at::Tensor& grad_weights, const at::Tensor& w2,
+                                   const WeightsForward& forward, bool want_w2) {
+  const auto& [options, weights, hidden, factor] = forward;
   const int64_t tokens = shape.tokens, outputs = shape.outputs;
   const bool capped = shape.cap > 0;
   const at::Tensor grad = grad_weights.contiguous(), second = aligned(w2), h = aligned(hidden);
@@ -185,27 +174,24 @@ std::pair<at::Tensor, at::Tensor> backward_of_input(
   return {std::move(dx), std::move(partials)};
 }
 
-Gradients connection_weights_backward_cuda(
-    const at::Tensor& grad_weights, const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
-    const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& weights,
-    const at::Tensor& hidden, const at::Tensor& factor, std::string_view gelu_approximate,
-    std::optional<double> cap, std::array<bool, 5> wanted) {
-  check_connection_weights(x, w1, w2, prior, scale, 0, gelu_approximate, cap);
-  check_connection_weights_backward(grad_weights, grad_x, x, w1, prior, weights, hidden, factor,
-                                    cap);
+WeightsGradients connection_weights_backward_cuda(const at::Tensor& grad_weights,
+                                                  const std::optional<at::Tensor>& grad_x,
+                                                  const at::Tensor& x, const at::Tensor& w1,
+                                                  const at::Tensor& w2, const at::Tensor& prior,
+                                                  const WeightsForward& forward,
+                                                  std::array<bool, 5> wanted) {
+  check_connection_weights_backward(grad_weights, grad_x, x, w1, w2, prior, forward);
   const c10::cuda::CUDAGuard device_guard(x.device());
-  const auto shape = kernel_shape(x, w1, prior, gelu_approximate, cap);
+  const std::optional<at::Tensor>& scale = forward.options.scale;
+  const auto shape = kernel_shape(x, w1, prior, forward.options);
   if (!shape) {
-    return connection_weights_backward_composition(grad_weights, grad_x, x, w1, w2, prior, scale,
-                                                   weights, hidden, factor, gelu_approximate, cap,
+    return connection_weights_backward_composition(grad_weights, grad_x, x, w1, w2, prior, forward,
                                                    wanted);
   }
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto [want_x, want_dw1, want_w2, want_prior, may_want_scale] = wanted;
   const bool want_scale = may_want_scale && scale.has_value(), want_w1 = want_dw1 || want_scale;
-  const HiddenGradients g =
-      backward_of_hidden(*shape, grad_weights, weights, w2, hidden, factor, want_w2);
+  const HiddenGradients g = backward_of_hidden(*shape, grad_weights, w2, forward, want_w2);
   at::Tensor dx, w1_partials;
   if (want_x || want_w1) {
     std::tie(dx, w1_partials) = backward_of_input(*shape, x, grad_x, w1, scale, g, want_x, want_w1);
@@ -256,9 +242,9 @@ Gradients connection_weights_backward_cuda(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(muddformer, CUDA, m) {
-  m.impl("connection_weights", connection_weights_cuda);
-  m.impl("connection_weights_forward", connection_weights_forward_cuda);
-  m.impl("connection_weights_backward", connection_weights_backward_cuda);
+  m.impl("connection_weights", flat<connection_weights_cuda>);
+  m.impl("connection_weights_forward", flat<connection_weights_forward_cuda>);
+  m.impl("connection_weights_backward", flat<connection_weights_backward_cuda>);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

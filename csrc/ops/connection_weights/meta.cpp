@@ -1,17 +1,12 @@
 // Shapes and dtypes alone, with symbolic sizes: for FakeTensor, torch.compile and torch.export.
-#include <ATen/ops/empty.h>
+#include "../common/meta.h"
+
 #include <torch/library.h>
 
-#include <array>
+#include "internal.h"
 
-#include "../common/checks.h"
-
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
-
-at::Tensor empty_like_shape(const at::Tensor& tensor) {
-  return at::empty_symint(tensor.sym_sizes(), tensor.options());
-}
 
 // The shape of x without D, and then `last`.
 at::Tensor empty_of_tokens(const at::Tensor& x, c10::SymIntArrayRef last, at::ScalarType dtype) {
@@ -20,48 +15,41 @@ at::Tensor empty_of_tokens(const at::Tensor& x, c10::SymIntArrayRef last, at::Sc
   return at::empty_symint(shape, x.options().dtype(dtype));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> connection_weights_forward_meta(
-    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap) {
-  check_connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+WeightsAndKept connection_weights_forward_meta(const at::Tensor& x, const at::Tensor& w1,
+                                               const at::Tensor& w2, const at::Tensor& prior,
+                                               const GeneratorOptions& options) {
+  check_connection_weights(x, w1, w2, prior, options);
   return {empty_of_tokens(x, prior.sym_sizes(), x.scalar_type()),
           empty_of_tokens(x, {w1.sym_size(0)}, x.scalar_type()),
           empty_of_tokens(x, {}, accumulation_dtype(x.scalar_type()))};
 }
 
 at::Tensor connection_weights_meta(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
-                                   const at::Tensor& prior, const std::optional<at::Tensor>& scale,
-                                   double eps, std::string_view gelu_approximate,
-                                   std::optional<double> cap) {
-  check_connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+                                   const at::Tensor& prior, const GeneratorOptions& options) {
+  check_connection_weights(x, w1, w2, prior, options);
   return empty_of_tokens(x, prior.sym_sizes(), x.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-connection_weights_backward_meta(const at::Tensor& grad_weights,
-                                 const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
-                                 const at::Tensor& w1, const at::Tensor& w2,
-                                 const at::Tensor& prior, const std::optional<at::Tensor>& scale,
-                                 const std::optional<at::Tensor>& weights, const at::Tensor& hidden,
-                                 const at::Tensor& factor, std::string_view gelu_approximate,
-                                 std::optional<double> cap, std::array<bool, 5> wanted) {
-  check_connection_weights(x, w1, w2, prior, scale, 0, gelu_approximate, cap);
-  check_connection_weights_backward(grad_weights, grad_x, x, w1, prior, weights, hidden, factor,
-                                    cap);
-  const auto gradient = [&](int i, const at::Tensor& tensor) {
-    return wanted[i] ? empty_like_shape(tensor) : at::empty({0}, x.options());
+WeightsGradients connection_weights_backward_meta(const at::Tensor& grad_weights,
+                                                  const std::optional<at::Tensor>& grad_x,
+                                                  const at::Tensor& x, const at::Tensor& w1,
+                                                  const at::Tensor& w2, const at::Tensor& prior,
+                                                  const WeightsForward& forward,
+                                                  std::array<bool, 5> wanted) {
+  check_connection_weights_backward(grad_weights, grad_x, x, w1, w2, prior, forward);
+  const auto gradient = [&](int i, const std::optional<at::Tensor>& tensor) {
+    return wanted[i] ? empty_of(tensor, x) : empty_none(x);
   };
   return {gradient(0, x), gradient(1, w1), gradient(2, w2), gradient(3, prior),
-          scale.has_value() ? gradient(4, *scale) : at::empty({0}, x.options())};
+          gradient(4, forward.options.scale)};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(muddformer, Meta, m) {
-  m.impl("connection_weights", connection_weights_meta);
-  m.impl("connection_weights_forward", connection_weights_forward_meta);
-  m.impl("connection_weights_backward", connection_weights_backward_meta);
+  m.impl("connection_weights", flat<connection_weights_meta>);
+  m.impl("connection_weights_forward", flat<connection_weights_forward_meta>);
+  m.impl("connection_weights_backward", flat<connection_weights_backward_meta>);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

@@ -1,10 +1,9 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <cmath>
 
-#include "../common/checks.h"
 #include "connection_weights.h"
+#include "internal.h"
 
 namespace muddformer {
 
@@ -16,13 +15,14 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
       tags);
   m.def(
       "connection_weights_chained(Tensor x, Tensor w1, Tensor w2, Tensor prior, Tensor? "
-      "scale=None, "
-      "float eps=1e-6, str gelu_approximate='none', float? cap=None) -> (Tensor, Tensor)",
+      "scale=None, float eps=1e-6, str gelu_approximate='none', float? cap=None) -> (Tensor, "
+      "Tensor)",
       tags);
   m.def(
       "connection_weights_forward(Tensor x, Tensor w1, Tensor w2, Tensor prior, Tensor? "
-      "scale=None, "
-      "float eps=1e-6, str gelu_approximate='none', float? cap=None) -> (Tensor, Tensor, Tensor)",
+      "scale=None, float eps=1e-6, str gelu_approximate='none', float? cap=None) -> (Tensor, "
+      "Tensor, "
+      "Tensor)",
       tags);
   m.def(
       "connection_weights_backward(Tensor grad_weights, Tensor? grad_x, Tensor x, Tensor w1, "
@@ -32,62 +32,60 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
 }
 
 at::Tensor connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
-                              const at::Tensor& prior, const std::optional<at::Tensor>& scale,
-                              double eps, std::string_view gelu_approximate,
-                              std::optional<double> cap) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("muddformer::connection_weights", "")
-                             .typed<decltype(connection_weights)>();
-  return op.call(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+                              const at::Tensor& prior, const GeneratorOptions& options) {
+  static const detail::Operator<decltype(connection_weights)> op("connection_weights");
+  return op(x, w1, w2, prior, options);
 }
 
-std::tuple<at::Tensor, at::Tensor> connection_weights_chained(
-    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("muddformer::connection_weights_chained", "")
-                             .typed<decltype(connection_weights_chained)>();
-  return op.call(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+std::tuple<at::Tensor, at::Tensor> connection_weights_chained(const at::Tensor& x,
+                                                              const at::Tensor& w1,
+                                                              const at::Tensor& w2,
+                                                              const at::Tensor& prior,
+                                                              const GeneratorOptions& options) {
+  static const detail::Operator<decltype(connection_weights_chained)> op(
+      "connection_weights_chained");
+  return op(x, w1, w2, prior, options);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> connection_weights_forward(
-    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("muddformer::connection_weights_forward", "")
-                             .typed<decltype(connection_weights_forward)>();
-  return op.call(x, w1, w2, prior, scale, eps, gelu_approximate, cap);
+namespace detail {
+
+WeightsAndKept connection_weights_forward(const at::Tensor& x, const at::Tensor& w1,
+                                          const at::Tensor& w2, const at::Tensor& prior,
+                                          const GeneratorOptions& options) {
+  static const Operator<decltype(connection_weights_forward)> op("connection_weights_forward");
+  return op(x, w1, w2, prior, options);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> connection_weights_backward(
-    const at::Tensor& grad_weights, const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
-    const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& weights,
-    const at::Tensor& hidden, const at::Tensor& factor, std::string_view gelu_approximate,
-    std::optional<double> cap, std::array<bool, 5> wanted) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("muddformer::connection_weights_backward", "")
-                             .typed<decltype(connection_weights_backward)>();
-  return op.call(grad_weights, grad_x, x, w1, w2, prior, scale, weights, hidden, factor,
-                 gelu_approximate, cap, wanted);
+WeightsGradients connection_weights_backward(const at::Tensor& grad_weights,
+                                             const std::optional<at::Tensor>& grad_x,
+                                             const at::Tensor& x, const at::Tensor& w1,
+                                             const at::Tensor& w2, const at::Tensor& prior,
+                                             const WeightsForward& forward,
+                                             std::array<bool, 5> wanted) {
+  static const Operator<decltype(connection_weights_backward)> op("connection_weights_backward");
+  return op(grad_weights, grad_x, x, w1, w2, prior, forward, wanted);
 }
 
-// prior and scale: the dtype of x, or float32.
-static void check_dtype_or_float32(const at::Tensor& tensor, ArgumentName argument,
-                                   const at::Tensor& x) {
+void check_dtype_or_float32(const at::Tensor& tensor, ArgumentName argument, const at::Tensor& x,
+                            const char* x_name) {
   check_defined(tensor, argument);
   TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == at::kFloat,
-                   argument, ": expected dtype ", x.scalar_type(), " of x or Float, got ",
-                   tensor.scalar_type());
-  check_same_device(tensor, argument, x, "x");
+                   argument, ": expected dtype ", x.scalar_type(), " of ", x_name,
+                   " or Float, got ", tensor.scalar_type());
+  check_same_device(tensor, argument, x, x_name);
+}
+
+void check_generator_options(const GeneratorOptions& options) {
+  check_eps(options.eps, "eps");
+  const std::string& gelu = options.gelu_approximate;
+  TORCH_CHECK_VALUE(gelu == "none" || gelu == "tanh",
+                    "gelu_approximate: expected 'none' or 'tanh', got '", gelu, "'");
+  TORCH_CHECK_VALUE(!options.cap.has_value() || (std::isfinite(*options.cap) && *options.cap > 0),
+                    "cap: expected a finite number > 0 or None, got ", options.cap.value_or(0));
 }
 
 void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
-                              const at::Tensor& prior, const std::optional<at::Tensor>& scale,
-                              double eps, std::string_view gelu_approximate,
-                              std::optional<double> cap) {
+                              const at::Tensor& prior, const GeneratorOptions& options) {
   check_floating(x, {"x"});
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.sym_size(-1) >= 1,
                     "x: expected shape [..., D] with D >= 1, got ", x.sym_sizes());
@@ -95,7 +93,7 @@ void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const a
   TORCH_CHECK_VALUE(w1.dim() == 2 && w1.sym_size(1) == x.sym_size(-1),
                     "w1: expected shape [K, D] with D = ", x.sym_size(-1), " of x, got ",
                     w1.sym_sizes());
-  check_dtype_or_float32(prior, {"prior"}, x);
+  check_dtype_or_float32(prior, {"prior"}, x, "x");
   TORCH_CHECK_VALUE(prior.dim() == 2 && prior.sym_size(0) >= 1 && prior.sym_size(1) >= 1,
                     "prior: expected shape [C, S] with C >= 1 and S >= 1, got ", prior.sym_sizes());
   check_same_dtype_device(w2, {"w2"}, x, "x");
@@ -103,18 +101,13 @@ void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const a
                         w2.sym_size(1) == w1.sym_size(0),
                     "w2: expected shape [C*S, K] = [", prior.sym_size(0) * prior.sym_size(1), ", ",
                     w1.sym_size(0), "], got ", w2.sym_sizes(), " with prior ", prior.sym_sizes());
-  if (scale.has_value()) {
-    check_dtype_or_float32(*scale, {"scale"}, x);
-    TORCH_CHECK_VALUE(scale->dim() == 1 && scale->sym_size(0) == x.sym_size(-1),
+  if (options.scale.has_value()) {
+    check_dtype_or_float32(*options.scale, {"scale"}, x, "x");
+    TORCH_CHECK_VALUE(options.scale->dim() == 1 && options.scale->sym_size(0) == x.sym_size(-1),
                       "scale: expected shape [D] with D = ", x.sym_size(-1), " of x, got ",
-                      scale->sym_sizes());
+                      options.scale->sym_sizes());
   }
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, "eps: expected a finite number >= 0, got ",
-                    eps);
-  TORCH_CHECK_VALUE(gelu_approximate == "none" || gelu_approximate == "tanh",
-                    "gelu_approximate: expected 'none' or 'tanh', got '", gelu_approximate, "'");
-  TORCH_CHECK_VALUE(!cap.has_value() || (std::isfinite(*cap) && *cap > 0),
-                    "cap: expected a finite number > 0 or None, got ", cap.value_or(0));
+  check_generator_options(options);
 }
 
 // A tensor of the tokens of x: their shape and then `last`.
@@ -128,17 +121,17 @@ static void check_of_tokens(const at::Tensor& tensor, ArgumentName argument, con
 
 void check_connection_weights_backward(const at::Tensor& grad_weights,
                                        const std::optional<at::Tensor>& grad_x, const at::Tensor& x,
-                                       const at::Tensor& w1, const at::Tensor& prior,
-                                       const std::optional<at::Tensor>& weights,
-                                       const at::Tensor& hidden, const at::Tensor& factor,
-                                       std::optional<double> cap) {
+                                       const at::Tensor& w1, const at::Tensor& w2,
+                                       const at::Tensor& prior, const WeightsForward& forward) {
+  check_connection_weights(x, w1, w2, prior, forward.options);
+  const auto& [options, weights, hidden, factor] = forward;
   check_same_dtype_device(grad_weights, {"grad_weights"}, x, "x");
   check_of_tokens(grad_weights, {"grad_weights"}, x, prior.sym_sizes());
   if (grad_x.has_value()) {
     check_same_dtype_device(*grad_x, {"grad_x"}, x, "x");
     check_of_tokens(*grad_x, {"grad_x"}, x, {x.sym_size(-1)});
   }
-  TORCH_CHECK_TYPE(weights.has_value() || !cap.has_value(),
+  TORCH_CHECK_TYPE(weights.has_value() || !options.cap.has_value(),
                    "weights: expected a tensor where there is a cap, got None");
   if (weights.has_value()) {
     check_same_dtype_device(*weights, {"weights"}, x, "x");
@@ -154,4 +147,5 @@ void check_connection_weights_backward(const at::Tensor& grad_weights,
   check_of_tokens(factor, {"factor"}, x, {});
 }
 
+}  // namespace detail
 }  // namespace muddformer

@@ -7,11 +7,10 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "../common/checks.h"
 #include "../common/rows.h"
-#include "deferred_flush.h"
+#include "internal.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -46,7 +45,7 @@ struct DeferGradients : torch::autograd::Function<DeferGradients> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto ways = ctx->saved_data["ways"].toIntVector();
     const int64_t count = ctx->saved_data["hiddens"].toInt();
-    c10::List<std::optional<at::Tensor>> grad_sums;
+    OptionalTensors grad_sums;
     variable_list weights;
     auto next = grads.begin() + count;
     for (const int64_t layer : ways) {  // one whose streams had no gradients has no weights here
@@ -88,4 +87,4 @@ TORCH_LIBRARY_IMPL(muddformer, CompositeImplicitAutograd, m) {
   m.impl("defer_gradients", defer_gradients_composite);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

@@ -3,11 +3,11 @@
 
 #include "composition.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
-std::vector<at::Tensor> deferred_flush_cpu(const c10::List<std::optional<at::Tensor>>& grad_hiddens,
-                                           const c10::List<std::optional<at::Tensor>>& grad_sums,
+std::vector<at::Tensor> deferred_flush_cpu(const OptionalTensors& grad_hiddens,
+                                           const OptionalTensors& grad_sums,
                                            at::TensorList weights) {
   const at::Tensor like = check_deferred_flush(grad_hiddens, grad_sums, weights);
   return deferred_flush_composition(grad_hiddens, grad_sums, weights, like);
@@ -19,4 +19,4 @@ TORCH_LIBRARY_IMPL(muddformer, CPU, m) {
   m.impl("deferred_flush", deferred_flush_cpu);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

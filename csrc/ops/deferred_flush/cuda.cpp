@@ -9,12 +9,12 @@
 #include "../common/launch_arguments.h"
 #include "composition.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
-std::vector<at::Tensor> deferred_flush_cuda(
-    const c10::List<std::optional<at::Tensor>>& grad_hiddens,
-    const c10::List<std::optional<at::Tensor>>& grad_sums, at::TensorList weights) {
+std::vector<at::Tensor> deferred_flush_cuda(const OptionalTensors& grad_hiddens,
+                                            const OptionalTensors& grad_sums,
+                                            at::TensorList weights) {
   const at::Tensor like = check_deferred_flush(grad_hiddens, grad_sums, weights);
   const c10::cuda::CUDAGuard device_guard(like.device());
   const auto sources = static_cast<int64_t>(grad_hiddens.size());
@@ -65,4 +65,4 @@ TORCH_LIBRARY_IMPL(muddformer, CUDA, m) {
   m.impl("deferred_flush", deferred_flush_cuda);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

@@ -12,7 +12,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -39,17 +38,5 @@ struct Deferral {
 /// @throws c10::ValueError, c10::TypeError naming the argument, what was expected and what came.
 MUDDFORMER_API std::tuple<std::vector<at::Tensor>, std::vector<Deferral>> defer_gradients(
     at::TensorList hiddens, at::IntArrayRef ways, at::IntArrayRef sources);
-
-/// The sum above.
-///
-/// @param grad_hiddens G_j of the older hidden states [..., D]; none stands for zero.
-/// @param grad_sums dV of all ways of all layers, layer by layer, [..., D]; none stands for zero,
-///   but not all.
-/// @param weights connection weights [..., C_i, S_i] of every layer; column j belongs to X_j.
-/// @return dX_j, new tensors.
-/// @throws c10::ValueError, c10::TypeError naming the argument, what was expected and what came.
-MUDDFORMER_API std::vector<at::Tensor> deferred_flush(
-    const c10::List<std::optional<at::Tensor>>& grad_hiddens,
-    const c10::List<std::optional<at::Tensor>>& grad_sums, at::TensorList weights);
 
 }  // namespace muddformer

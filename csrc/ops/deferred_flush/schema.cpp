@@ -1,8 +1,11 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include "../common/checks.h"
+#include "../common/dispatch.h"
+#include "../common/rows.h"
+#include "../depth_aggregate/internal.h"
 #include "deferred_flush.h"
+#include "internal.h"
 
 namespace muddformer {
 
@@ -16,11 +19,10 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
 
 std::tuple<std::vector<at::Tensor>, std::vector<Deferral>> defer_gradients(
     at::TensorList hiddens, at::IntArrayRef ways, at::IntArrayRef sources) {
-  using Op = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
-      at::TensorList, at::IntArrayRef, at::IntArrayRef);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("muddformer::defer_gradients", "").typed<Op>();
-  auto [handed_on, tickets] = op.call(hiddens, ways, sources);
+  static const detail::Operator<std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>(
+      at::TensorList, at::IntArrayRef, at::IntArrayRef)>
+      op("defer_gradients");
+  auto [handed_on, tickets] = op(hiddens, ways, sources);
   std::vector<Deferral> deferrals;
   auto next = tickets.begin();
   for (const int64_t count : ways) {
@@ -30,13 +32,12 @@ std::tuple<std::vector<at::Tensor>, std::vector<Deferral>> defer_gradients(
   return {std::move(handed_on), std::move(deferrals)};
 }
 
-std::vector<at::Tensor> deferred_flush(const c10::List<std::optional<at::Tensor>>& grad_hiddens,
-                                       const c10::List<std::optional<at::Tensor>>& grad_sums,
-                                       at::TensorList weights) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("muddformer::deferred_flush", "")
-                             .typed<decltype(deferred_flush)>();
-  return op.call(grad_hiddens, grad_sums, weights);
+namespace detail {
+
+std::vector<at::Tensor> deferred_flush(const OptionalTensors& grad_hiddens,
+                                       const OptionalTensors& grad_sums, at::TensorList weights) {
+  static const Operator<decltype(deferred_flush)> op("deferred_flush");
+  return op(grad_hiddens, grad_sums, weights);
 }
 
 void check_defer_gradients(at::TensorList hiddens, at::IntArrayRef ways, at::IntArrayRef sources) {
@@ -52,30 +53,27 @@ void check_defer_gradients(at::TensorList hiddens, at::IntArrayRef ways, at::Int
   }
 }
 
-at::Tensor check_deferred_flush(const c10::List<std::optional<at::Tensor>>& grad_hiddens,
-                                const c10::List<std::optional<at::Tensor>>& grad_sums,
-                                at::TensorList weights) {
+at::Tensor check_deferred_flush(const OptionalTensors& grad_hiddens,
+                                const OptionalTensors& grad_sums, at::TensorList weights) {
   TORCH_CHECK_VALUE(!grad_hiddens.empty(), "grad_hiddens: expected at least one entry, got none");
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected at least one layer, got none");
   at::Tensor like;
-  const auto check_like = [&](const std::optional<at::Tensor>& tensor, ArgumentName argument) {
-    if (!tensor.has_value() || !tensor->defined()) return;
-    if (!like.defined()) {
-      check_floating(*tensor, argument);
-      TORCH_CHECK_VALUE(tensor->dim() >= 1, argument, ": expected shape [..., D], got a scalar");
-      like = *tensor;
+  const auto check_all = [&](const OptionalTensors& tensors, const char* name) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const ArgumentName argument{name, static_cast<int64_t>(i)};
+      const std::optional<at::Tensor> tensor = entry(tensors, i);
+      if (!tensor.has_value()) continue;
+      if (!like.defined()) {
+        check_floating(*tensor, argument);
+        TORCH_CHECK_VALUE(tensor->dim() >= 1, argument, ": expected shape [..., D], got a scalar");
+        like = *tensor;
+      }
+      check_like(*tensor, argument, like, "grad_sums");
     }
-    check_same_dtype_device(*tensor, argument, like, "grad_sums");
-    TORCH_CHECK_VALUE(tensor->sym_sizes() == like.sym_sizes(), argument, ": expected shape ",
-                      like.sym_sizes(), " of grad_sums, got ", tensor->sym_sizes());
   };
-  for (size_t k = 0; k < grad_sums.size(); ++k) {
-    check_like(grad_sums.get(k), {"grad_sums", static_cast<int64_t>(k)});
-  }
+  check_all(grad_sums, "grad_sums");
   TORCH_CHECK_VALUE(like.defined(), "grad_sums: expected at least one tensor, got None alone");
-  for (size_t j = 0; j < grad_hiddens.size(); ++j) {
-    check_like(grad_hiddens.get(j), {"grad_hiddens", static_cast<int64_t>(j)});
-  }
+  check_all(grad_hiddens, "grad_hiddens");
   const auto leading = like.sym_sizes().slice(0, like.dim() - 1);
   c10::SymInt ways = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -93,4 +91,5 @@ at::Tensor check_deferred_flush(const c10::List<std::optional<at::Tensor>>& grad
   return like;
 }
 
+}  // namespace detail
 }  // namespace muddformer

@@ -9,20 +9,13 @@
 #include "../common/checks.h"
 #include "../common/rows.h"
 #include "depth_aggregate.h"
+#include "internal.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// autograd itself has no clear word for an undefined input.
-void check_all_defined(at::TensorList hiddens, const at::Tensor& weights) {
-  for (size_t j = 0; j < hiddens.size(); ++j) {
-    check_defined(hiddens[j], {"hiddens", static_cast<int64_t>(j)});
-  }
-  check_defined(weights, {"weights"});
-}
 
 template <bool kChained>
 struct DepthAggregate : torch::autograd::Function<DepthAggregate<kChained>> {
@@ -72,7 +65,8 @@ struct DepthAggregate : torch::autograd::Function<DepthAggregate<kChained>> {
 
 std::vector<at::Tensor> depth_aggregate_autograd(at::TensorList hiddens,
                                                  const at::Tensor& weights) {
-  check_all_defined(hiddens, weights);
+  check_all_defined(hiddens, "hiddens");
+  check_defined(weights, {"weights"});
   return DepthAggregate<false>::apply(hiddens, weights, at::TensorList(), int64_t{0});
 }
 
@@ -85,7 +79,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_def
       !(weights.requires_grad() || std::any_of(hiddens.begin(), hiddens.end(), requires_grad))) {
     return {depth_aggregate(hiddens, weights), hiddens.vec()};
   }
-  check_all_defined(hiddens, weights);
+  check_all_defined(hiddens, "hiddens");
+  check_defined(weights, {"weights"});
   variable_list streams = DepthAggregate<true>::apply(
       at::TensorList(without_edges(hiddens, deferred)), weights, tickets, deferred);
   const auto young = static_cast<int64_t>(hiddens.size()) - deferred;
@@ -113,4 +108,4 @@ TORCH_LIBRARY_IMPL(muddformer, CompositeImplicitAutograd, m) {
   m.impl("depth_aggregate_chained.deferred", depth_aggregate_deferred_composite);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

@@ -9,13 +9,12 @@
 #include <algorithm>
 #include <memory>
 
-#include "../common/checks.h"
 #include "../common/recycled_memory.h"
 #include "../common/rows.h"
 #include "cpu/kernel.h"
-#include "depth_aggregate.h"
+#include "internal.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
 cpu::AggregateKernels choose_kernels() {
@@ -101,9 +100,8 @@ std::vector<at::Tensor> depth_aggregate_cpu(at::TensorList hiddens, const at::Te
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
-    const c10::List<std::optional<at::Tensor>>& grad_outputs,
-    const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
-    const at::Tensor& weights, int64_t deferred) {
+    const OptionalTensors& grad_outputs, const OptionalTensors& grad_hiddens,
+    at::TensorList hiddens, const at::Tensor& weights, int64_t deferred) {
   check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights, deferred);
   const at::Tensor& like = hiddens[0];
   const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
@@ -147,4 +145,4 @@ TORCH_LIBRARY_IMPL(muddformer, CPU, m) {
   m.impl("depth_aggregate_backward", depth_aggregate_backward_cpu);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

@@ -5,11 +5,11 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../common/checks.h"
+#include "../../kernels/depth_aggregate/depth_aggregate.h"
 #include "../common/launch_arguments.h"
-#include "depth_aggregate.h"
+#include "internal.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
 void check_limits(int64_t sources, int64_t ways) {
@@ -38,9 +38,8 @@ std::vector<at::Tensor> depth_aggregate_cuda(at::TensorList hiddens, const at::T
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cuda(
-    const c10::List<std::optional<at::Tensor>>& grad_outputs,
-    const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
-    const at::Tensor& weights, int64_t deferred) {
+    const OptionalTensors& grad_outputs, const OptionalTensors& grad_hiddens,
+    at::TensorList hiddens, const at::Tensor& weights, int64_t deferred) {
   check_depth_aggregate_backward(grad_outputs, grad_hiddens, hiddens, weights, deferred);
   const at::Tensor& like = hiddens[0];
   const int64_t sources = weights.size(-1), ways = weights.size(-2), width = like.size(-1);
@@ -71,4 +70,4 @@ TORCH_LIBRARY_IMPL(muddformer, CUDA, m) {
   m.impl("depth_aggregate_backward", depth_aggregate_backward_cuda);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

@@ -9,7 +9,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -21,8 +20,7 @@ namespace muddformer {
 /// Weighted sums of hidden states over depth.
 ///
 /// @param hiddens the S >= 1 sources, each [..., D], of one shape, dtype and device. The same
-/// tensor may
-///   stand twice; none needs to be contiguous.
+///   tensor may stand twice; none needs to be contiguous.
 /// @param weights connection weights [..., C, S], C >= 1.
 /// @return the C streams, each [..., D], new tensors.
 /// @throws c10::ValueError, c10::TypeError naming the argument, what was expected and what came.
@@ -40,20 +38,5 @@ MUDDFORMER_API std::vector<at::Tensor> depth_aggregate(at::TensorList hiddens,
 /// @return (streams, hiddens).
 MUDDFORMER_API std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_chained(
     at::TensorList hiddens, const at::Tensor& weights, const Deferral& deferral = {});
-
-/// Gradients of depth_aggregate_chained(), in one pass over the history:
-///
-///   dX_j = grad_hiddens_j + sum_c weights[..., c, j] * dY_c,   dW[..., c, j] = <dY_c, X_j>
-///
-/// @param grad_outputs C gradients dY_c, [..., D]; none stands for zero.
-/// @param grad_hiddens S gradients of the handed-on sources; none stands for zero. May be empty:
-/// all none.
-/// @param hiddens, weights as in the forward.
-/// @param deferred number of the first hidden states that get no gradient here.
-/// @return (gradients of the other hidden states, gradient of the weights), new tensors.
-MUDDFORMER_API std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward(
-    const c10::List<std::optional<at::Tensor>>& grad_outputs,
-    const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
-    const at::Tensor& weights, int64_t deferred = 0);
 
 }  // namespace muddformer

@@ -1,8 +1,10 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include "../common/checks.h"
+#include "../common/dispatch.h"
+#include "../common/rows.h"
 #include "depth_aggregate.h"
+#include "internal.h"
 
 namespace muddformer {
 
@@ -21,34 +23,30 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
 }
 
 std::vector<at::Tensor> depth_aggregate(at::TensorList hiddens, const at::Tensor& weights) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("muddformer::depth_aggregate", "")
-                             .typed<decltype(depth_aggregate)>();
-  return op.call(hiddens, weights);
+  static const detail::Operator<decltype(depth_aggregate)> op("depth_aggregate");
+  return op(hiddens, weights);
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_chained(
     at::TensorList hiddens, const at::Tensor& weights, const Deferral& deferral) {
   using Results = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("muddformer::depth_aggregate_chained", "")
-                             .typed<Results(at::TensorList, const at::Tensor&)>();
-  if (deferral.tickets.empty()) return op.call(hiddens, weights);
-  static const auto deferred_op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("muddformer::depth_aggregate_chained", "deferred")
-          .typed<Results(at::TensorList, const at::Tensor&, at::TensorList, int64_t)>();
-  return deferred_op.call(hiddens, weights, deferral.tickets, deferral.count);
+  if (deferral.tickets.empty()) {
+    static const detail::Operator<Results(at::TensorList, const at::Tensor&)> op(
+        "depth_aggregate_chained");
+    return op(hiddens, weights);
+  }
+  static const detail::Operator<Results(at::TensorList, const at::Tensor&, at::TensorList, int64_t)>
+      op("depth_aggregate_chained", "deferred");
+  return op(hiddens, weights, deferral.tickets, deferral.count);
 }
 
+namespace detail {
+
 std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward(
-    const c10::List<std::optional<at::Tensor>>& grad_outputs,
-    const c10::List<std::optional<at::Tensor>>& grad_hiddens, at::TensorList hiddens,
-    const at::Tensor& weights, int64_t deferred) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("muddformer::depth_aggregate_backward", "")
-                             .typed<decltype(depth_aggregate_backward)>();
-  return op.call(grad_outputs, grad_hiddens, hiddens, weights, deferred);
+    const OptionalTensors& grad_outputs, const OptionalTensors& grad_hiddens,
+    at::TensorList hiddens, const at::Tensor& weights, int64_t deferred) {
+  static const Operator<decltype(depth_aggregate_backward)> op("depth_aggregate_backward");
+  return op(grad_outputs, grad_hiddens, hiddens, weights, deferred);
 }
 
 void check_hiddens(at::TensorList hiddens) {
@@ -57,10 +55,7 @@ void check_hiddens(at::TensorList hiddens) {
   check_floating(first, {"hiddens", 0});
   TORCH_CHECK_VALUE(first.dim() >= 1, "hiddens[0]: expected shape [..., D], got a scalar");
   for (size_t j = 1; j < hiddens.size(); ++j) {
-    const at::Tensor& x = hiddens[j];
-    check_same_dtype_device(x, {"hiddens", static_cast<int64_t>(j)}, first, "hiddens[0]");
-    TORCH_CHECK_VALUE(x.sym_sizes() == first.sym_sizes(), "hiddens[", j, "]: expected shape ",
-                      first.sym_sizes(), " of hiddens[0], got ", x.sym_sizes());
+    check_like(hiddens[j], {"hiddens", static_cast<int64_t>(j)}, first, "hiddens[0]");
   }
 }
 
@@ -77,22 +72,18 @@ void check_depth_aggregate(at::TensorList hiddens, const at::Tensor& weights) {
       weights.sym_sizes());
 }
 
-static void check_gradients(const c10::List<std::optional<at::Tensor>>& grads, const char* name,
+static void check_gradients(const OptionalTensors& grads, const char* name,
                             const at::Tensor& like) {
   for (size_t i = 0; i < grads.size(); ++i) {
-    const std::optional<at::Tensor> grad = grads.get(i);
-    if (!grad.has_value() || !grad->defined()) continue;
-    const ArgumentName argument{name, static_cast<int64_t>(i)};
-    check_same_dtype_device(*grad, argument, like, "hiddens[0]");
-    TORCH_CHECK_VALUE(grad->sym_sizes() == like.sym_sizes(), argument, ": expected shape ",
-                      like.sym_sizes(), " of hiddens[0], got ", grad->sym_sizes());
+    if (const std::optional<at::Tensor> grad = entry(grads, i)) {
+      check_like(*grad, {name, static_cast<int64_t>(i)}, like, "hiddens[0]");
+    }
   }
 }
 
-void check_depth_aggregate_backward(const c10::List<std::optional<at::Tensor>>& grad_outputs,
-                                    const c10::List<std::optional<at::Tensor>>& grad_hiddens,
-                                    at::TensorList hiddens, const at::Tensor& weights,
-                                    int64_t deferred) {
+void check_depth_aggregate_backward(const OptionalTensors& grad_outputs,
+                                    const OptionalTensors& grad_hiddens, at::TensorList hiddens,
+                                    const at::Tensor& weights, int64_t deferred) {
   check_depth_aggregate(hiddens, weights);
   TORCH_CHECK_VALUE(deferred >= 0 && deferred <= static_cast<int64_t>(hiddens.size()),
                     "deferred: expected 0 to S = ", hiddens.size(), ", got ", deferred);
@@ -125,4 +116,5 @@ void check_deferral(at::TensorList hiddens, const at::Tensor& weights, at::Tenso
   }
 }
 
+}  // namespace detail
 }  // namespace muddformer

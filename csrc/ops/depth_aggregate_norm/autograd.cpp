@@ -9,44 +9,65 @@
 
 #include "../common/checks.h"
 #include "../common/rows.h"
-#include "depth_aggregate_norm.h"
+#include "../depth_aggregate/internal.h"
+#include "internal.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The norms' tensors as one list, and what says which way each belongs to: one bit a way.
+// The norms' tensors in one list, as autograd takes them, and what says which is which: one bit a
+// way.
 struct NormTensors {
-  OptionalTensors weights;
-  OptionalTensors biases;
-  std::optional<at::Tensor> pre_weight;
-  std::optional<at::Tensor> post_weight;
+  variable_list list;
+  int64_t weights = 0, biases = 0;
+  bool pre = false;
 
-  // The inverse of flatten().
-  NormTensors(at::TensorList list, int64_t ways, int64_t weight_mask, int64_t bias_mask,
-              bool has_pre) {
-    size_t at = 0;
-    const auto next = [&](bool given) {
-      return given ? std::optional<at::Tensor>(list[at++]) : std::nullopt;
-    };
-    for (int64_t c = 0; c < ways; ++c) weights.push_back(next((weight_mask >> c & 1) != 0));
-    for (int64_t c = 0; c < ways; ++c) biases.push_back(next((bias_mask >> c & 1) != 0));
-    pre_weight = next(has_pre);
-    post_weight = next(at < list.size());
+  explicit NormTensors(const StreamNorms& norms)
+      : weights(add(norms.weights)), biases(add(norms.biases)), pre(norms.pre_weight.has_value()) {
+    if (pre) list.push_back(*norms.pre_weight);
+    if (norms.post_weight.has_value()) list.push_back(*norms.post_weight);
+  }
+
+ private:
+  int64_t add(const OptionalTensors& tensors) {
+    int64_t mask = 0;
+    for (size_t c = 0; c < tensors.size(); ++c) {
+      const std::optional<at::Tensor> tensor = entry(tensors, c);
+      if (!tensor.has_value()) continue;
+      mask |= int64_t{1} << c;
+      list.push_back(*tensor);
+    }
+    return mask;
   }
 };
 
-int64_t flatten(const OptionalTensors& tensors, variable_list& to) {
-  int64_t mask = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const std::optional<at::Tensor> tensor = tensors.get(i);
-    if (!tensor.has_value() || !tensor->defined()) continue;
-    mask |= int64_t{1} << i;
-    to.push_back(*tensor);
-  }
-  return mask;
+void save(AutogradContext* ctx, const StreamNorms& norms, const NormTensors& tensors) {
+  ctx->saved_data["weight_mask"] = tensors.weights;
+  ctx->saved_data["bias_mask"] = tensors.biases;
+  ctx->saved_data["pre"] = tensors.pre;
+  ctx->saved_data["kind"] = norms.kind;
+  ctx->saved_data["eps"] = norms.eps;
+  ctx->saved_data["add_newest"] = norms.add_newest;
+}
+
+// What was saved, with the tensors of the list.
+StreamNorms saved_norms(AutogradContext* ctx, at::TensorList list, int64_t ways) {
+  StreamNorms norms{ctx->saved_data["kind"].toStringRef(), ctx->saved_data["eps"].toDouble()};
+  norms.add_newest = ctx->saved_data["add_newest"].toBool();
+  size_t at = 0;
+  const auto next = [&](bool given) {
+    return given ? std::optional<at::Tensor>(list[at++]) : std::nullopt;
+  };
+  const int64_t weights = ctx->saved_data["weight_mask"].toInt();
+  const int64_t biases = ctx->saved_data["bias_mask"].toInt();
+  for (int64_t c = 0; c < ways; ++c) norms.weights.push_back(next((weights >> c & 1) != 0));
+  for (int64_t c = 0; c < ways; ++c) norms.biases.push_back(next((biases >> c & 1) != 0));
+  norms.pre_weight = next(ctx->saved_data["pre"].toBool());
+  norms.post_weight = next(at < list.size());
+  return norms;
 }
 
 struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
@@ -54,38 +75,29 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
 
   static variable_list forward(AutogradContext* ctx, at::TensorList hiddens,
                                const at::Tensor& weights, at::TensorList norm_tensors,
-                               int64_t weight_mask, int64_t bias_mask, bool has_pre,
-                               std::string_view norm, double eps, bool add_newest,
+                               const StreamNorms& norms, const NormTensors& tensors,
                                at::TensorList tickets, int64_t deferred) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const int64_t ways = weights.sym_size(-2).guard_int(__FILE__, __LINE__);
-    const NormTensors norms(norm_tensors, ways, weight_mask, bias_mask, has_pre);
-    auto [outputs, newest, mix, statistics] =
-        depth_aggregate_norm_forward(hiddens, weights, norms.weights, norms.biases, norm, eps,
-                                     add_newest, norms.pre_weight, norms.post_weight);
+    auto [outputs, newest, mix, statistics] = depth_aggregate_norm_forward(hiddens, weights, norms);
+    const auto ways = static_cast<int64_t>(outputs.size());
     variable_list saved(hiddens.begin(), hiddens.end());
     saved.push_back(weights);
     for (int64_t c = 0; c < ways; ++c) {  // the backward knows the norms by their outputs
-      const bool normed = (weight_mask >> c & 1) != 0;
+      const bool normed = (tensors.weights >> c & 1) != 0;
       saved.push_back(normed ? outputs[c] : at::empty({0}, weights.options()));
     }
     saved.push_back(std::move(mix));
     saved.push_back(std::move(statistics));
     saved.insert(saved.end(), norm_tensors.begin(), norm_tensors.end());
     ctx->save_for_backward(std::move(saved));
+    save(ctx, norms, tensors);
     ctx->saved_data["sources"] = static_cast<int64_t>(hiddens.size());
     ctx->saved_data["ways"] = ways;
-    ctx->saved_data["weight_mask"] = weight_mask;
-    ctx->saved_data["bias_mask"] = bias_mask;
-    ctx->saved_data["has_pre"] = has_pre;
-    ctx->saved_data["norm"] = std::string(norm);
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["add_newest"] = add_newest;
     ctx->saved_data["tickets"] = static_cast<int64_t>(tickets.size());
     ctx->saved_data["deferred"] = deferred;
     ctx->set_materialize_grads(false);
     outputs.insert(outputs.end(), hiddens.begin() + deferred, hiddens.end());
-    if (has_pre) outputs.back() = std::move(newest);
+    if (tensors.pre) outputs.back() = std::move(newest);
     return outputs;
   }
 
@@ -93,34 +105,30 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     const variable_list saved = ctx->get_saved_variables();
     const int64_t sources = ctx->saved_data["sources"].toInt();
     const int64_t ways = ctx->saved_data["ways"].toInt();
-    const at::TensorList list(saved);
-    const at::TensorList hiddens = list.slice(0, sources);
-    const at::TensorList outputs = list.slice(sources + 1, ways);
-    const at::TensorList norm_tensors = list.slice(sources + 1 + ways + 2);
-    const at::TensorList grad_outputs = at::TensorList(grads).slice(0, ways);
     const int64_t deferred = ctx->saved_data["deferred"].toInt();
     const int64_t tickets = ctx->saved_data["tickets"].toInt();
+    const at::TensorList list(saved);
+    const at::Tensor& weights = list[sources];
+    const at::TensorList norm_tensors = list.slice(sources + 1 + ways + 2);
+    const at::TensorList grad_outputs = at::TensorList(grads).slice(0, ways);
     variable_list result(deferred);  // no gradients of deferred sources
     result.insert(result.end(), grads.begin() + ways, grads.end());
-    constexpr size_t kOtherArguments = 7;
-    const size_t count = sources + 1 + norm_tensors.size() + tickets + kOtherArguments;
-    const bool has_pre = ctx->saved_data["has_pre"].toBool();
+    constexpr size_t kNorms = 2, kDeferred = 1;  // arguments without gradients
+    const size_t count = sources + 1 + norm_tensors.size() + kNorms + tickets + kDeferred;
+    const StreamNorms norms = saved_norms(ctx, norm_tensors, ways);
     const bool any = std::any_of(grad_outputs.begin(), grad_outputs.end(),
                                  [](const at::Tensor& grad) { return grad.defined(); });
-    if (!any && !(has_pre && result.back().defined())) {
+    if (!any && !(norms.pre_weight.has_value() && result.back().defined())) {
       result.resize(count);
       return result;
     }
-    const NormTensors norms(norm_tensors, ways, ctx->saved_data["weight_mask"].toInt(),
-                            ctx->saved_data["bias_mask"].toInt(), has_pre);
     auto [own, grad_weights, grad_norm_weights, grad_norm_biases, grad_pre_weight, grad_post_weight,
           grad_sums] =
         depth_aggregate_norm_backward(
-            optional_tensors(grad_outputs), optional_tensors(result), hiddens, list[sources],
-            norms.weights, norms.biases, ctx->saved_data["norm"].toStringRef(),
-            ctx->saved_data["eps"].toDouble(), ctx->saved_data["add_newest"].toBool(),
-            norms.pre_weight, norms.post_weight, outputs, list[sources + 1 + ways],
-            list[sources + 2 + ways], deferred);
+            optional_tensors(grad_outputs), optional_tensors(result), list.slice(0, sources),
+            weights, norms,
+            {list.slice(sources + 1, ways), list[sources + 1 + ways], list[sources + 2 + ways]},
+            deferred);
     result.resize(deferred);
     result.insert(result.end(), own.begin(), own.end());
     result.push_back(std::move(grad_weights));
@@ -133,55 +141,42 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     append(grad_norm_biases, norms.biases);
     if (norms.pre_weight.has_value()) result.push_back(std::move(grad_pre_weight));
     if (norms.post_weight.has_value()) result.push_back(std::move(grad_post_weight));
-    result.resize(count - tickets - 1);  // no gradients of the other arguments
+    result.resize(count - tickets - kDeferred);
     if (tickets != 0 && any) {
       for (int64_t c = 0; c < ways; ++c) {
-        const bool normed = has_norm(norms.weights, norms.post_weight, c);
-        result.push_back(normed ? grad_sums[c] : grad_outputs[c]);
+        result.push_back(has_norm(norms, c) ? grad_sums[c] : grad_outputs[c]);
       }
-      result.push_back(list[sources]);
+      result.push_back(weights);
     }
     result.resize(count);
     return result;
   }
 };
 
+using StreamsAndHiddens = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
+
 // Composite: there is nothing to dispatch on but the forward inside.
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>
-depth_aggregate_norm_deferred_composite(at::TensorList hiddens, const at::Tensor& weights,
-                                        const OptionalTensors& norm_weights,
-                                        const OptionalTensors& norm_biases, std::string_view norm,
-                                        double eps, bool add_newest,
-                                        const std::optional<at::Tensor>& pre_weight,
-                                        const std::optional<at::Tensor>& post_weight,
-                                        at::TensorList tickets, int64_t deferred) {
-  for (size_t j = 0; j < hiddens.size(); ++j) {
-    check_defined(hiddens[j], {"hiddens", static_cast<int64_t>(j)});
-  }
+StreamsAndHiddens deferred_composite(at::TensorList hiddens, const at::Tensor& weights,
+                                     const StreamNorms& norms, at::TensorList tickets,
+                                     int64_t deferred) {
+  check_all_defined(hiddens, "hiddens");
   check_defined(weights, {"weights"});
-  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
-                             pre_weight, post_weight);
+  check_depth_aggregate_norm(hiddens, weights, norms);
   check_deferral(hiddens, weights, tickets, deferred);
-  check_newest_kept(hiddens, add_newest, pre_weight, deferred);
-  variable_list norm_tensors;
-  const int64_t weight_mask = flatten(norm_weights, norm_tensors);
-  const int64_t bias_mask = flatten(norm_biases, norm_tensors);
-  if (pre_weight.has_value()) norm_tensors.push_back(*pre_weight);
-  if (post_weight.has_value()) norm_tensors.push_back(*post_weight);
+  check_newest_kept(hiddens, norms, deferred);
+  const NormTensors tensors(norms);
   const auto requires_grad = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
   if (!at::GradMode::is_enabled() ||
       !(weights.requires_grad() || std::any_of(hiddens.begin(), hiddens.end(), requires_grad) ||
-        std::any_of(norm_tensors.begin(), norm_tensors.end(), requires_grad))) {
-    auto [streams, newest, mix, statistics] =
-        depth_aggregate_norm_forward(hiddens, weights, norm_weights, norm_biases, norm, eps,
-                                     add_newest, pre_weight, post_weight);
+        std::any_of(tensors.list.begin(), tensors.list.end(), requires_grad))) {
+    auto [streams, newest, mix, statistics] = depth_aggregate_norm_forward(hiddens, weights, norms);
     std::vector<at::Tensor> handed_on = hiddens.vec();
-    if (pre_weight.has_value()) handed_on.back() = std::move(newest);
+    if (norms.pre_weight.has_value()) handed_on.back() = std::move(newest);
     return {std::move(streams), std::move(handed_on)};
   }
-  variable_list streams = DepthAggregateNorm::apply(
-      at::TensorList(without_edges(hiddens, deferred)), weights, at::TensorList(norm_tensors),
-      weight_mask, bias_mask, pre_weight.has_value(), norm, eps, add_newest, tickets, deferred);
+  variable_list streams =
+      DepthAggregateNorm::apply(at::TensorList(without_edges(hiddens, deferred)), weights,
+                                at::TensorList(tensors.list), norms, tensors, tickets, deferred);
   const auto young = static_cast<int64_t>(hiddens.size()) - deferred;
   std::vector<at::Tensor> handed_on = hiddens.vec();
   std::move(streams.end() - young, streams.end(), handed_on.begin() + deferred);
@@ -189,12 +184,9 @@ depth_aggregate_norm_deferred_composite(at::TensorList hiddens, const at::Tensor
   return {std::move(streams), std::move(handed_on)};
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_norm_chained_composite(
-    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
-    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight) {
-  return depth_aggregate_norm_deferred_composite(hiddens, weights, norm_weights, norm_biases, norm,
-                                                 eps, add_newest, pre_weight, post_weight, {}, 0);
+StreamsAndHiddens chained_composite(at::TensorList hiddens, const at::Tensor& weights,
+                                    const StreamNorms& norms) {
+  return deferred_composite(hiddens, weights, norms, {}, 0);
 }
 
 }  // namespace
@@ -206,8 +198,8 @@ TORCH_LIBRARY_IMPL(muddformer, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(muddformer, CompositeImplicitAutograd, m) {
-  m.impl("depth_aggregate_norm_chained", depth_aggregate_norm_chained_composite);
-  m.impl("depth_aggregate_norm_chained.deferred", depth_aggregate_norm_deferred_composite);
+  m.impl("depth_aggregate_norm_chained", flat<chained_composite>);
+  m.impl("depth_aggregate_norm_chained.deferred", flat<deferred_composite>);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

@@ -3,43 +3,31 @@
 
 #include "composition.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
-depth_aggregate_norm_forward_cpu(at::TensorList hiddens, const at::Tensor& weights,
-                                 const OptionalTensors& norm_weights,
-                                 const OptionalTensors& norm_biases, std::string_view norm,
-                                 double eps, bool add_newest,
-                                 const std::optional<at::Tensor>& pre_weight,
-                                 const std::optional<at::Tensor>& post_weight) {
-  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
-                             pre_weight, post_weight);
-  return depth_aggregate_norm_forward_composition(hiddens, weights, norm_weights, norm_biases, norm,
-                                                  eps, add_newest, pre_weight, post_weight);
+NormedStreams depth_aggregate_norm_forward_cpu(at::TensorList hiddens, const at::Tensor& weights,
+                                               const StreamNorms& norms) {
+  check_depth_aggregate_norm(hiddens, weights, norms);
+  return depth_aggregate_norm_forward_composition(hiddens, weights, norms);
 }
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
-           at::Tensor, at::Tensor, std::vector<at::Tensor>>
-depth_aggregate_norm_backward_cpu(
-    const OptionalTensors& grad_outputs, const OptionalTensors& grad_hiddens,
-    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
-    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight,
-    at::TensorList outputs, const at::Tensor& mix, const at::Tensor& statistics, int64_t deferred) {
-  check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
-                                      norm_biases, norm, eps, add_newest, pre_weight, post_weight,
-                                      outputs, mix, statistics, deferred);
+NormsGradients depth_aggregate_norm_backward_cpu(const OptionalTensors& grad_outputs,
+                                                 const OptionalTensors& grad_hiddens,
+                                                 at::TensorList hiddens, const at::Tensor& weights,
+                                                 const StreamNorms& norms,
+                                                 const NormsForward& forward, int64_t deferred) {
+  check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norms, forward,
+                                      deferred);
   return depth_aggregate_norm_backward_composition(grad_outputs, grad_hiddens, hiddens, weights,
-                                                   norm_weights, norm_biases, norm, eps, add_newest,
-                                                   pre_weight, post_weight, statistics, deferred);
+                                                   norms, forward.statistics, deferred);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(muddformer, CPU, m) {
-  m.impl("depth_aggregate_norm_forward", depth_aggregate_norm_forward_cpu);
-  m.impl("depth_aggregate_norm_backward", depth_aggregate_norm_backward_cpu);
+  m.impl("depth_aggregate_norm_forward", flat<depth_aggregate_norm_forward_cpu>);
+  m.impl("depth_aggregate_norm_backward", flat<depth_aggregate_norm_backward_cpu>);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

@@ -1,41 +1,54 @@
-// The aggregation with normed streams on CUDA: host side of csrc/kernels/depth_aggregate_norm, and the
-// composition for what these kernels cannot do.
+// The aggregation with normed streams on CUDA: host side of csrc/kernels/depth_aggregate_norm, and
+// the composition for what these kernels cannot do.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <climits>
+
 #include "../../kernels/depth_aggregate_norm/depth_aggregate_norm.h"
 #include "../common/launch_arguments.h"
 #include "composition.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
 
+// Of what is there: [0] stands for nothing.
+void* pointer_of(const at::Tensor& tensor) {
+  return tensor.numel() != 0 ? tensor.data_ptr() : nullptr;
+}
+
+std::vector<void*> pointers_of(const std::vector<at::Tensor>& tensors) {
+  std::vector<void*> pointers;
+  for (const at::Tensor& tensor : tensors) pointers.push_back(pointer_of(tensor));
+  return pointers;
+}
+
 // The norms' parameters as the launches take them, and what keeps them alive.
-class Norms {
+class NormPointers {
  public:
-  Norms(const OptionalTensors& weights, const OptionalTensors& biases,
-        const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight) {
-    for (size_t c = 0; c < weights.size(); ++c) {
-      weight_pointers_.push_back(keep(weights.get(c)));
-      bias_pointers_.push_back(keep(biases.get(c)));
+  explicit NormPointers(const StreamNorms& norms) {
+    for (size_t c = 0; c < norms.weights.size(); ++c) {
+      weight_pointers_.push_back(keep(norms.weights.get(c)));
+      bias_pointers_.push_back(keep(norms.biases.get(c)));
     }
-    pre_pointer_ = keep(pre_weight);
-    post_pointer_ = keep(post_weight);
+    pre_pointer_ = keep(norms.pre_weight);
+    post_pointer_ = keep(norms.post_weight);
   }
   template <typename Args>
-  void set(Args& args, std::string_view norm, bool add_newest, const at::Tensor& mix,
+  void set(Args& args, const StreamNorms& norms, const at::Tensor& mix,
            const at::Tensor& statistics) const {
-    args.norm = norm == "layer" ? kernels::Norm::Layer : kernels::Norm::RMS;
+    args.norm = norms.kind == "layer" ? kernels::Norm::Layer : kernels::Norm::RMS;
     args.wide = !kept_.empty() && kept_[0].scalar_type() == at::kFloat;
     args.norm_weight = weight_pointers_.data();
     args.norm_bias = bias_pointers_.data();
-    args.add_newest = add_newest;
+    args.add_newest = norms.add_newest;
     args.pre_weight = pre_pointer_;
     args.post_weight = post_pointer_;
-    args.mix = mix.numel() != 0 ? mix.data_ptr() : nullptr;
+    args.mix = pointer_of(mix);
     args.statistics = statistics.data_ptr<float>();
   }
 
@@ -52,15 +65,9 @@ class Norms {
   const void* post_pointer_ = nullptr;
 };
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
-depth_aggregate_norm_forward_cuda(at::TensorList hiddens, const at::Tensor& weights,
-                                  const OptionalTensors& norm_weights,
-                                  const OptionalTensors& norm_biases, std::string_view norm,
-                                  double eps, bool add_newest,
-                                  const std::optional<at::Tensor>& pre_weight,
-                                  const std::optional<at::Tensor>& post_weight) {
-  check_depth_aggregate_norm(hiddens, weights, norm_weights, norm_biases, norm, eps, add_newest,
-                             pre_weight, post_weight);
+NormedStreams depth_aggregate_norm_forward_cuda(at::TensorList hiddens, const at::Tensor& weights,
+                                                const StreamNorms& norms) {
+  check_depth_aggregate_norm(hiddens, weights, norms);
   const at::Tensor& like = hiddens[0];
   const c10::cuda::CUDAGuard device_guard(like.device());
   if (like.scalar_type() != at::kDouble && like.numel() != 0) {
@@ -69,17 +76,17 @@ depth_aggregate_norm_forward_cuda(at::TensorList hiddens, const at::Tensor& weig
     const auto row_for = [&](const std::optional<at::Tensor>& weight) {
       return at::empty(weight.has_value() ? like.sizes() : at::IntArrayRef{0}, like.options());
     };
-    at::Tensor newest = row_for(pre_weight), mix = row_for(post_weight);
-    at::Tensor statistics = at::empty({2, ways + (pre_weight.has_value() ? 1 : 0), tokens},
+    at::Tensor newest = row_for(norms.pre_weight), mix = row_for(norms.post_weight);
+    at::Tensor statistics = at::empty({2, ways + (norms.pre_weight.has_value() ? 1 : 0), tokens},
                                       like.options().dtype(at::kFloat));
     const Rows x = rows_of(hiddens), y = rows_of(outputs);
     const at::Tensor w = token_blocks(weights, tokens);
-    const Norms norms(norm_weights, norm_biases, pre_weight, post_weight);
+    const NormPointers pointers(norms);
     kernels::AggregateNormForward args{};
     set_inputs(args, x, like, w);
-    norms.set(args, norm, add_newest, mix, statistics);
-    args.normed = pre_weight.has_value() ? newest.data_ptr() : nullptr;
-    args.eps = static_cast<float>(eps);
+    pointers.set(args, norms, mix, statistics);
+    args.normed = pointer_of(newest);
+    args.eps = static_cast<float>(norms.eps);
     args.y = y.pointers();
     const cudaError_t error =
         kernels::launch_aggregate_norm_forward(args, c10::cuda::getCurrentCUDAStream());
@@ -88,64 +95,38 @@ depth_aggregate_norm_forward_cuda(at::TensorList hiddens, const at::Tensor& weig
       return {std::move(outputs), std::move(newest), std::move(mix), std::move(statistics)};
     }
   }
-  return depth_aggregate_norm_forward_composition(hiddens, weights, norm_weights, norm_biases, norm,
-                                                  eps, add_newest, pre_weight, post_weight);
+  return depth_aggregate_norm_forward_composition(hiddens, weights, norms);
 }
 
-std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
-           at::Tensor, at::Tensor, std::vector<at::Tensor>>
-depth_aggregate_norm_backward_cuda(
-    const OptionalTensors& grad_outputs, const OptionalTensors& grad_hiddens,
-    at::TensorList hiddens, const at::Tensor& weights, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double eps, bool add_newest,
-    const std::optional<at::Tensor>& pre_weight, const std::optional<at::Tensor>& post_weight,
-    at::TensorList outputs, const at::Tensor& mix, const at::Tensor& statistics, int64_t deferred) {
-  check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norm_weights,
-                                      norm_biases, norm, eps, add_newest, pre_weight, post_weight,
-                                      outputs, mix, statistics, deferred);
+NormsGradients depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_outputs,
+                                                  const OptionalTensors& grad_hiddens,
+                                                  at::TensorList hiddens, const at::Tensor& weights,
+                                                  const StreamNorms& norms,
+                                                  const NormsForward& forward, int64_t deferred) {
+  check_depth_aggregate_norm_backward(grad_outputs, grad_hiddens, hiddens, weights, norms, forward,
+                                      deferred);
   const at::Tensor& like = hiddens[0];
   const c10::cuda::CUDAGuard device_guard(like.device());
   if (like.scalar_type() != at::kDouble && like.numel() != 0) {
     const int64_t sources = weights.size(-1), ways = weights.size(-2);
     const int64_t tokens = like.numel() / like.size(-1);
-    const auto empty_like = [](const at::Tensor& tensor) {
-      return at::empty(tensor.sizes(), tensor.options());
-    };
-    const auto none = [&] { return at::empty({0}, like.options()); };  // outputs share no memory
-    const auto empty_like_each = [&](const OptionalTensors& tensors, std::vector<void*>& pointers) {
-      std::vector<at::Tensor> result;
-      for (size_t i = 0; i < tensors.size(); ++i) {
-        const at::Tensor tensor = value_or_undefined(tensors, static_cast<int64_t>(i));
-        result.push_back(tensor.defined() ? empty_like(tensor) : none());
-        pointers.push_back(tensor.defined() ? result.back().data_ptr() : nullptr);
-      }
-      return result;
-    };
-    std::vector<at::Tensor> grads = empty_outputs(sources - deferred, like);
-    at::Tensor grad_weights = empty_like(weights);
-    std::vector<void*> weight_grads, bias_grads;
-    std::vector<at::Tensor> grad_norm_weights = empty_like_each(norm_weights, weight_grads);
-    std::vector<at::Tensor> grad_norm_biases = empty_like_each(norm_biases, bias_grads);
-    at::Tensor grad_pre_weight = pre_weight.has_value() ? empty_like(*pre_weight) : none();
-    at::Tensor grad_post_weight = post_weight.has_value() ? empty_like(*post_weight) : none();
-    std::vector<at::Tensor> grad_sums;  // for the flush of the deferred gradients
-    std::vector<void*> sum_grads;
-    for (int64_t c = 0; c < ways; ++c) {
-      const bool normed = has_norm(norm_weights, post_weight, c);
-      grad_sums.push_back(deferred > 0 && normed ? empty_like(like) : none());
-      sum_grads.push_back(deferred > 0 && normed ? grad_sums.back().data_ptr() : nullptr);
-    }
-
+    NormsGradients result = empty_gradients(hiddens, weights, norms, deferred);
+    auto& [grads, grad_weights, grad_norm_weights, grad_norm_biases, grad_pre_weight,
+           grad_post_weight, grad_sums] = result;
+    const std::vector<void*> weight_grads = pointers_of(grad_norm_weights);
+    const std::vector<void*> bias_grads = pointers_of(grad_norm_biases);
+    const std::vector<void*> sum_grads = pointers_of(grad_sums);
     const Rows x = rows_of(hiddens), dx = rows_of(grads, deferred);
-    const Rows y = contiguous_rows_of(optional_tensors(outputs), ways);
+    const Rows y = contiguous_rows_of(optional_tensors(forward.outputs), ways);
     const Rows dy = contiguous_rows_of(grad_outputs, ways);
-    const at::Tensor kept_mix = mix.contiguous(), kept_statistics = statistics.contiguous();
+    const at::Tensor mix = forward.mix.contiguous();
+    const at::Tensor statistics = forward.statistics.contiguous();
     const Rows incoming = contiguous_rows_of(grad_hiddens, sources);
     const at::Tensor w = token_blocks(weights, tokens);
-    const Norms norms(norm_weights, norm_biases, pre_weight, post_weight);
+    const NormPointers pointers(norms);
     kernels::AggregateNormBackward args{};
     set_inputs(args, x, like, w);
-    norms.set(args, norm, add_newest, kept_mix, kept_statistics);
+    pointers.set(args, norms, mix, statistics);
     args.dy = dy.pointers();
     args.y = y.pointers();
     args.grad_in = incoming.pointers();
@@ -154,8 +135,8 @@ depth_aggregate_norm_backward_cuda(
     args.dv = sum_grads.data();
     args.norm_weight_grad = weight_grads.data();
     args.norm_bias_grad = bias_grads.data();
-    args.pre_weight_grad = pre_weight.has_value() ? grad_pre_weight.data_ptr() : nullptr;
-    args.post_weight_grad = post_weight.has_value() ? grad_post_weight.data_ptr() : nullptr;
+    args.pre_weight_grad = pointer_of(grad_pre_weight);
+    args.post_weight_grad = pointer_of(grad_post_weight);
     int64_t floats = 0;
     cudaError_t error = kernels::aggregate_norm_workspace(args, &floats);
     if (error == cudaSuccess) {
@@ -165,25 +146,28 @@ depth_aggregate_norm_backward_cuda(
     }
     if (error != cudaErrorNotSupported) {
       C10_CUDA_CHECK(error);
-      return {std::move(grads),
-              std::move(grad_weights),
-              std::move(grad_norm_weights),
-              std::move(grad_norm_biases),
-              std::move(grad_pre_weight),
-              std::move(grad_post_weight),
-              std::move(grad_sums)};
+      return result;
     }
   }
   return depth_aggregate_norm_backward_composition(grad_outputs, grad_hiddens, hiddens, weights,
-                                                   norm_weights, norm_biases, norm, eps, add_newest,
-                                                   pre_weight, post_weight, statistics, deferred);
+                                                   norms, forward.statistics, deferred);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(muddformer, CUDA, m) {
-  m.impl("depth_aggregate_norm_forward", depth_aggregate_norm_forward_cuda);
-  m.impl("depth_aggregate_norm_backward", depth_aggregate_norm_backward_cuda);
+bool norms_fused_by_cuda(const at::Tensor& x, int64_t sources, int64_t ways) {
+  const int64_t width = x.sym_size(-1).guard_int(__FILE__, __LINE__);
+  constexpr int64_t kMost = INT_MAX;
+  return width % 8 == 0 && ask_device(x, [&](kernels::DType dtype) {
+           return kernels::aggregate_norm_supported(dtype, width,
+                                                    static_cast<int>(std::min(sources, kMost)),
+                                                    static_cast<int>(std::min(ways, kMost)));
+         });
 }
 
-}  // namespace muddformer
+TORCH_LIBRARY_IMPL(muddformer, CUDA, m) {
+  m.impl("depth_aggregate_norm_forward", flat<depth_aggregate_norm_forward_cuda>);
+  m.impl("depth_aggregate_norm_backward", flat<depth_aggregate_norm_backward_cuda>);
+}
+
+}  // namespace muddformer::detail

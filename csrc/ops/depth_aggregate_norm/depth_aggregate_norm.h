@@ -14,17 +14,14 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "../../macros.h"
+#include "../common/norms.h"
 #include "../deferred_flush/deferred_flush.h"
 
 namespace muddformer {
-
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 /// Weighted sums of hidden states over depth, normed; the sources are handed on for chained
 /// gradients as by depth_aggregate_chained(), the newest one normed if there is a pre weight.
@@ -34,64 +31,24 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 ///
 /// @param hiddens the S >= 1 sources X_j, each [..., D], of one shape, dtype and device.
 /// @param weights connection weights [..., C, S], C >= 1.
-/// @param norm_weights C norm weights [D]; none: the way has no norm. All weights and biases of
-/// norms
-///   are of one dtype, that of the hidden states or float32.
-/// @param norm_biases C biases [D]; none: no bias.
-/// @param norm "rms" or "layer".
-/// @param eps added to the mean square or the variance, at least 0.
-/// @param add_newest whether hiddens[S-1], as it came, is added to every way.
-/// @param pre_weight weight [D] of the RMSNorm of hiddens[S-1] before it is mixed; none: no norm.
-/// @param post_weight weight [D] of the RMSNorm of the last way's sum before the newest source is
-///   added; needs add_newest, and none as the last way's norm weight.
+/// @param norms of the ways, of the newest hidden state and of the last way's sum.
 /// @param deferral as in depth_aggregate_chained(); with add_newest or pre_weight of fewer than S
 ///   hidden states.
 /// @return (the C streams, the S hidden states to be used from here on).
 /// @throws c10::ValueError, c10::TypeError naming the argument, what was expected and what came.
 MUDDFORMER_API std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>
 depth_aggregate_norm_chained(at::TensorList hiddens, const at::Tensor& weights,
-                             const OptionalTensors& norm_weights,
-                             const OptionalTensors& norm_biases, std::string_view norm, double eps,
-                             bool add_newest, const std::optional<at::Tensor>& pre_weight,
-                             const std::optional<at::Tensor>& post_weight,
-                             const Deferral& deferral = {});
+                             const StreamNorms& norms, const Deferral& deferral = {});
 
-/// depth_aggregate_norm_chained() without gradients, and what its backward reads.
+/// Whether one kernel makes the sums of depth_aggregate_norm_chained() and their norms. Where it
+/// does not (a CPU build, the CPU, float64, devices before compute capability 9.0 or without code
+/// for it in this build, sizes beyond the kernel's), the operator makes them of several steps in
+/// float32 and modules of their own are the better choice.
 ///
-/// @return (streams, the newest source as it was mixed [..., D] with a pre weight and [0] without,
-///   the last way's sum before its norm [..., D] with a post weight and [0] without,
-///   statistics [2, C, N] of the N tokens: mean and 1 / sqrt(...) of every way, 0 and 1 where it
-///   has no norm, float32 or float64; with a pre weight [2, C + 1, N], the newest source last).
-MUDDFORMER_API std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor>
-depth_aggregate_norm_forward(at::TensorList hiddens, const at::Tensor& weights,
-                             const OptionalTensors& norm_weights,
-                             const OptionalTensors& norm_biases, std::string_view norm, double eps,
-                             bool add_newest, const std::optional<at::Tensor>& pre_weight,
-                             const std::optional<at::Tensor>& post_weight);
-
-/// Gradients of depth_aggregate_norm_chained(), in one pass over the history.
-///
-/// @param grad_outputs C gradients of the streams; none stands for zero.
-/// @param grad_hiddens S gradients of the handed-on sources (with a pre weight of the newest as it
-///   was mixed); none stands for zero.
-/// @param hiddens the sources as they came.
-/// @param outputs, mix, statistics what the forward returned; [0] does for the output of a way
-///   without a norm weight.
-/// @param deferred number of the first hidden states that get no gradient here, with add_newest or
-///   pre_weight fewer than S.
-/// @return gradients of (the other hidden states, weights, norm weights, norm biases, pre weight,
-///   post weight); [0] for each that was not given. Last, with deferred hidden states, the
-///   gradients of what the ways with a norm norm (dV, deferred_flush.h), [0] for other ways and
-///   without.
-MUDDFORMER_API std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>,
-                          std::vector<at::Tensor>, at::Tensor, at::Tensor, std::vector<at::Tensor>>
-depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
-                              const OptionalTensors& grad_hiddens, at::TensorList hiddens,
-                              const at::Tensor& weights, const OptionalTensors& norm_weights,
-                              const OptionalTensors& norm_biases, std::string_view norm, double eps,
-                              bool add_newest, const std::optional<at::Tensor>& pre_weight,
-                              const std::optional<at::Tensor>& post_weight, at::TensorList outputs,
-                              const at::Tensor& mix, const at::Tensor& statistics,
-                              int64_t deferred = 0);
+/// @param x a hidden state [..., D]; its device, dtype and D are what counts, so that it may be
+///   fake. D has to be a multiple of 8 in every dtype: autocast may make float32 one of 16 bits.
+/// @param sources number of hidden states S.
+/// @param ways number of ways C.
+MUDDFORMER_API bool fuses_norms(const at::Tensor& x, int64_t sources, int64_t ways);
 
 }  // namespace muddformer

@@ -7,11 +7,10 @@
 #include <algorithm>
 
 #include "depth_aggregation_step.h"
+#include "internal.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
-
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 bool wants_gradient(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined() && tensor->requires_grad();
@@ -23,29 +22,29 @@ bool wants_gradient(const OptionalTensors& list) {
   });
 }
 
-std::vector<at::Tensor> depth_aggregation_step_autograd(
-    at::TensorList hiddens, const std::optional<at::Tensor>& w1,
-    const std::optional<at::Tensor>& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double norm_eps) {
+std::vector<at::Tensor> depth_aggregation_step_autograd(at::TensorList hiddens,
+                                                        const std::optional<at::Tensor>& w1,
+                                                        const std::optional<at::Tensor>& w2,
+                                                        const at::Tensor& prior,
+                                                        const GeneratorOptions& options,
+                                                        const StepNorms& norms) {
   const bool wanted =
       std::any_of(hiddens.begin(), hiddens.end(),
                   [](const at::Tensor& x) { return x.defined() && x.requires_grad(); }) ||
-      wants_gradient(w1) || wants_gradient(w2) || wants_gradient(prior) || wants_gradient(scale) ||
-      wants_gradient(norm_weights) || wants_gradient(norm_biases);
+      wants_gradient(w1) || wants_gradient(w2) || wants_gradient(prior) ||
+      wants_gradient(options.scale) || wants_gradient(norms.weights) ||
+      wants_gradient(norms.biases);
   TORCH_CHECK(!wanted || !at::GradMode::is_enabled(),
               "depth_aggregation_step has no gradients: call it under torch.no_grad() or "
               "torch.inference_mode(), or use connection_weights and depth_aggregate");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return depth_aggregation_step(hiddens, w1, w2, prior, scale, eps, gelu_approximate, cap,
-                                norm_weights, norm_biases, norm, norm_eps);
+  return depth_aggregation_step(hiddens, w1, w2, prior, options, norms);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(muddformer, Autograd, m) {
-  m.impl("depth_aggregation_step", depth_aggregation_step_autograd);
+  m.impl("depth_aggregation_step", flat<depth_aggregation_step_autograd>);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

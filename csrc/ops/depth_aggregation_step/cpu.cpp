@@ -3,10 +3,10 @@
 
 #include "composition.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 
 TORCH_LIBRARY_IMPL(muddformer, CPU, m) {
-  m.impl("depth_aggregation_step", depth_aggregation_step_composition);
+  m.impl("depth_aggregation_step", flat<depth_aggregation_step_composition>);
 }
 
-}  // namespace muddformer
+}  // namespace muddformer::detail

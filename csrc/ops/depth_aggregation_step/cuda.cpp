@@ -10,10 +10,8 @@
 #include "../common/launch_arguments.h"
 #include "composition.h"
 
-namespace muddformer {
+namespace muddformer::detail {
 namespace {
-
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 // The prior, the scale and the norms' parameters, contiguous and all of one dtype.
 class Parameters {
@@ -31,19 +29,17 @@ class Parameters {
   std::vector<at::Tensor> tensors_;
 };
 
-std::vector<at::Tensor> depth_aggregation_step_cuda(
-    at::TensorList hiddens, const std::optional<at::Tensor>& w1,
-    const std::optional<at::Tensor>& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap, const OptionalTensors& norm_weights,
-    const OptionalTensors& norm_biases, std::string_view norm, double norm_eps) {
-  check_depth_aggregation_step(hiddens, w1, w2, prior, scale, eps, gelu_approximate, cap,
-                               norm_weights, norm_biases, norm, norm_eps);
+std::vector<at::Tensor> depth_aggregation_step_cuda(at::TensorList hiddens,
+                                                    const std::optional<at::Tensor>& w1,
+                                                    const std::optional<at::Tensor>& w2,
+                                                    const at::Tensor& prior,
+                                                    const GeneratorOptions& options,
+                                                    const StepNorms& norms) {
+  check_depth_aggregation_step(hiddens, w1, w2, prior, options, norms);
   const at::Tensor& like = hiddens.back();
   const int64_t ways = prior.size(0), width = like.size(-1), tokens = like.numel() / width;
   const auto compose = [&] {
-    return depth_aggregation_step_composition(hiddens, w1, w2, prior, scale, eps, gelu_approximate,
-                                              cap, norm_weights, norm_biases, norm, norm_eps);
+    return depth_aggregation_step_composition(hiddens, w1, w2, prior, options, norms);
   };
   // What the launcher would refuse, before work is done for it.
   if (like.scalar_type() == at::kDouble || tokens > kernels::kMaxStepTokens ||
@@ -60,14 +56,14 @@ std::vector<at::Tensor> depth_aggregation_step_cuda(
   const auto is_wide = [](const std::optional<at::Tensor>& tensor) {
     return tensor.has_value() && tensor->scalar_type() == at::kFloat;
   };
-  const bool wide = is_wide(prior) || is_wide(scale) ||
-                    std::any_of(norm_weights.begin(), norm_weights.end(), is_wide) ||
-                    std::any_of(norm_biases.begin(), norm_biases.end(), is_wide);
+  const bool wide = is_wide(prior) || is_wide(options.scale) ||
+                    std::any_of(norms.weights.begin(), norms.weights.end(), is_wide) ||
+                    std::any_of(norms.biases.begin(), norms.biases.end(), is_wide);
   Parameters parameters(wide ? at::kFloat : like.scalar_type());
   std::vector<const void*> weight_pointers(ways), bias_pointers(ways);
   for (int64_t c = 0; c < ways; ++c) {
-    weight_pointers[c] = parameters.add(entry(norm_weights, c));
-    bias_pointers[c] = parameters.add(entry(norm_biases, c));
+    weight_pointers[c] = parameters.add(entry(norms.weights, c));
+    bias_pointers[c] = parameters.add(entry(norms.biases, c));
   }
   kernels::AggregationStep args{};
   args.dtype = kernel_dtype(like.scalar_type());
@@ -82,12 +78,12 @@ std::vector<at::Tensor> depth_aggregation_step_cuda(
   args.w2 = second.defined() ? second.const_data_ptr() : nullptr;
   args.wide = wide;
   args.prior = parameters.add(prior);
-  args.scale = parameters.add(scale);
-  args.eps = static_cast<float>(eps);
-  args.gelu_tanh = gelu_approximate == "tanh";
-  args.cap = static_cast<float>(cap.value_or(0.0));
-  args.layer_norm = norm == "layer";
-  args.norm_eps = static_cast<float>(norm_eps);
+  args.scale = parameters.add(options.scale);
+  args.eps = static_cast<float>(options.eps);
+  args.gelu_tanh = options.gelu_approximate == "tanh";
+  args.cap = static_cast<float>(options.cap.value_or(0.0));
+  args.layer_norm = norms.kind == "layer";
+  args.norm_eps = static_cast<float>(norms.eps);
   args.norm_weight = weight_pointers.data();
   args.norm_bias = bias_pointers.data();
   args.y = y.pointers();
@@ -100,8 +96,12 @@ std::vector<at::Tensor> depth_aggregation_step_cuda(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(muddformer, CUDA, m) {
-  m.impl("depth_aggregation_step", depth_aggregation_step_cuda);
+int64_t step_tokens_by_cuda(const at::Tensor& newest) {
+  return ask_device(newest, kernels::aggregation_step_tokens);
 }
 
-}  // namespace muddformer
+TORCH_LIBRARY_IMPL(muddformer, CUDA, m) {
+  m.impl("depth_aggregation_step", flat<depth_aggregation_step_cuda>);
+}
+
+}  // namespace muddformer::detail

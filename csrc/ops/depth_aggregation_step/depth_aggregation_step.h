@@ -10,45 +10,42 @@
 // norms. The function goes through the dispatcher.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <string_view>
 #include <vector>
 
 #include "../../macros.h"
+#include "../common/generator.h"
+#include "../common/norms.h"
 
 namespace muddformer {
 
 /// The streams of one layer of connections, normed or not.
 ///
 /// @param hiddens the S >= 1 sources, each [..., D], the newest last, of one shape, dtype and
-/// device.
+///   device.
 /// @param w1, w2 the generator's projections [K, D] and [C*S, K], of the dtype of the hidden
-/// states;
-///   both nullopt for a static layer.
-/// @param prior static prior [C, S], of the dtype of the hidden states or float32, like scale and
-/// the
-///   norms' parameters.
-/// @param scale weight of the generator's RMSNorm [D]; nullopt for none.
-/// @param eps added to the mean square in the generator's norm, at least 0.
-/// @param gelu_approximate "none" (erf form) or "tanh".
-/// @param cap positive bound of the weights, or nullopt.
-/// @param norm_weights C weights [D], nullopt for a stream that is not normed; or an empty list.
-/// @param norm_biases C biases [D] of the normed streams of norm "layer", or nullopt; or an empty
-///   list.
-/// @param norm "rms", "layer", or "none" where no stream is normed.
-/// @param norm_eps added in the streams' norms, at least 0.
+///   states; both nullopt for a static layer.
+/// @param prior static prior [C, S], of the dtype of the hidden states or float32, like the
+///   generator's scale and the norms' parameters.
+/// @param options see connection_weights(); no scale for a static layer.
+/// @param norms of the streams: kind, eps, weights and biases alone.
 /// @return the C streams, each [..., D], new tensors.
 /// @throws c10::ValueError, c10::TypeError naming the argument, what was expected and what came;
 ///   c10::Error if gradients are enabled and an argument requires one.
-MUDDFORMER_API std::vector<at::Tensor> depth_aggregation_step(
-    at::TensorList hiddens, const std::optional<at::Tensor>& w1,
-    const std::optional<at::Tensor>& w2, const at::Tensor& prior,
-    const std::optional<at::Tensor>& scale, double eps, std::string_view gelu_approximate,
-    std::optional<double> cap, const c10::List<std::optional<at::Tensor>>& norm_weights,
-    const c10::List<std::optional<at::Tensor>>& norm_biases, std::string_view norm,
-    double norm_eps);
+MUDDFORMER_API std::vector<at::Tensor> depth_aggregation_step(at::TensorList hiddens,
+                                                              const std::optional<at::Tensor>& w1,
+                                                              const std::optional<at::Tensor>& w2,
+                                                              const at::Tensor& prior,
+                                                              const GeneratorOptions& options = {},
+                                                              const StreamNorms& norms = {});
+
+/// Whether depth_aggregation_step() is one kernel for tokens like these: on CUDA (compute
+/// capability 9.0 or newer, and code for it in this build), not of float64, and no more than 64 of
+/// them. Beyond that cuBLAS's products are the better choice, or there is no kernel.
+///
+/// @param newest the newest hidden state [..., D]; it may be fake.
+MUDDFORMER_API bool fuses_step(const at::Tensor& newest);
 
 }  // namespace muddformer

@@ -1,5 +1,4 @@
-// Aggregation of bfloat16 hidden states on CPUs with AVX512-BF16: see kernel.h for
-// the formulas.
+// Aggregation of bfloat16 hidden states on CPUs with AVX512-BF16: see kernel.h for the formulas.
 //
 // vdpbf16ps multiplies 32 pairs of bfloat16 numbers and adds neighbouring products to 16 float32
 // sums: no conversions. The forward takes the rows of two sources interleaved, so that a pair is

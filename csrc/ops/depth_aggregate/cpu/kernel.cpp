@@ -1,5 +1,4 @@
-// Aggregation of hidden states over depth on the CPU: see kernel.h for the
-// formulas.
+// Aggregation of hidden states over depth on the CPU: see kernel.h for the formulas.
 //
 // Both kernels are bound by memory: each row of each source is read once. The forward walks over a
 // row in strips that fit the vector registers and sums all sources into C accumulators a strip. The

@@ -1,7 +1,6 @@
 // Kernels of the aggregation on the CPU, compiled once for each instruction set and chosen at run
-// time. Plain data only: kernel.cpp is compiled with the flags of its instruction
-// set and must share no inline function with the rest of the library that could carry those
-// instructions there.
+// time. Plain data only: kernel.cpp is compiled with the flags of its instruction set and must
+// share no inline function with the rest of the library that could carry those instructions there.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +17,8 @@ struct AggregateForward {
   void* const* y;                                   // C outputs, [tokens, D], contiguous
 };
 
-// Rows of  dX_j[t, :] = G_j[t, :] + sum_c W[t, c, j] dY_c[t, :]  and  dW[t, c, j] = <dY_c[t, :],
-// X_j[t, :]>.
+// Rows of  dX_j[t, :] = G_j[t, :] + sum_c W[t, c, j] dY_c[t, :]
+//     and  dW[t, c, j] = <dY_c[t, :], X_j[t, :]>.
 struct AggregateBackward {
   int64_t sources, ways, width;
   const void* const* x;

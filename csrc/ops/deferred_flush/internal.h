@@ -1,0 +1,27 @@
+// What the operator's backends and the operators built on it know of deferred gradients.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "../common/norms.h"
+
+namespace muddformer::detail {
+
+/// The sum of deferred_flush.h.
+///
+/// @param grad_hiddens G_j of the older hidden states [..., D]; none stands for zero.
+/// @param grad_sums dV of all ways of all layers, layer by layer, [..., D]; none stands for zero,
+///   but not all.
+/// @param weights connection weights [..., C_i, S_i] of every layer; column j belongs to X_j.
+/// @return dX_j, new tensors.
+std::vector<at::Tensor> deferred_flush(const OptionalTensors& grad_hiddens,
+                                       const OptionalTensors& grad_sums, at::TensorList weights);
+
+void check_defer_gradients(at::TensorList hiddens, at::IntArrayRef ways, at::IntArrayRef sources);
+// Returns a tensor of the shape, dtype and device of the gradients.
+at::Tensor check_deferred_flush(const OptionalTensors& grad_hiddens,
+                                const OptionalTensors& grad_sums, at::TensorList weights);
+
+}  // namespace muddformer::detail
