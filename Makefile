@@ -21,7 +21,7 @@ sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc muddformer -
 cmake_build = build/$(1)-$(tag)
 cmake_jobs := $(shell $(PYTHON) -c 'import os; m = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"); print(max(1, min(os.cpu_count(), m >> 31)))')
 
-.PHONY: demo test test-python test-cpp tests-cpp smoke asan valgrind lint format install clean gtest
+.PHONY: demo test test-python test-cpp tests-cpp smoke asan valgrind report docs doxygen lint format install clean gtest
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -57,12 +57,14 @@ test-cpp: tests-cpp
 
 tests-cpp: $(installed) gtest
 	$(bin)/cmake -S tests/cpp -B $(call cmake_build,tests-cpp) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
+		-DPython_EXECUTABLE="$(abspath $(bin))/python" \
 		-DCMAKE_PREFIX_PATH="$$($(bin)/python -I -c 'import muddformer.utils as u; print(u.cmake_prefix_path)')"
 	$(bin)/cmake --build $(call cmake_build,tests-cpp) --parallel $(cmake_jobs)
 
 # The build and the core of the operators and models alone: for a second version of torch.
 smoke: $(installed)
-	$(bin)/pytest tests/test_depth_aggregate.py tests/test_connection_weights.py tests/test_golden.py tests/test_package.py
+	$(bin)/pytest tests/ops/test_depth_aggregate.py tests/ops/test_connection_weights.py tests/models/test_golden.py \
+		tests/test_package.py tests/test_consumer.py
 
 # The C++ tests with the library's CPU side under AddressSanitizer and UndefinedBehaviorSanitizer.
 asan: $(ready) gtest
@@ -86,6 +88,27 @@ gtest:
 	@printf '#include <gtest/gtest.h>\n' | $(CXX) -E -x c++ - >/dev/null 2>&1 \
 		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq libgtest-dev; } \
 		|| { echo "GoogleTest is missing: install libgtest-dev (Debian, Ubuntu) or gtest-devel (Fedora)." >&2; exit 1; }
+
+# ---- pages ------------------------------------------------------------------------------------------------------
+# Tables and pictures of README.md and docs/, from the CSV files in benchmarks/results.
+report: $(installed)
+	$(bin)/python benchmarks/report.py
+	$(bin)/python benchmarks/plot.py
+
+# build/docs/html/index.html; a warning is an error.
+docs: $(VENV)/.docs-$(tag) doxygen
+	mkdir -p build/docs
+	doxygen docs/Doxyfile
+	$(bin)/sphinx-build -W --keep-going -q -b html docs build/docs/html
+
+$(VENV)/.docs-$(tag): $(installed)
+	$(bin)/python -I -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("muddformer") if "docs" in r), sep="\n")' \
+		| $(bin)/python -m pip install --quiet -r /dev/stdin
+	touch $@
+
+doxygen:
+	@command -v doxygen >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq doxygen; } \
+		|| { echo "doxygen is missing: install the package doxygen." >&2; exit 1; }
 
 # ---- form -------------------------------------------------------------------------------------------------------
 cpp_files = $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import importlib
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,8 +17,6 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-reference = importlib.import_module("reference")  # tests/reference.py: the naive formulation of every op
 
 
 def parser(description: str) -> argparse.ArgumentParser:

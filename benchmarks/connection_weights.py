@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import Figure, check_outputs, measure_shapes, reference, result_rows, row_names
+from common import Figure, check_outputs, measure_shapes, result_rows, row_names
 from torch import Tensor
 
-from muddformer import ops
+from muddformer import ops, reference
 
 WAYS = 4
 UNITS = {"forward": 1, "both": 3, "chained": 4}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,6 @@ from pathlib import Path
 
 import torch
 from common import parser, write_rows
-from cpp_program import build_project  # tests/cpp_program.py
 
 from muddformer import MUDDFormerConfig, build_model, utils
 
@@ -37,6 +37,15 @@ SIZES = {
 }
 BATCHES = {"4L x 64": 4, "12L x 256": 4, "12L x 1024": 8}
 DEFAULT_SIZES = {"cpu": ["4L x 64", "12L x 256"], "cuda": ["12L x 1024"]}
+
+
+def compile_program(build: Path) -> None:
+    """cpp_step/ against the installed package, with CMake of the Python environment or the one on the PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cmake, source = shutil.which("cmake", path=path) or "cmake", Path(__file__).with_name("cpp_step")
+    options = ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_PREFIX_PATH={utils.cmake_prefix_path}"]
+    subprocess.run([cmake, "-S", source, "-B", build, *options], check=True)
+    subprocess.run([cmake, "--build", build], check=True)
 
 
 def python_step(
@@ -120,7 +129,7 @@ def main() -> None:
         build = args.build or Path(folder)
         program, library = build.resolve() / "cpp_step", build.resolve() / "libtensor_memory.so"
         if args.build_only or not program.exists():
-            build_project(Path(__file__).with_name("cpp_step"), build)
+            compile_program(build)
         if args.build_only:
             return
         commands = {"C++": [str(program)], "Python": [sys.executable, __file__, "--step", str(library)]}

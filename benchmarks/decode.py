@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import check_outputs, copy_gb_per_s, median_ms, parser, reference, write_rows
+from common import check_outputs, copy_gb_per_s, median_ms, parser, write_rows
 from torch import Tensor
 
-from muddformer import ops
+from muddformer import ops, reference
 
 WAYS = 4
 Layer = dict[str, Any]

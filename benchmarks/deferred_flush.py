@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Figure, check_outputs, measure_shapes, reference, result_rows, row_names
+from common import Figure, check_outputs, measure_shapes, result_rows, row_names
 from torch import Tensor
 
 import muddformer.ops  # noqa: F401  (registers the operators)
+from muddformer import reference
 
 WAYS, LAYERS = 4, 4
 OPS = torch.ops.muddformer

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Figure, check_outputs, measure_shapes, reference, result_rows, row_names
+from common import Figure, check_outputs, measure_shapes, result_rows, row_names
 from torch import Tensor
 
-from muddformer import ops
+from muddformer import ops, reference
 
 WAYS = 4
 

@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import Figure, check_outputs, measure_shapes, reference, result_rows, row_names
+from common import Figure, check_outputs, measure_shapes, result_rows, row_names
 from torch import Tensor
 
+from muddformer import reference
 from muddformer.nn import DepthAggregation, RMSNorm
 
 WAYS = 4

@@ -1,32 +1,34 @@
-"""Pictures of the README, made from the CSV files in benchmarks/results alone.
+"""Pictures of docs/performance.md, made from the CSV files in benchmarks/results alone.
 
 python benchmarks/plot.py
 """
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from tables import RESULTS, latest, read, step_run, step_runs
 
-RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = {"eager": "#9aa0a6", "compile": "#6fa8dc", "ours": "#2e7d32"}
 STEPS = {  # method of train_step.py: label, colour
     "plain-compile": ("plain Transformer++", "#d5d8dc"),
-    "naive-eager": ("MUDD in PyTorch, eager", "#9aa0a6"),
-    "naive-compile": ("MUDD in PyTorch, torch.compile", "#6fa8dc"),
-    "mudd-compile": ("MUDD, ours", "#2e7d32"),
+    "plain16-compile": ("plain, bfloat16 residual stream", "#9aa0a6"),
+    "mudd-compile": ("MUDD", "#2e7d32"),
+    "prepost-compile": ("MUDD, PrePostDANorm", "#81c784"),
 }
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    """As small as it can be read: the pictures are in the repository."""
+    figure.savefig(RESULTS / f"{name}.png", dpi=110, pil_kwargs={"optimize": True})
+    plt.close(figure)
 
 
 def bars(name: str, kinds: tuple[str, str], where: dict[str, str], title: str) -> None:
     """Milliseconds for each number of sources: eager, torch.compile and ours side by side, and the floor in bytes."""
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if all(r[k] == v for k, v in where.items())]
+    rows = [r for r in read(name) if all(r[k] == v for k, v in where.items())]
     sources = sorted({int(r["S"]) for r in rows})
     figure, axes = plt.subplots(1, len(kinds), figsize=(9, 3.2), constrained_layout=True)
     for axis, kind in zip(axes, kinds, strict=True):
@@ -46,48 +48,36 @@ def bars(name: str, kinds: tuple[str, str], where: dict[str, str], title: str) -
         axis.set_title("forward" if kind == "forward" else "forward + backward", fontsize=9)
         axis.legend(fontsize=7)
     figure.suptitle(f"{title}\n{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
-    figure.savefig(RESULTS / f"{name}.png", dpi=130)
+    save(figure, name)
 
 
 def step_bars(name: str) -> None:
-    """Throughput and peak memory of a training step beside the plain twin's, for each size of the model."""
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    models = list(dict.fromkeys((r["model"], r["batch"]) for r in rows if r["method"] == "mudd-compile"))
-    at = {(r["model"], r["batch"], r["method"]): r for r in rows}  # of a method measured again the last row counts
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    for axis, quantity in zip(axes, ("throughput", "memory"), strict=True):
+    """Time and peak memory of a training step: the plain twins and ours, of one run for each size and model of ours."""
+    runs = step_runs(read(name))
+    ours = [run["mudd-compile"] for run in runs if "mudd-compile" in run]
+    sizes = dict.fromkeys((row["model"], row["batch"]) for row in ours if row["status"] == "ok")
+    chosen = {size: step_run(runs, size, "mudd-compile") for size in sorted(sizes)}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
+    for axis, (column, title) in zip(axes, {"ms": "milliseconds", "peak_gib": "peak memory, GiB"}.items(), strict=True):
         for i, (method, (label, colour)) in enumerate(STEPS.items()):
-            found = [at.get((*model, method), {}) for model in models]
-            heights = [float(r.get(f"{quantity}_of_plain") or 0) for r in found]
-            places = [j + (i - 1.5) * 0.22 for j in range(len(models))]
-            axis.bar(places, heights, 0.21, color=colour, label=label)
-            for x, y, r in zip(places, heights, found, strict=True):  # a method without figures says why
-                text, tilt = (f"{y:.2f}", 0) if y else (r.get("status", "not measured"), 90)
-                dark = y and method == "mudd-compile"
-                axis.text(x, 0.02, text, ha="center", fontsize=6.5, rotation=tilt, color="white" if dark else "black")
-        if quantity == "throughput":
-            for kind, style, label in (("rmw", "-", "bytes allow"), ("deferred", ":", "bytes allow, deferred flush")):
-                for j, model in enumerate(models):
-                    bound = at[(*model, "mudd-compile")].get(f"bound_{kind}")
-                    if bound:
-                        axis.hlines(
-                            float(bound), j + 0.2, j + 0.46, "black", style, label=None if j else label, linewidth=1
-                        )
-        axis.set_xticks(range(len(models)), [f"{size}, batch {batch}" for size, batch in models], fontsize=7.5)
-        axis.set_title("throughput" if quantity == "throughput" else "peak memory", fontsize=9)
-        axis.set_ylabel("plain twin = 1")
-        axis.set_ylim(top=1.3 * axis.get_ylim()[1])
-        axis.legend(fontsize=6.5, loc="upper left", ncols=2)
-    title = f"A training step, sequences of {rows[0]['length']} tokens, bfloat16 autocast"
-    figure.suptitle(f"{title}\n{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
-    figure.savefig(RESULTS / f"{name}.png", dpi=130)
+            heights = {j: run[method][column] for j, run in enumerate(chosen.values()) if method in run}
+            heights = {j: float(height) for j, height in heights.items() if height}
+            places = [j + (i - 1.5) * 0.22 for j in heights]
+            drawn = axis.bar(places, list(heights.values()), 0.21, color=colour, label=label if heights else None)
+            axis.bar_label(drawn, [f"{height:.3g}" for height in heights.values()], fontsize=6.5)
+        axis.set_xticks(range(len(chosen)), [f"{size}, batch {batch}" for size, batch in chosen], fontsize=7.5)
+        axis.set_title(title, fontsize=9)
+        axis.legend(fontsize=6.5, loc="upper left")
+    row = next(iter(chosen.values()))["mudd-compile"]
+    title = f"A training step, sequences of {row['length']} tokens, bfloat16 autocast, whole model compiled"
+    figure.suptitle(f"{title}\n{row['device']}, torch {row['torch']}", fontsize=9)
+    save(figure, name)
 
 
 def kind_bars(name: str) -> None:
     """What each kind of kernel adds to a plain step or takes from it, for each size of the model."""
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["category"] != "step" and "mudd-compile" in r["methods"]]
+    rows = [r for r in read(name) if r["category"] != "step" and "mudd-compile" in r["methods"]]
+    rows = list(latest(rows, "model", "batch", "category").values())
     models = list(dict.fromkeys((r["model"], r["batch"]) for r in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.4), constrained_layout=True, squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
@@ -102,7 +92,7 @@ def kind_bars(name: str) -> None:
         axis.set_xlabel(f"milliseconds, sum {sum(more):+.2f}", fontsize=8)
         axis.set_title(f"{model[0]}, batch {model[1]}", fontsize=9)
     figure.suptitle(f"MUDD step minus plain step, by kind of kernel; {rows[0]['device']}", fontsize=9)
-    figure.savefig(RESULTS / f"{name}.png", dpi=130)
+    save(figure, name)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 millisecond of the difference has a name.
 
 The rows are the kinds, in milliseconds of a step; "between kernels" is what the step takes beyond them. It also prints
-the longest kernels of both, and how many times autograd adds two gradients of hidden states for a layer: for a late
-layer no more often than for an early one, because the gradients of the history are chained (naively: once a source and
-way).
+the longest kernels of both.
 
     python benchmarks/profile_step.py --model 24x1024:8 --csv benchmarks/results/h100_profile_step.csv
 """
@@ -17,10 +15,9 @@ import re
 
 import torch
 from common import median_ms, parser, write_rows
-from gradient_adds import gradient_adds  # tests/gradient_adds.py
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from training import VOCABULARY, Method, Shape, training_step
+from training import Method, Shape, training_step
 
 STEPS = 5
 KINDS = {  # the first that matches the name of a kernel (on a CPU: of an operator)
@@ -73,18 +70,6 @@ def by_kind(ms: float, kernels: dict[str, list]) -> dict[str, float]:
     return times
 
 
-def additions_a_layer(method: Method, width: int, device: torch.device) -> list[float]:
-    """How many times the eager backward adds two gradients of hidden states, for a layer more: an early, a late one."""
-    counts = []
-    for layers in (3, 5, 7):
-        with training_step(method, Shape(layers, width, 1, 128), device) as (model, _):
-            ids = torch.randint(VOCABULARY, (1, 128), device=device)
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = model(ids, ids)
-            counts.append(gradient_adds(loss, width))
-    return [(counts[1] - counts[0]) / 2, (counts[2] - counts[1]) / 2]
-
-
 def main() -> None:
     p = parser(__doc__.split("\n")[0])
     p.add_argument("--model", default="12x1024:8", help="layers x width : sequences")
@@ -109,12 +94,6 @@ def main() -> None:
         row |= {"category": kind, "plain_ms": round(plain, 3), "mudd_ms": round(mudd, 3)}
         rows.append({**row, "difference_ms": round(mudd - plain, 3)})
     write_rows(rows, args.csv, device)
-    print("\nadditions of two gradients of hidden states that an early and a late layer add to the eager backward:")
-    for model in (*(method.text.rpartition("-")[0] for method in methods), "naive"):
-        early, late = additions_a_layer(Method.parse(f"{model}-eager"), shape.width, device)
-        print(f"{model:16} {early:6.1f} {late:6.1f}")
-        if model != "naive" and late > early:
-            raise SystemExit(f"{model}: the gradients of its history are not chained")
 
 
 if __name__ == "__main__":

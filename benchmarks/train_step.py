@@ -1,7 +1,8 @@
 """One training step (forward, loss, backward, fused AdamW) of a MUDDFormer beside its plain twin, in one run.
 
 bfloat16 autocast over float32 parameters, vocabulary 50304. Methods: a model and how it runs, joined by a dash.
-    models: plain (our Transformer++), mudd (ours), prepost (ours with PrePostDANorm), 2x2 (ours, k x p = 2 x 2), naive
+    models: plain (our Transformer++, its residual stream in float32), plain16 (the same with its residual stream in
+    bfloat16, as a MUDDFormer has it), mudd (ours), prepost (ours with PrePostDANorm), 2x2 (ours, k x p = 2 x 2), naive
     (the same MUDDFormer with its connections written in plain PyTorch), llama (Hugging Face's LlamaForCausalLM),
     reference (Model of the file that --reference names); mudd+window=8 sets a field of the configuration
     runs: compile (torch.compile of the whole model), graphs (the same in CUDA graphs, mode="reduce-overhead"), ckpt
@@ -10,9 +11,10 @@ bfloat16 autocast over float32 parameters, vocabulary 50304. Methods: a model an
 
 Every method runs in a process of its own with an empty compile cache, so that peak memory and the first step are its
 own. Its row is written when it is done: name first what matters most. A method that does not fit or runs out of time is
-a row that says so. Ratios "of_plain" are to plain-compile, those "of_twin" to the plain model run the same way;
-bound_rmw and bound_deferred are what the bytes of the connections, at the speed of a copy measured in the same process,
-allow at best beside plain-compile (benchmarks/training.py has the formulas, of these and of the FLOPs).
+a row that says so. Ratios "of_plain" are to the compiled twin, those "of_twin" to the twin run the same way, the twin
+being the faster one of plain and plain16, if both were measured before; bound_rmw and bound_deferred are what the bytes
+of the connections, at the speed of a copy measured in the same process, allow at best beside the compiled twin
+(benchmarks/training.py has the formulas, of these and of the FLOPs).
 
     python benchmarks/train_step.py --models 24x1024:8 24x2048:4 --csv benchmarks/results/h100_train_step.csv
 """
@@ -32,7 +34,7 @@ from pathlib import Path
 
 import torch
 from common import copy_gb_per_s, median_ms, parser, write_rows
-from training import Method, Shape, connection_bytes, step_flops, training_step
+from training import TWINS, Method, Shape, connection_bytes, step_flops, training_step
 
 PEAK_FLOPS = 989e12  # of H100 and H200, dense bfloat16
 FIGURES = (
@@ -112,6 +114,12 @@ def measure_apart(task: dict, seconds: float, kept_cache: Path | None) -> dict:
     return {"status": f"failed: the process ended with exit code {done.returncode}"}
 
 
+def fair_twin(measured: dict[str, dict], run: str) -> dict:
+    """The figures of the faster plain model of those that were measured."""
+    figures = [measured[f"{form}-{run}"] for form in TWINS if "ms" in measured.get(f"{form}-{run}", {})]
+    return min(figures, key=lambda row: row["ms"], default={})
+
+
 def ratio(part: float | None, whole: float | None) -> float | str:
     return round(part / whole, 3) if part and whole else ""
 
@@ -133,7 +141,12 @@ def main() -> None:
     p.add_argument("--models", nargs="+", default=["12x1024:8"], help="layers x width : sequences")
     p.add_argument("--batch", type=int, default=8, help="sequences, of models that name none")
     p.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    p.add_argument("--methods", nargs="+", default=["plain-compile", "mudd-compile"], help="MODEL-RUN, see the file")
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        default=["plain-compile", "plain16-compile", "mudd-compile"],
+        help="MODEL-RUN, see the file",
+    )
     p.add_argument("--reference", type=Path, help="file with the class Model of the method reference")
     p.add_argument("--timeout", type=float, default=300, help="seconds that one method may take")
     p.add_argument("--minutes", type=float, default=60, help="minutes that all of it may take")
@@ -156,7 +169,7 @@ def main() -> None:
                 figures = measure_apart(task, min(left, args.timeout), args.cache)
             measured[method.text] = figures
             failed |= figures["status"].startswith("failed")
-            plain, twin = (measured.get(f"plain-{run}", {}) for run in ("compile", method.run))
+            plain, twin = (fair_twin(measured, run) for run in ("compile", method.run))
             row = {"model": str(shape), "method": method.text, "batch": shape.batch, "length": shape.length}
             row |= {"status": figures["status"], **{name: figures.get(name, "") for name in FIGURES}}
             row |= comparisons(figures, plain, twin)

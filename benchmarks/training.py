@@ -14,23 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import reference
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import muddformer.nn
 from muddformer import MUDDFormerConfig, build_model
 from muddformer.nn import DepthAggregation
+from muddformer.nn.naive import naive_connections
 from muddformer.training.optim import parameter_groups
 
 VOCABULARY = 50304
 FORMS = {
     "plain": {"dense": False},
+    "plain16": {"dense": False, "residual_dtype": "autocast"},
     "mudd": {},
     "prepost": {"pre_norm": True, "post_norm": "residual"},
     "2x2": {"source_stride": 2, "block_stride": 2},
     "naive": {},
 }
+TWINS = ("plain", "plain16")
 OTHERS = ("llama", "reference")
 RUNS = ("compile", "block", "eager", "graphs", "ckpt", "selective")
 KEPT = [  # by selective checkpointing: matrix products and attention; all else is computed again
@@ -193,7 +195,7 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    with reference.naive_connections(method.form == "naive"):
+    with naive_connections(method.form == "naive"):
         if method.run == "block":
             for block in _blocks(model):
                 block.compile()

@@ -1,14 +1,13 @@
-// The models and modules with Multiway Dynamic Dense (MUDD) connections for LibTorch: everything
-// public.
+// Modules and models with Multiway Dynamic Dense (MUDD) connections for LibTorch, their files and
+// generation: everything public. The operators are in muddformer.h.
 #pragma once
 
+#include "inference/generation.h"
+#include "io/safetensors.h"
+#include "io/tokenizer.h"
 #include "models/checkpoint.h"
 #include "models/config.h"
-#include "models/depth_aggregation.h"
-#include "models/generation.h"
 #include "models/kv_cache.h"
 #include "models/layers.h"
-#include "models/mudd_stack.h"
 #include "models/muddformer.h"
-#include "models/safetensors.h"
-#include "models/tokenizer.h"
+#include "nn.h"

@@ -5,12 +5,10 @@ from pkgutil import extend_path
 # Started in the source folder, Python finds that folder first: the compiled part is in the installed package.
 __path__ = extend_path(__path__, __name__)
 
-from muddformer import nn, ops, utils
+from muddformer import _flops, nn, ops, utils  # noqa: F401  (_flops registers formulas)
 from muddformer._library import __version__
-from muddformer.checkpoint import from_pretrained, save_pretrained
-from muddformer.config import MUDDFormerConfig
-from muddformer.generation import generate, generate_stream
-from muddformer.models import MUDDFormer, build_model
+from muddformer.inference import generate, generate_stream
+from muddformer.models import MUDDFormer, MUDDFormerConfig, build_model, from_pretrained, save_pretrained
 
 __all__ = [
     "MUDDFormer",

@@ -12,6 +12,7 @@ The environment variable ``MUDDFORMER_CPU_CACHE_MIB``, read at the first use, is
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -229,7 +230,7 @@ def fuses_norms(x: Tensor, sources: int, ways: int) -> bool:
         ways: number of ways C.
     """
     if torch.compiler.is_compiling():
-        return _fuses_norms(x.device, x.dtype, x.shape[-1], sources, ways)
+        return _fuses_norms(x.device, x.dtype, operator.index(x.shape[-1]), sources, ways)
     return torch.ops.muddformer.fuses_norms(x, sources, ways)
 
 

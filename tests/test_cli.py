@@ -1,4 +1,4 @@
-"""The command line, its settings, the demo and the Python examples."""
+"""The command line and the demo."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("yaml")
 
 import muddformer
+from helpers.paths import PACKAGE
 from muddformer.cli import main
-from muddformer.training import demo, modelling
-from muddformer.training.errors import MissingPackage, require
+from muddformer.training import demo
 from muddformer.training.metrics import read_metrics
-from muddformer.training.settings import Settings, TrainSettings, load_file, load_preset, preset_names
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "python"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(muddformer.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PACKAGE, "OMP_NUM_THREADS": "1"}
 SMALL = {
     "model": {"n_layer": 2, "dim": 16, "n_head": 2, "intermediate_size": 256, "block_size": 16},
     "train": {"batch_size": 2, "eval_batches": 2, "device": "cpu", "tensorboard": False},
@@ -166,45 +164,6 @@ def test_output_that_is_a_file(capsys, config, tmp_path):
     fails(capsys, ["train", "--config", config, "--output", str(tmp_path / "file")], "file")
 
 
-# ----------------------------------------------------------------------------------------------------------- settings
-
-
-def test_presets_are_valid():
-    assert "demo" in preset_names()
-    for name in preset_names():
-        preset = load_preset(name)
-        assert Settings.from_dict(preset.to_dict()) == preset
-        with torch.device("meta"):
-            modelling.make_model(preset.model, preset.data.vocab_size)
-
-
-@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "1E-3", ".1e-2"])
-def test_numbers_of_yaml(text):
-    assert Settings().override([f"train.learning_rate={text}"]).train.learning_rate == 1e-3
-
-
-def test_files_presets_and_overrides_are_layers(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("model: {dim: 64}\ntrain:\n  steps: 7\n  seed: 3\n")
-    settings = load_file(path, over=load_preset("demo")).override(["train.seed=4", "data.paths=[a, b]"])
-    assert settings.model["dim"] == 64 and settings.model["n_layer"] == load_preset("demo").model["n_layer"]
-    assert (settings.train.steps, settings.train.seed, settings.data.paths) == (7, 4, ("a", "b"))
-    assert load_file(path).train.batch_size == TrainSettings().batch_size
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
-def test_toml(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text('[data]\npaths = ["x"]\n[train]\nsteps = 7\nlearning_rate = 1e-3\n')
-    settings = load_file(path)
-    assert (settings.train.steps, settings.train.learning_rate, settings.data.paths) == (7, 1e-3, ("x",))
-
-
-def test_missing_package_says_how_to_install_it():
-    with pytest.raises(MissingPackage, match=r'no_such_package.*pip install "muddformer\[train\]"'):
-        require("no_such_package.part")
-
-
 # ----------------------------------------------------------------------------------------------------- train, generate
 
 
@@ -271,7 +230,7 @@ def test_info(capsys, run, config):
     assert '"dim": 128' in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------- demo and examples
+# ---------------------------------------------------------------------------------------------------------------- demo
 
 
 def test_demo_writes_its_results(capsys, config, tmp_path, monkeypatch):
@@ -293,12 +252,3 @@ def test_demo_writes_its_results(capsys, config, tmp_path, monkeypatch):
     assert "| MUDD |" in output and "| MUDD |" in (tmp_path / "demo" / "report.md").read_text()
     assert "Held-out loss" in output
     fails(capsys, ["demo", "--output", str(tmp_path / "demo"), "--minutes", "0", *options], "--minutes")
-
-
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_examples(example, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(example)], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout and len(example.read_text().splitlines()) < 60

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpp_program import build_project
 
 import muddformer
-from muddformer.training.sampling import stream_text
-from muddformer.training.tokenizer import load_tokenizer, train_tokenizer
+from helpers.cpp_program import build_project
+from helpers.paths import ROOT, TESTS
+from muddformer.inference.text import stream_text
+from muddformer.inference.tokenizer import load_tokenizer, train_tokenizer
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "cpp"
-TEXT = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_c*.py")))
+EXAMPLES = ROOT / "examples" / "cpp"
+TEXT = "".join(path.read_text(encoding="utf-8") for path in sorted(TESTS.rglob("test_c*.py")))
 SMALL = [
     "--layers", 2, "--dim", 32, "--heads", 2, "--block-size", 32, "--batch", 8, "--warmup", 5, "--learning-rate", 5e-3,
     "--log-every", 1,

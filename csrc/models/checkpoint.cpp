@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "../io/files.h"
+#include "../io/safetensors.h"
 #include "config_json.h"
-#include "files.h"
-#include "safetensors.h"
 
 namespace muddformer {
 

@@ -2,8 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string_view>
+#include <vector>
 
-#include "checks.h"
+#include "../nn/checks.h"
+#include "config_fields.h"
+#include "families.h"
 
 namespace muddformer {
 
@@ -23,21 +27,30 @@ void check_sizes(const MUDDFormerConfig& c) {
   check_integer("dim", c.dim, 1 << 20);
   if (c.n_kv_heads) check_integer("n_kv_heads", *c.n_kv_heads, 1 << 16);
   if (c.intermediate_size) check_integer("intermediate_size", *c.intermediate_size, 1 << 24);
-  check_integer("source_stride", c.source_stride, 1 << 16);
-  check_integer("block_stride", c.block_stride, 1 << 16);
-  if (c.window) check_integer("window", *c.window, 1 << 16);
+}
+
+const Family& family_of(const std::string& model_type) {
+  std::vector<std::string_view> names;
+  for (const Family& family : kFamilies) {
+    if (family.name == model_type) return family;
+    names.push_back(family.name);
+  }
+  check_choice("model_type", model_type, names);
+  return kFamilies[0];  // not reached: the check has thrown
 }
 
 void fill_in(MUDDFormerConfig& c) {
-  const bool pythia = c.model_type == "muddpythia";
-  if (!c.norm_eps) c.norm_eps = pythia ? 1e-5 : 1e-6;
-  if (!c.rotary_pct) c.rotary_pct = pythia ? 0.25 : 1.0;
-  if (!c.use_parallel_residual) c.use_parallel_residual = pythia;
-  if (!c.use_linear_bias) c.use_linear_bias = pythia;
+  const Family& family = family_of(c.model_type);
+  if (!c.norm) c.norm = family.norm;
+  if (!c.feed_forward) c.feed_forward = family.feed_forward;
+  if (!c.norm_eps) c.norm_eps = family.norm_eps;
+  if (!c.rotary_pct) c.rotary_pct = family.rotary_pct;
+  if (!c.use_parallel_residual) c.use_parallel_residual = family.use_parallel_residual;
+  if (!c.use_linear_bias) c.use_linear_bias = family.use_linear_bias;
   if (!c.n_kv_heads) c.n_kv_heads = c.n_head;
   if (!c.intermediate_size) {
     const int64_t two_thirds = truncated(8 * static_cast<double>(c.dim) / 3);
-    c.intermediate_size = pythia ? 4 * c.dim : (two_thirds + 255) / 256 * 256;
+    c.intermediate_size = *c.feed_forward == "swiglu" ? (two_thirds + 255) / 256 * 256 : 4 * c.dim;
   }
 }
 
@@ -46,7 +59,6 @@ void check_reals(const MUDDFormerConfig& c) {
   check_real("rope_base", c.rope_base);
   check_real("rotary_pct", *c.rotary_pct, 0.0, 1.0);
   check_real("initializer_range", c.initializer_range);
-  if (c.cap) check_real("cap", *c.cap);
 }
 
 void check_combinations(const MUDDFormerConfig& c) {
@@ -71,26 +83,32 @@ void check_combinations(const MUDDFormerConfig& c) {
         *c.intermediate_size,
         ", which leaves a block with a width of 0 (more than 128, or ffn_reallocation=false)");
   }
-  TORCH_CHECK_VALUE(c.multiway || c.ways == kWays,
-                    "ways must be 'qkvr' with multiway=false, because all streams share one "
-                    "aggregate, got '",
-                    c.ways, "'");
-  check_flush_interval(c.flush_interval, c.window);
+}
+
+ConnectionOptions options_of(const MUDDFormerConfig& c) {
+  ConnectionOptions options;
+  for_each_option([](const char*, auto& to, const auto& from) { to = from; }, options, c);
+  return options;
 }
 
 }  // namespace
 
 MUDDFormerConfig MUDDFormerConfig::checked() const {
   MUDDFormerConfig c = *this;
-  check_choice("model_type", c.model_type, {"muddformer", "muddpythia"});
-  check_post_norm(c.post_norm);
-  check_gelu_approximate(c.gelu_approximate);
   check_sizes(c);
   fill_in(c);
+  check_choice("norm", *c.norm, {"rms", "layer"});
+  check_choice("feed_forward", *c.feed_forward, {"swiglu", "gelu"});
   check_reals(c);
-  c.ways = check_ways(c.ways);
+  c.ways = options_of(c).checked().ways;
   check_combinations(c);
   return c;
+}
+
+ConnectionOptions MUDDFormerConfig::connections() const {
+  ConnectionOptions options = options_of(*this);
+  options.multiway = dense && multiway;
+  return options.checked();
 }
 
 int64_t MUDDFormerConfig::rotary_dim() const {

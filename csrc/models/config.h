@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../macros.h"
+#include "../nn/options.h"
 
 namespace muddformer {
 
@@ -16,10 +17,19 @@ namespace muddformer {
 ///
 /// Fill the fields by name, `MUDDFormerConfig{.n_layer = 4, .n_head = 4, .dim = 256}`, and every
 /// user of it takes checked(): a copy whose values have been checked and whose optional fields
-/// (but `window`, `cap` and `flush_interval`) have been filled in.
+/// (but `window`, `cap`, `flush_interval` and `residual_dtype`) have been filled in.
 struct MUDDFormerConfig {
-  /// "muddformer" (Transformer++: RMSNorm, SwiGLU) or "muddpythia" (LayerNorm, GELU).
+  /// The family, whose part of the fields that are left out is in brackets: "muddformer"
+  /// (Transformer++) or "muddpythia" (Pythia).
   std::string model_type = "muddformer";
+  /// Norms over the model width: "rms", an RMSNorm, or "layer", a LayerNorm with bias. Left out:
+  /// the family's (rms; layer).
+  std::optional<std::string> norm = std::nullopt;
+  /// "swiglu", w2(silu(w1 x) * w3 x), or "gelu", w2(gelu(w1 x)). Left out: the family's (swiglu;
+  /// gelu).
+  std::optional<std::string> feed_forward = std::nullopt;
+  /// A position attends to itself and earlier ones; false: to all. Only causal models generate.
+  bool causal = true;
   /// Number of tokens.
   int64_t vocab_size = 50432;
   /// Longest sequence.
@@ -37,23 +47,26 @@ struct MUDDFormerConfig {
   std::optional<int64_t> intermediate_size = std::nullopt;
   /// FFN width grows with depth from half of intermediate_size to 1.5 times (Eq. 9).
   bool ffn_reallocation = true;
-  /// Added to the variance in every norm. Left out: 1e-6 (muddformer) or 1e-5 (muddpythia).
+  /// Added to the variance in every norm. Left out: the family's (1e-6; 1e-5).
   std::optional<double> norm_eps = std::nullopt;
   /// Base of the rotary frequencies.
   double rope_base = 10000.0;
-  /// Rotated part of each head. Left out: 1 (muddformer) or 0.25 (muddpythia).
+  /// Rotated part of each head. Left out: the family's (1; 0.25).
   std::optional<double> rotary_pct = std::nullopt;
   /// RMSNorm of every query and key head before the rotation.
   bool use_qk_norm = true;
-  /// Attention and FFN read the same residual stream. Left out: true for muddpythia only.
+  /// Attention and FFN read the same residual stream. Left out: the family's (false; true).
   std::optional<bool> use_parallel_residual = std::nullopt;
-  /// Biases in attention and FFN. Left out: true for muddpythia only.
+  /// Biases in attention and FFN. Left out: the family's (false; true).
   std::optional<bool> use_linear_bias = std::nullopt;
   /// The head shares the weight of the embedding.
   bool tie_word_embeddings = false;
   /// Standard deviation of fresh weight matrices and embeddings.
   double initializer_range = 0.02;
-  /// false for the plain Transformer; the fields below then have no effect.
+  /// q, k and v have a norm each (blocks that receive distinct streams only).
+  bool separate_norms = true;
+
+  /// false for the plain Transformer; of the fields below residual_dtype alone has an effect then.
   bool dense = true;
   /// Connection weights depend on the token; false for the static prior alone.
   bool dynamic = true;
@@ -61,8 +74,6 @@ struct MUDDFormerConfig {
   bool multiway = true;
   /// The ways that are aggregated, a part of "qkvr"; a way left out takes the newest hidden state.
   std::string ways = "qkvr";
-  /// q, k and v have a norm each (blocks that receive distinct streams only).
-  bool separate_norms = true;
   /// k of "k x p": every k-th hidden state is a source (with the first and the newest).
   int64_t source_stride = 1;
   /// p of "k x p": an aggregation after every p-th block and after the last.
@@ -87,14 +98,21 @@ struct MUDDFormerConfig {
   /// in each). Left out: on CUDA in groups that move the fewest bytes. Gradients differ by rounding
   /// alone.
   std::optional<int64_t> flush_interval = std::nullopt;
+  /// dtype of the hidden states (history and residual stream) under autocast, "autocast" or
+  /// "float32", see ConnectionOptions; outside autocast it has no effect. Left out: with
+  /// connections autocast's, without as the embedding gives them.
+  std::optional<std::string> residual_dtype = std::nullopt;
 
   bool operator==(const MUDDFormerConfig&) const = default;
 
-  /// A copy whose every field has been checked, and whose optional fields (but window, cap and
-  /// flush_interval) have a value.
+  /// A copy whose every field has been checked, and whose optional fields have a value, but window,
+  /// cap, flush_interval and residual_dtype.
   ///
   /// @throws c10::ValueError naming the field, what was expected and what came.
   MUDDFORMER_API MUDDFormerConfig checked() const;
+
+  /// The fields from `dense` on as a stack of blocks takes them, a plain one with a single stream.
+  MUDDFORMER_API ConnectionOptions connections() const;
 
   /// Width of one head. The derived values are those of a checked() configuration.
   int64_t head_dim() const { return dim / n_head; }
@@ -116,7 +134,7 @@ struct MUDDFormerConfig {
   /// write it; fields left out take their defaults.
   ///
   /// @throws c10::ValueError, c10::TypeError for text that is no JSON object or has a key twice, an
-  /// unknown field or a wrong value.
+  ///   unknown field or a wrong value.
   MUDDFORMER_API static MUDDFormerConfig from_json(std::string_view text);
 
   /// The checked configuration in a JSON object with the keys of the public release.
@@ -126,7 +144,7 @@ struct MUDDFormerConfig {
   /// use_parallel_residual and use_linear_bias is there.
   ///
   /// @throws c10::ValueError, c10::TypeError for an unknown key, or a value that is wrong or not
-  /// supported here.
+  ///   supported here.
   MUDDFORMER_API static MUDDFormerConfig from_official_json(std::string_view text);
 
   /// Whether a JSON object uses the keys of the public release instead of these fields.

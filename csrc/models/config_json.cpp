@@ -9,51 +9,15 @@
 #include <string>
 #include <string_view>
 
-#include "checks.h"
-#include "files.h"
+#include "../io/files.h"
+#include "../nn/checks.h"
+#include "config_fields.h"
 
 namespace muddformer {
 
 namespace {
 
 using Json = nlohmann::json;
-
-// Calls f(name, field) for all fields, in the order that files have.
-template <class Config, class F>
-void for_each_field(Config& c, F&& f) {
-  f("model_type", c.model_type);
-  f("vocab_size", c.vocab_size);
-  f("block_size", c.block_size);
-  f("n_layer", c.n_layer);
-  f("n_head", c.n_head);
-  f("n_kv_heads", c.n_kv_heads);
-  f("dim", c.dim);
-  f("intermediate_size", c.intermediate_size);
-  f("ffn_reallocation", c.ffn_reallocation);
-  f("norm_eps", c.norm_eps);
-  f("rope_base", c.rope_base);
-  f("rotary_pct", c.rotary_pct);
-  f("use_qk_norm", c.use_qk_norm);
-  f("use_parallel_residual", c.use_parallel_residual);
-  f("use_linear_bias", c.use_linear_bias);
-  f("tie_word_embeddings", c.tie_word_embeddings);
-  f("initializer_range", c.initializer_range);
-  f("dense", c.dense);
-  f("dynamic", c.dynamic);
-  f("multiway", c.multiway);
-  f("ways", c.ways);
-  f("separate_norms", c.separate_norms);
-  f("source_stride", c.source_stride);
-  f("block_stride", c.block_stride);
-  f("window", c.window);
-  f("pre_norm", c.pre_norm);
-  f("post_norm", c.post_norm);
-  f("expand_last", c.expand_last);
-  f("round64", c.round64);
-  f("cap", c.cap);
-  f("gelu_approximate", c.gelu_approximate);
-  f("flush_interval", c.flush_interval);
-}
 
 // A value as an error shows it; it may come from a file that holds anything.
 std::string shown(const Json& value) {
@@ -113,10 +77,11 @@ void check_keys(const Json& values, const std::set<std::string>& known, const ch
 
 // The fields that are there, and the defaults of `config` for the others.
 MUDDFormerConfig read_fields(const Json& values, MUDDFormerConfig config) {
-  for_each_field(config, [&](const char* name, auto& field) {
+  const auto read_field = [&](const char* name, auto& field) {
     const auto found = values.find(name);
     if (found != values.end()) read(name, *found, field);
-  });
+  };
+  for_each_field(read_field, config);
   return config.checked();
 }
 
@@ -171,7 +136,7 @@ const std::set<std::string> kOther = {"model_type",
 MUDDFormerConfig config_from(const Json& values) {
   std::set<std::string> known;
   const MUDDFormerConfig defaults;
-  for_each_field(defaults, [&](const char* name, const auto&) { known.insert(name); });
+  for_each_field([&](const char* name, const auto&) { known.insert(name); }, defaults);
   check_keys(values, known, "MUDDFormerConfig");
   return read_fields(values, defaults);
 }
@@ -231,13 +196,14 @@ bool MUDDFormerConfig::is_official_json(std::string_view text) {
 std::string MUDDFormerConfig::to_json() const {
   auto values = nlohmann::ordered_json::object();
   const MUDDFormerConfig config = checked();
-  for_each_field(config, [&](const char* name, const auto& field) {
+  const auto write_field = [&](const char* name, const auto& field) {
     if constexpr (requires { field.has_value(); }) {
       values[name] = field ? nlohmann::ordered_json(*field) : nullptr;
     } else {
       values[name] = field;
     }
-  });
+  };
+  for_each_field(write_field, config);
   return values.dump(2);
 }
 

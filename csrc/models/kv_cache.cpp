@@ -4,13 +4,16 @@
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
-#include "checks.h"
+#include "../nn/checks.h"
 
 namespace muddformer {
 
 KVCache::KVCache(const MUDDFormerConfig& config, int64_t batch_size, int64_t length,
                  at::TensorOptions options) {
   const MUDDFormerConfig c = config.checked();
+  TORCH_CHECK_VALUE(c.causal,
+                    "causal must be true for a KVCache and for generation, because keys and values "
+                    "of earlier tokens must not depend on later ones, got causal=false");
   check_integer("batch_size", batch_size);
   check_integer("length", length, c.block_size);
   keys_ = at::zeros({c.n_layer, batch_size, *c.n_kv_heads, length, c.head_dim()}, options);

@@ -24,7 +24,8 @@ class MUDDFORMER_API KVCache {
   /// @param batch_size number of sequences B.
   /// @param length number of tokens that it holds, at most config.block_size.
   /// @param options dtype and device of the model's parameters.
-  /// @throws c10::ValueError naming the argument, what was expected and what came.
+  /// @throws c10::ValueError naming the argument or field, what was expected and what came: a model
+  ///   that is not causal has no cache.
   KVCache(const MUDDFormerConfig& config, int64_t batch_size, int64_t length,
           at::TensorOptions options = {});
   // A copy would share the tensors and not the count of what is in them.
@@ -43,8 +44,8 @@ class MUDDFORMER_API KVCache {
   /// Makes room for `count` tokens.
   ///
   /// @return (positions, mask): their positions, int64 [count], and which slots of the cache they
-  /// see, bool [count, length]; an undefined mask for the first ones, which see each other
-  /// causally.
+  ///   see, bool [count, length]; an undefined mask for the first ones, which see each other
+  ///   causally.
   /// @throws c10::ValueError if the cache is too short, c10::Error if gradients are enabled.
   std::pair<at::Tensor, at::Tensor> advance(int64_t count);
 

@@ -4,135 +4,18 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "../nn/checks.h"
 
 namespace muddformer {
 
-// ---- Linear, Embedding ----
-
-LinearImpl::LinearImpl(int64_t in_features, int64_t out_features, bool with_bias, double std,
-                       at::TensorOptions options, bool initialize)
-    : in_features_(in_features),
-      out_features_(out_features),
-      with_bias_(with_bias),
-      std_(std),
-      options_(options) {
-  reset();
-  if (initialize) reset_parameters();
-}
-
-void LinearImpl::reset() {
-  weight = register_parameter("weight", at::empty({out_features_, in_features_}, options_));
-  if (with_bias_) bias = register_parameter("bias", at::empty({out_features_}, options_));
-}
-
-void LinearImpl::reset_parameters() {
-  const at::NoGradGuard no_grad;
-  weight.normal_(0, std_);
-  if (with_bias_) bias.zero_();
-}
-
-at::Tensor LinearImpl::forward(const at::Tensor& x) {
-  return with_bias_ ? at::linear(x, weight, bias) : at::linear(x, weight);
-}
-
-void LinearImpl::pretty_print(std::ostream& stream) const {
-  stream << "muddformer::Linear(in_features=" << in_features_ << ", out_features=" << out_features_
-         << ", bias=" << (with_bias_ ? "true" : "false") << ')';
-}
-
-EmbeddingImpl::EmbeddingImpl(int64_t rows, int64_t dim, double std, at::TensorOptions options,
-                             bool initialize)
-    : rows_(rows), dim_(dim), std_(std), options_(options) {
-  reset();
-  if (initialize) reset_parameters();
-}
-
-void EmbeddingImpl::reset() {
-  weight = register_parameter("weight", at::empty({rows_, dim_}, options_));
-}
-
-void EmbeddingImpl::reset_parameters() {
-  const at::NoGradGuard no_grad;
-  weight.normal_(0, std_);
-}
-
-at::Tensor EmbeddingImpl::forward(const at::Tensor& ids) {
-  return at::embedding(weight, ids);
-}
-
-void EmbeddingImpl::pretty_print(std::ostream& stream) const {
-  stream << "muddformer::Embedding(" << rows_ << ", " << dim_ << ')';
-}
-
-// ---- norms ----
-
-NormImpl::NormImpl(int64_t dim, double eps, NormKind kind, double init, at::TensorOptions options,
-                   bool initialize)
-    : dim_(dim), eps_(eps), kind_(kind), init_(init), options_(options) {
-  reset();
-  if (initialize) reset_parameters();
-}
-
-void NormImpl::reset() {
-  weight = register_parameter("weight", at::empty({dim_}, options_));
-  if (kind_ == NormKind::kLayerNorm) bias = register_parameter("bias", at::empty({dim_}, options_));
-}
-
-void NormImpl::reset_parameters() {
-  const at::NoGradGuard no_grad;
-  weight.fill_(init_);
-  if (bias.defined()) bias.zero_();
-}
-
-at::Tensor NormImpl::forward(const at::Tensor& x) {
-  if (kind_ == NormKind::kLayerNorm) return at::layer_norm(x, {dim_}, weight, bias, eps_);
-  return at::rms_norm(x, {dim_}, weight.to(x.scalar_type()), eps_);
-}
-
-void NormImpl::pretty_print(std::ostream& stream) const {
-  stream << (kind_ == NormKind::kLayerNorm ? "muddformer::LayerNorm(" : "muddformer::RMSNorm(")
-         << dim_ << ", eps=" << eps_ << ')';
-}
-
-NormsImpl::NormsImpl(std::vector<int64_t> numbers, int64_t dim, double eps, NormKind kind,
-                     double init, at::TensorOptions options, bool initialize)
-    : Cloneable("muddformer::Norms"),
-      dim_(dim),
-      eps_(eps),
-      kind_(kind),
-      init_(init),
-      options_(options) {
-  for (const int64_t number : numbers) norms_.emplace(number, nullptr);
-  reset();
-  if (initialize) reset_parameters();
-}
-
-void NormsImpl::reset() {
-  for (auto& [number, norm] : norms_) {
-    norm = register_module(std::to_string(number),
-                           Norm(dim_, eps_, kind_, init_, options_, /*initialize=*/false));
-  }
-}
-
-void NormsImpl::reset_parameters() {
-  for (auto& [number, norm] : norms_) norm->reset_parameters();
-}
-
-Norm NormsImpl::at(int64_t number) const {
-  const auto found = norms_.find(number);
-  return found == norms_.end() ? Norm(nullptr) : found->second;
-}
-
 NormKind norm_kind(const MUDDFormerConfig& config) {
-  return config.model_type == "muddpythia" ? NormKind::kLayerNorm : NormKind::kRMSNorm;
+  return config.norm == "layer" ? NormKind::kLayerNorm : NormKind::kRMSNorm;
 }
 
 // ---- rotary positions ----
@@ -242,9 +125,9 @@ at::Tensor AttentionImpl::forward(const at::Tensor& xq, const at::Tensor& xk, co
   k = apply_rotary(k, rotary).transpose(1, 2);
   v = v.transpose(1, 2);
   if (cache != nullptr) std::tie(k, v) = cache->update(index_, k, v);
-  const bool causal = !mask.defined();
+  const auto seen = mask.defined() ? std::optional(mask) : std::nullopt;
   const at::Tensor y = at::scaled_dot_product_attention(
-      q, k, v, causal ? std::nullopt : std::optional(mask), /*dropout_p=*/0.0, causal,
+      q, k, v, seen, /*dropout_p=*/0.0, /*is_causal=*/!seen && config_.causal,
       /*scale=*/std::nullopt, /*enable_gqa=*/*config_.n_kv_heads != config_.n_head);
   return wo->forward(y.transpose(1, 2).flatten(-2));
 }
@@ -266,7 +149,7 @@ void FeedForwardImpl::reset() {
   };
   w1 = linear("w1", config_.dim, width_);
   w2 = linear("w2", width_, config_.dim);
-  if (config_.model_type == "muddformer") w3 = linear("w3", config_.dim, width_);
+  if (config_.feed_forward == "swiglu") w3 = linear("w3", config_.dim, width_);
 }
 
 void FeedForwardImpl::reset_parameters() {
@@ -326,24 +209,23 @@ std::vector<Norm> BlockImpl::stream_norms() const {
   return {attention_norms->at(0), attention_norms->at(1), attention_norms->at(2), Norm(nullptr)};
 }
 
+at::Tensor BlockImpl::forward(History& history, const Rotary& rotary, const at::Tensor& mask,
+                              KVCache* cache) {
+  return next(history.streams(stream_norms()), rotary, mask, cache);
+}
+
 at::Tensor BlockImpl::forward(at::TensorList streams, const Rotary& rotary, const at::Tensor& mask,
-                              KVCache* cache, bool normed) {
+                              KVCache* cache) {
   TORCH_CHECK_VALUE(streams.size() == 1 || streams.size() == 4,
                     "streams must be one tensor or four (xq, xk, xv, xr), got ", streams.size());
-  const at::Tensor& residual = streams.back();
-  std::array<at::Tensor, 3> inputs;
-  if (normed) {
-    std::copy_n(streams.begin(), 3, inputs.begin());
-  } else if (!separate_norms_ && streams.size() == 1) {
-    inputs.fill(attention_norm->forward(residual));
-  } else {
-    std::vector<Norm> norms = stream_norms();
-    for (size_t way = 0; way < 3; ++way) {
-      inputs[way] = norms[way]->forward(streams.size() == 1 ? residual : streams[way]);
-    }
-  }
+  return next(normed(streams, stream_norms()), rotary, mask, cache);
+}
+
+at::Tensor BlockImpl::next(const std::vector<at::Tensor>& normed, const Rotary& rotary,
+                           const at::Tensor& mask, KVCache* cache) {
+  const at::Tensor& residual = normed[3];
   const at::Tensor x =
-      residual + attention->forward(inputs[0], inputs[1], inputs[2], rotary, mask, cache);
+      residual + attention->forward(normed[0], normed[1], normed[2], rotary, mask, cache);
   const at::Tensor& read = *config_.use_parallel_residual ? residual : x;
   return x + feed_forward->forward(ffn_norm->forward(read));
 }

@@ -1,130 +1,26 @@
-// The blocks of both families: attention with rotary positions, feed-forward networks, norms.
+// The blocks of all families: attention with rotary positions, feed-forward networks.
 //
-// B, T: batch and sequence length; D: model width; H: heads; E: width of a head. Every module takes
-// the dtype and device of its parameters, and `initialize`: false leaves the parameters without
-// values, for a loader that fills them all. reset() makes them anew without values (as clone()
-// needs it), reset_parameters() gives them their initial ones.
+// B, T: batch and sequence length; D: model width; H: heads; E: width of a head. The
+// conventions of modules are those of nn/linear.h.
 #pragma once
 
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "../nn/connections.h"
+#include "../nn/linear.h"
+#include "../nn/norm.h"
 #include "config.h"
 #include "kv_cache.h"
 
 namespace muddformer {
 
-/// `x weight^T + bias`, [..., in] -> [..., out].
-class MUDDFORMER_API LinearImpl : public torch::nn::Cloneable<LinearImpl> {
- public:
-  /// @param std standard deviation of a fresh weight; a fresh bias is 0.
-  LinearImpl(int64_t in_features, int64_t out_features, bool with_bias, double std,
-             at::TensorOptions options = {}, bool initialize = true);
-  void reset() override;
-  void reset_parameters();
-  /// [..., in] -> [..., out].
-  at::Tensor forward(const at::Tensor& x);
-  void pretty_print(std::ostream& stream) const override;
-
-  /// [out, in], and [out] or undefined.
-  at::Tensor weight, bias;
-
- private:
-  int64_t in_features_, out_features_;
-  bool with_bias_;
-  double std_;
-  at::TensorOptions options_;
-};
-TORCH_MODULE(Linear);
-
-/// Rows of a table, int64 or int32 [...] -> [..., D].
-class MUDDFORMER_API EmbeddingImpl : public torch::nn::Cloneable<EmbeddingImpl> {
- public:
-  /// @param rows number of rows; D is `dim`.
-  /// @param std standard deviation of a fresh weight.
-  EmbeddingImpl(int64_t rows, int64_t dim, double std, at::TensorOptions options = {},
-                bool initialize = true);
-  void reset() override;
-  void reset_parameters();
-  /// @throws c10::IndexError for an id that is no row (on CUDA: torch's device-side assertion).
-  at::Tensor forward(const at::Tensor& ids);
-  void pretty_print(std::ostream& stream) const override;
-
-  /// [rows, D].
-  at::Tensor weight;
-
- private:
-  int64_t rows_, dim_;
-  double std_;
-  at::TensorOptions options_;
-};
-TORCH_MODULE(Embedding);
-
-enum class NormKind { kRMSNorm, kLayerNorm };
-
-/// RMSNorm, `x / sqrt(mean(x^2) + eps) * weight`, or LayerNorm with weight and bias, over the last
-/// dimension [D].
-///
-/// The weight of an RMSNorm is used in the dtype of x, so that a float32 weight meets a bfloat16
-/// input (as under autocast) in the fused kernel.
-class MUDDFORMER_API NormImpl : public torch::nn::Cloneable<NormImpl> {
- public:
-  /// @param eps added to the mean square or variance.
-  /// @param init value of a fresh weight; a fresh bias is 0.
-  NormImpl(int64_t dim, double eps, NormKind kind = NormKind::kRMSNorm, double init = 1.0,
-           at::TensorOptions options = {}, bool initialize = true);
-  void reset() override;
-  void reset_parameters();
-  /// [..., D] -> [..., D].
-  at::Tensor forward(const at::Tensor& x);
-  void pretty_print(std::ostream& stream) const override;
-
-  double eps() const { return eps_; }
-  NormKind kind() const { return kind_; }
-
-  /// [D], and [D] or undefined.
-  at::Tensor weight, bias;
-
- private:
-  int64_t dim_;
-  double eps_;
-  NormKind kind_;
-  double init_;
-  at::TensorOptions options_;
-};
-TORCH_MODULE(Norm);
-
-/// RMSNorms or LayerNorms of one width by number, as submodules "0", "1", ... of which some may be
-/// missing.
-class MUDDFORMER_API NormsImpl : public torch::nn::Cloneable<NormsImpl> {
- public:
-  /// @param numbers those that are there; the other arguments are those of NormImpl.
-  NormsImpl(std::vector<int64_t> numbers, int64_t dim, double eps,
-            NormKind kind = NormKind::kRMSNorm, double init = 1.0, at::TensorOptions options = {},
-            bool initialize = true);
-  void reset() override;
-  void reset_parameters();
-  /// The norm of a number, or an empty holder.
-  Norm at(int64_t number) const;
-
- private:
-  std::map<int64_t, Norm> norms_;
-  int64_t dim_;
-  double eps_;
-  NormKind kind_;
-  double init_;
-  at::TensorOptions options_;
-};
-TORCH_MODULE(Norms);
-
-/// The kind of a family's norms over the model width: RMSNorm (muddformer), LayerNorm
-/// (muddpythia).
+/// The kind of the norms over the model width, config.norm of a checked() configuration.
 MUDDFORMER_API NormKind norm_kind(const MUDDFormerConfig& config);
 
 /// Cosines and sines of T positions, float32 [T, rotary_dim / 2] each.
@@ -166,7 +62,7 @@ TORCH_MODULE(RotaryEmbedding);
 /// @return [B, T, H, E] in the dtype of x; computed in float32 (float64 for float64).
 MUDDFORMER_API at::Tensor apply_rotary(const at::Tensor& x, const Rotary& rotary);
 
-/// Causal self-attention whose queries, keys and values may come from different streams.
+/// Self-attention whose queries, keys and values may come from different streams.
 class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
  public:
   /// @param index number of the block from 0, the place of its keys and values in a cache.
@@ -176,12 +72,12 @@ class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> 
   void reset() override;
   void reset_parameters();
 
-  /// Attends to this and earlier positions.
+  /// Attends to this and earlier positions, without config.causal to all.
   ///
   /// @param xq, xk, xv normed streams [B, T, D]; they may be one tensor.
   /// @param rotary of the T positions.
-  /// @param mask bool [T, length of the cache], true where a query sees a key. Undefined: causal
-  ///   among the T.
+  /// @param mask bool [T, length of the cache], true where a query sees a key. Undefined: among
+  ///   the T, causal with config.causal.
   /// @param cache keys and values of earlier positions, or null.
   /// @return [B, T, D].
   at::Tensor forward(const at::Tensor& xq, const at::Tensor& xk, const at::Tensor& xv,
@@ -198,7 +94,7 @@ class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> 
 };
 TORCH_MODULE(Attention);
 
-/// SwiGLU, `w2(silu(w1 x) * w3 x)` (muddformer), or `w2(gelu(w1 x))` (muddpythia).
+/// config.feed_forward: SwiGLU, `w2(silu(w1 x) * w3 x)`, or GELU, `w2(gelu(w1 x))`.
 class MUDDFORMER_API FeedForwardImpl : public torch::nn::Cloneable<FeedForwardImpl> {
  public:
   /// @param width hidden width.
@@ -210,7 +106,7 @@ class MUDDFORMER_API FeedForwardImpl : public torch::nn::Cloneable<FeedForwardIm
   at::Tensor forward(const at::Tensor& x);
 
   Linear w1{nullptr}, w2{nullptr};
-  /// Empty for muddpythia.
+  /// Of SwiGLU alone.
   Linear w3{nullptr};
 
  private:
@@ -233,16 +129,19 @@ class MUDDFORMER_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   void reset() override;
   void reset_parameters();
 
-  /// The next hidden state.
+  /// The next hidden state, from the streams that the history makes for this block's norms.
   ///
-  /// @param streams (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
   /// @param rotary, mask, cache see AttentionImpl::forward().
-  /// @param normed four streams have passed stream_norms() already.
   /// @return `A + FFN(Norm(A))` with `A = xr + Attention(...)`, or `A + FFN(Norm(xr))` with
   ///   use_parallel_residual; [B, T, D].
+  at::Tensor forward(History& history, const Rotary& rotary, const at::Tensor& mask = {},
+                     KVCache* cache = nullptr);
+  /// The next hidden state, from streams that are ready but for the norms.
+  ///
+  /// @param streams (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
   /// @throws c10::ValueError if streams are neither one nor four.
   at::Tensor forward(at::TensorList streams, const Rotary& rotary, const at::Tensor& mask = {},
-                     KVCache* cache = nullptr, bool normed = false);
+                     KVCache* cache = nullptr);
   /// The norms of the four streams (xq, xk, xv, xr); the residual stream has none.
   std::vector<Norm> stream_norms() const;
 
@@ -254,6 +153,10 @@ class MUDDFORMER_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   Norm ffn_norm{nullptr};
 
  private:
+  // From streams that have passed stream_norms().
+  at::Tensor next(const std::vector<at::Tensor>& normed, const Rotary& rotary,
+                  const at::Tensor& mask, KVCache* cache);
+
   MUDDFormerConfig config_;
   int64_t index_;
   bool separate_norms_;

@@ -10,27 +10,6 @@ namespace muddformer {
 
 namespace {
 
-MUDDStackOptions connections_of(const MUDDFormerConfig& c) {
-  MUDDStackOptions o;
-  o.dim = c.dim;
-  o.multiway = c.dense && c.multiway;
-  o.dense = c.dense;
-  o.ways = c.ways;
-  o.dynamic = c.dynamic;
-  o.source_stride = c.source_stride;
-  o.block_stride = c.block_stride;
-  o.window = c.window;
-  o.pre_norm = c.pre_norm;
-  o.post_norm = c.post_norm;
-  o.expand_last = c.expand_last;
-  o.round64 = c.round64;
-  o.eps = *c.norm_eps;
-  o.gelu_approximate = c.gelu_approximate;
-  o.cap = c.cap;
-  o.flush_interval = c.flush_interval;
-  return o;
-}
-
 void check_ids(const char* name, const at::Tensor& ids, at::Device device) {
   TORCH_CHECK_TYPE(ids.defined(), name, " must be a tensor, got an undefined one");
   TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, name,
@@ -46,7 +25,7 @@ MUDDFormerImpl::MUDDFormerImpl(const MUDDFormerConfig& given, at::TensorOptions 
                                bool initialize)
     : Cloneable("muddformer::MUDDFormer"),
       config(given.checked()),
-      connections(connections_of(config), config.n_layer, options),
+      connections(config.dim, config.n_layer, config.connections(), *config.norm_eps, options),
       options_(options) {
   const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
   TORCH_CHECK_TYPE(
@@ -112,14 +91,11 @@ at::Tensor MUDDFormerImpl::forward(const at::Tensor& input_ids, const at::Tensor
     std::tie(positions, mask) = cache->advance(length);
     tables = rotary->forward_at(positions);
   }
-  const auto block = [&](int64_t i) { return layers->ptr<BlockImpl>(static_cast<size_t>(i)); };
-  at::Tensor x = connections.run(
-      x0,
-      [&](int64_t i, at::TensorList streams, bool normed) {
-        return block(i)->forward(streams, tables, mask, cache, normed);
-      },
-      [&](int64_t i) { return block(i)->stream_norms(); });
-  x = norm->forward(x);
+  History history = connections.begin(x0);
+  for (size_t i = 0; i < layers->size(); ++i) {
+    history.append(layers->ptr<BlockImpl>(i)->forward(history, tables, mask, cache));
+  }
+  const at::Tensor x = norm->forward(history.result());
   at::Tensor logits = output ? output->forward(x) : at::linear(x, tok_embeddings->weight);
   if (!targets.defined()) return logits;
   logits = logits.flatten(0, 1);

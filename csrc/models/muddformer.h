@@ -1,4 +1,4 @@
-// The language model of both families, with MUDD connections or without.
+// The language model of all families, with MUDD connections or without.
 #pragma once
 
 #include <torch/nn/modules/common.h>
@@ -6,16 +6,17 @@
 
 #include <vector>
 
+#include "../nn/connections.h"
 #include "config.h"
 #include "kv_cache.h"
 #include "layers.h"
-#include "mudd_stack.h"
 
 namespace muddformer {
 
 class MUDDFormer;
 
-/// MUDDFormer or MUDDPythia (config.model_type), or its plain twin (config.dense = false).
+/// MUDDFormer, MUDDPythia or another family (config.model_type), or its plain twin (config.dense =
+/// false).
 ///
 /// `X_0 = Embedding(ids)`, the blocks with MUDD connections, final norm, linear head. Parameters
 /// have the names of the public release and of the Python model: what named_parameters() lists is
@@ -27,7 +28,7 @@ class MUDDFORMER_API MUDDFormerImpl : public torch::nn::Cloneable<MUDDFormerImpl
   /// @param initialize false: the parameters are allocated without values, for a loader that fills
   ///   them all.
   /// @throws c10::ValueError, c10::TypeError naming the field or argument, what was expected and
-  /// what came.
+  ///   what came.
   explicit MUDDFormerImpl(const MUDDFormerConfig& config, at::TensorOptions options = {},
                           bool initialize = true);
 

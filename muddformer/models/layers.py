@@ -1,4 +1,4 @@
-"""The blocks of both families: attention with rotary positions, feed-forward networks, norms.
+"""The parts of the models: attention with rotary positions, feed-forward networks, norms.
 
 B, T: batch and sequence length; D: model width; H: heads; E: width of a head.
 """
@@ -6,17 +6,15 @@ B, T: batch and sequence length; D: model width; H: heads; E: width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MUDDFormerConfig
-from ..nn import RMSNorm
-
-if TYPE_CHECKING:
-    from ..generation import KVCache
+from ..nn import BlockHistory, RMSNorm
+from .config import MUDDFormerConfig
+from .kv_cache import KVCache
 
 __all__ = ["Attention", "Block", "FeedForward", "RotaryEmbedding", "apply_rotary"]
 
@@ -80,7 +78,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention whose queries, keys and values may come from different streams.
+    """Self-attention whose queries, keys and values may come from different streams.
 
     Args:
         config: the model's configuration.
@@ -93,6 +91,7 @@ class Attention(nn.Module):
         self.index = index
         self.head_dim = config.head_dim
         self.grouped = config.n_kv_heads != config.n_head
+        self.causal = config.causal
         bias, kv_dim = config.use_linear_bias, config.n_kv_heads * config.head_dim
         self.wq = nn.Linear(config.dim, config.dim, bias=bias, **factory)
         self.wk = nn.Linear(config.dim, kv_dim, bias=bias, **factory)
@@ -110,12 +109,12 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Attends to this and earlier positions.
+        """Attends to this and earlier positions, or to all of them without ``causal``.
 
         Args:
             xq, xk, xv: normed streams [B, T, D]; they may be one tensor.
             rotary: cosines and sines of the T positions.
-            mask: bool [T, length of the cache], True where a query sees a key. None: causal among the T.
+            mask: bool [T, length of the cache], True where a query sees a key. None: causal among the T, or none.
             cache: keys and values of earlier positions.
 
         Returns:
@@ -128,12 +127,13 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        causal = self.causal and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.wo(y.transpose(1, 2).flatten(-2))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, ``w2(silu(w1 x) * w3 x)`` (muddformer), or ``w2(gelu(w1 x))`` (muddpythia); [..., D] -> [..., D].
+    """``config.feed_forward``: SwiGLU, ``w2(silu(w1 x) * w3 x)``, or GELU, ``w2(gelu(w1 x))``; [..., D] -> [..., D].
 
     Args:
         config: the model's configuration.
@@ -146,7 +146,7 @@ class FeedForward(nn.Module):
         self.gelu_approximate = config.gelu_approximate
         self.w1 = nn.Linear(config.dim, width, **factory)
         self.w2 = nn.Linear(width, config.dim, **factory)
-        self.w3 = nn.Linear(config.dim, width, **factory) if config.model_type == "muddformer" else None
+        self.w3 = nn.Linear(config.dim, width, **factory) if config.feed_forward == "swiglu" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -158,11 +158,15 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """A Transformer block: attention and feed-forward network, each after a norm and added to the residual stream.
 
+    In a :class:`muddformer.nn.MUDDStack` it makes its streams itself (``pulls_streams``).
+
     Args:
         config: the model's configuration.
         index: number of the block from 0.
         separate_norms: the q, k and v streams have a norm each (``attention_norms``) instead of one ``attention_norm``.
     """
+
+    pulls_streams = True
 
     def __init__(
         self, config: MUDDFormerConfig, index: int, separate_norms: bool, device: Any = None, dtype: Any = None
@@ -191,32 +195,32 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        history: BlockHistory | None = None,
         normed: bool = False,
     ) -> Tensor:
         """The next hidden state.
 
         Args:
             streams: (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
-            normed: four streams have passed ``stream_norms`` already.
             rotary, mask, cache: see :meth:`Attention.forward`.
+            history: given with one stream, the newest hidden state: makes the four of it.
+            normed: four streams have passed ``stream_norms`` already.
 
         Returns:
             ``A + FFN(Norm(A))`` with ``A = xr + Attention(...)``, or ``A + FFN(Norm(xr))`` if parallel; [B, T, D].
         """
-        residual = streams[-1]
-        if normed:
-            inputs = streams[:3]
-        elif len(streams) == 1 and self.attention_norm is not None:
+        if history is not None:
+            streams, normed = history.streams(streams[0], self.stream_norms), True
+        *inputs, residual = streams
+        if not inputs and self.attention_norm is not None:
             inputs = [self.attention_norm(residual)] * 3
-        else:
-            streams = streams * 4 if len(streams) == 1 else streams
-            inputs = [norm(x) for norm, x in zip(self.stream_norms[:3], streams[:3], strict=True)]
+        elif not normed:
+            inputs = [norm(x) for norm, x in zip(self.stream_norms[:3], inputs or [residual] * 3, strict=True)]
         x = residual + self.attention(*inputs, rotary, mask, cache)
         return x + self.feed_forward(self.ffn_norm(residual if self.parallel else x))
 
 
 def make_norm(config: MUDDFormerConfig, device: Any = None, dtype: Any = None) -> nn.Module:
-    """The family's norm over the model width: RMSNorm (muddformer) or LayerNorm (muddpythia)."""
-    if config.model_type == "muddpythia":
-        return nn.LayerNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
-    return RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+    """The norm over the model width that ``config.norm`` names."""
+    kind = {"rms": RMSNorm, "layer": nn.LayerNorm}[config.norm]
+    return kind(config.dim, config.norm_eps, device=device, dtype=dtype)

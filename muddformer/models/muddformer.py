@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MUDDFormerConfig
 from ..nn import MUDDStack, RMSNorm
+from .config import MUDDFormerConfig
+from .kv_cache import KVCache
 from .layers import Block, RotaryEmbedding, make_norm
+from .pretrained import Pretrained
 
-if TYPE_CHECKING:
-    from ..generation import KVCache
-
-__all__ = ["MUDDFormer", "build_model"]
+__all__ = ["MUDDFormer"]
 
 
-def build_model(config: MUDDFormerConfig, device: Any = None, dtype: torch.dtype | None = None) -> MUDDFormer:
-    """A freshly initialised model.
-
-    Args:
-        config: what the model computes; with ``dense=False`` it is the plain Transformer.
-        device: where its parameters are made; ``"meta"`` makes none.
-        dtype: of the parameters: float64, float32, bfloat16 or float16. None: torch's default.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    return MUDDFormer(config, device=device, dtype=dtype)
-
-
-class MUDDFormer(MUDDStack):
+class MUDDFormer(MUDDStack, Pretrained):
     """MUDDFormer or MUDDPythia (``config.model_type``), or its plain twin (``config.dense=False``).
 
     ``X_0 = Embedding(ids)``, the blocks with MUDD connections (:class:`muddformer.nn.MUDDStack`), final norm, linear
-    head. Parameters have the names of the public release. See :func:`build_model` for the arguments.
+    head. Parameters have the names of the public release. See :func:`muddformer.build_model` for the arguments.
     """
+
+    config_class = MUDDFormerConfig
 
     def __init__(self, config: MUDDFormerConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         if not isinstance(config, MUDDFormerConfig):
@@ -46,35 +34,13 @@ class MUDDFormer(MUDDStack):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
         factory = {"device": device, "dtype": dtype}
-        connections = {
-            "dense": config.dense,
-            "multiway": config.dense and config.multiway,
-            "source_stride": config.source_stride,
-            "block_stride": config.block_stride,
-            "window": config.window,
-        }
-        distinct = config.dense and config.multiway and config.separate_norms
+        multiway = config.dense and config.multiway
         layers = [
             # Blocks that no aggregation stands before receive one stream and have one norm, as the first has.
-            Block(config, i, distinct and i > 0 and i % config.block_stride == 0, **factory)
+            Block(config, i, multiway and config.separate_norms and i > 0 and i % config.block_stride == 0, **factory)
             for i in range(config.n_layer)
         ]
-        super().__init__(
-            layers,
-            config.dim,
-            ways=config.ways,
-            dynamic=config.dynamic,
-            pre_norm=config.pre_norm,
-            post_norm=config.post_norm,
-            expand_last=config.expand_last,
-            round64=config.round64,
-            eps=config.norm_eps,
-            gelu_approximate=config.gelu_approximate,
-            cap=config.cap,
-            flush_interval=config.flush_interval,
-            **connections,
-            **factory,
-        )
+        super().__init__(layers, config.dim, config, eps=config.norm_eps, multiway=multiway, **factory)
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, **factory)
         self.rotary = RotaryEmbedding(config, device=device)
@@ -111,7 +77,7 @@ class MUDDFormer(MUDDStack):
         Args:
             input_ids: token ids [B, T], int64 or int32, T at most ``config.block_size``.
             targets: the tokens to predict [B, T]; positions with -100 do not count.
-            cache: a ``muddformer.generation.KVCache``; ``input_ids`` follows the tokens that are in it, and is added.
+            cache: of :meth:`new_cache`; ``input_ids`` follows the tokens that are in it, and is added.
 
         Returns:
             Logits [B, T, vocab_size]; with ``targets`` the mean cross-entropy instead, a float32 scalar (float64 for a
@@ -152,8 +118,8 @@ class MUDDFormer(MUDDStack):
         Raises:
             ValueError: if the norms of q, k and v of a block differ: no plain Transformer has these weights.
         """
-        twin = MUDDFormer(self.config.plain_twin(), device="meta").to_empty(device=self.tok_embeddings.weight.device)
-        twin = twin.to(self.tok_embeddings.weight.dtype).train(self.training)
+        twin = MUDDFormer(self.config.plain_twin(), device="meta").to_empty(device=self.device)
+        twin = twin.to(self.dtype).train(self.training)
         state = {}
         for name, value in self.state_dict().items():
             block, separate, norm = name.partition(".attention_norms.")
@@ -167,18 +133,22 @@ class MUDDFormer(MUDDStack):
         twin.load_state_dict({name: value for name, value in state.items() if name in expected})
         return twin
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes ``model.safetensors`` and ``config.json``, see :func:`muddformer.checkpoint.save_pretrained`."""
-        from ..checkpoint import save_pretrained
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache for ``batch_size`` sequences of at most ``length`` tokens, for :meth:`forward`."""
+        return KVCache(self.config, batch_size, length, device=self.device, dtype=self.dtype)
 
-        save_pretrained(self, directory)
+    def _stored_shapes(self, names: Mapping[str, Any]) -> dict[str, list[int]]:
+        shapes = super()._stored_shapes(names)
+        if self.config.tie_word_embeddings and "output.weight" in names:
+            shapes["output.weight"] = shapes["tok_embeddings.weight"]
+        return shapes
 
-    @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], **kwargs: Any) -> MUDDFormer:
-        """Reads a checkpoint directory, see :func:`muddformer.checkpoint.from_pretrained`."""
-        from ..checkpoint import from_pretrained
-
-        return from_pretrained(directory, **kwargs)
+    def _check_stored(self, path: Path, state: dict[str, Tensor]) -> None:
+        head = state.pop("output.weight", None) if self.config.tie_word_embeddings else None
+        if head is not None and not torch.equal(head, state["tok_embeddings.weight"]):
+            raise ValueError(
+                f"{path}: output.weight differs from tok_embeddings.weight, but tie_word_embeddings is set"
+            )
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         try:

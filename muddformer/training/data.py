@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InputError, require
+from ..inference.tokenizer import SEPARATOR, parse_tokenizer, train_tokenizer
 from .corpus import Document, find_documents, split_documents
-from .errors import InputError, require
 from .settings import DataSettings
-from .tokenizer import SEPARATOR, parse_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

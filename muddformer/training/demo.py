@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from ..errors import Diverged, InputError
+from ..inference.text import stream_text
+from ..plots import plot_losses
 from .data import prepare_corpus
-from .errors import Diverged, InputError
 from .loop import Trainer
 from .metrics import Row, read_metrics, say
-from .plots import plot_losses
-from .sampling import stream_text
 from .settings import Settings, load_preset
 
 __all__ = ["Measured", "run_demo"]

@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._files import FileLock, read_json, write_atomically
+from ..errors import Diverged, InputError
+from ..inference.loading import find_checkpoints, find_device, load_model
+from ..models import Pretrained
 from .data import Batches, held_out_batches, prepare_corpus
-from .errors import Diverged, InputError
 from .metrics import MetricsFile, Progress, Row, TensorBoard, peak_memory_mib, say
-from .modelling import find_device, load_model, make_config, make_model
+from .modelling import make_config, make_model
 from .optim import learning_rate, make_optimizer
 from .settings import Settings
-from .state import Checkpoint, find_checkpoints, restore_state, save_checkpoint
+from .state import Checkpoint, restore_state, save_checkpoint
 
 __all__ = ["Result", "Trainer", "load_run_settings"]
 
@@ -66,16 +69,17 @@ class Trainer:
         self.device = _set_up_torch(settings)
         make_config(settings.model, vocab_size=1)  # a bad value is told before the text is read
         _check_folder(run, resume, overwrite)
+        self._lock = _lock_folder(run)
         self.corpus = prepare_corpus(settings.data, say)
+        _check_folder(run, resume, overwrite)  # it may have changed while there was no lock
         _prepare_folder(run, resume, overwrite)
-        checkpoints = find_checkpoints(run)
-        checkpoint = Checkpoint(checkpoints[-1]) if checkpoints else None
+        checkpoint, restored = _newest_checkpoint(run)
         torch.manual_seed(settings.train.seed)
         if checkpoint is None:
             self.model = make_model(settings.model, self.corpus.vocab_size, settings.train.seed)
         else:
             self._check_same(checkpoint)
-            self.model = load_model(checkpoint.folder)
+            self.model = restored
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, settings.train)
         self.step = self.sequences = 0
@@ -90,7 +94,8 @@ class Trainer:
         self._forward = torch.compile(self.model) if train.compile else self.model
         self._pending: list[tuple[float, Tensor, Tensor]] = []  # learning rate, loss and gradient norm, on the device
         self._stop = False
-        _write_text(run / "settings.json", json.dumps(settings.resolved().to_dict(), indent=1))
+        text = json.dumps(settings.resolved().to_dict(), indent=1)
+        write_atomically(run / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
         where = f"from step {self.step}" if checkpoint else "from the start"
         size = sum(parameter.numel() for parameter in self.model.parameters())
         say(f"training {size:,} parameters on {self.device} {where}, {len(self.corpus.train):,} tokens of text")
@@ -104,6 +109,7 @@ class Trainer:
         train, val_loss = self.settings.train, None
         self.model.train()
         with contextlib.ExitStack() as stack:
+            stack.callback(self._lock.release)
             stack.enter_context(self._stop_on_signals())
             metrics = MetricsFile(self.run / "metrics.csv", self.step)
             stack.callback(metrics.close)
@@ -199,14 +205,20 @@ class Trainer:
 
     def _check_same(self, checkpoint: Checkpoint) -> None:
         """That the run goes on with the same model and text; says it if the numbers can differ in the last bits."""
-        then = checkpoint.training
-        if not isinstance(then["settings"], dict) or then["settings"].get("model") != self.settings.model:
-            raise InputError(f"section 'model' is not the one of checkpoint {str(checkpoint.folder)!r}")
+        then, now, folder = checkpoint.training, self.settings.to_dict(), str(checkpoint.folder)
+        if then["settings"].get("model") != now["model"]:
+            raise InputError(f"section 'model' is not the one of checkpoint {folder!r}")
         if then["corpus"] != self.corpus.fingerprint:
-            raise InputError(f"the training text is not the one of checkpoint {str(checkpoint.folder)!r}")
-        for name, now in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
-            if then[name] != now:
-                say(f"{name}: {now}, before {then[name]}; the losses can differ in the last bits from those of one run")
+            raise InputError(
+                f"the training text is not the one of checkpoint {folder!r}: has data.paths been moved or changed?"
+            )
+        before = then["settings"].get("train")
+        for name, value in now["train"].items():
+            if isinstance(before, dict) and before.get(name, value) != value:
+                say(f"train.{name}: {value}, before {before[name]}")
+        for name, value in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
+            if then[name] != value:
+                say(f"{name}: {value}, before {then[name]}; losses can differ in the last bits from those of one run")
 
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
@@ -233,12 +245,13 @@ def load_run_settings(run: Path) -> Settings:
     Raises:
         InputError: if the folder holds no run.
     """
+    path = run / "settings.json"
     try:
-        return Settings.from_dict(json.loads((run / "settings.json").read_text(encoding="utf-8")))
+        return Settings.from_dict(read_json(path))
     except OSError as error:
         raise InputError(f"{str(run)!r} holds no run: {error}") from error
     except ValueError as error:
-        raise InputError(f"{str(run / 'settings.json')!r} is broken: {error}") from error
+        raise InputError(f"{str(path)!r} is broken: {error}") from error
 
 
 def _set_up_torch(settings: Settings) -> torch.device:
@@ -257,6 +270,29 @@ def _set_up_torch(settings: Settings) -> torch.device:
 def _check_folder(run: Path, resume: bool, overwrite: bool) -> None:
     if (run / "settings.json").exists() and not (resume or overwrite):
         raise InputError(f"{str(run)!r} holds a run already: --resume continues it, --overwrite replaces it")
+
+
+def _lock_folder(run: Path) -> FileLock:
+    """Holds the folder of a run for this process until the run ends, however it ends."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        return FileLock(run / ".lock")
+    except BlockingIOError as error:
+        raise InputError(f"the run in {str(run)!r} is in use by {error}: wait until it ends, or stop it") from error
+    except OSError as error:
+        raise InputError(f"cannot use {str(run)!r} as the folder of the run: {error.strerror}") from error
+
+
+def _newest_checkpoint(run: Path) -> tuple[Checkpoint, Pretrained] | tuple[None, None]:
+    """The newest checkpoint of a run and its model, if there is one yet."""
+    folders = find_checkpoints(run)
+    if not folders:
+        return None, None
+    try:
+        return Checkpoint(folders[-1]), load_model(folders[-1])
+    except InputError as error:
+        before = f". To go on from {folders[-2].name}, remove {str(folders[-1])!r}" if len(folders) > 1 else ""
+        raise InputError(f"{error}{before}") from error
 
 
 def _prepare_folder(run: Path, resume: bool, overwrite: bool) -> None:
@@ -284,9 +320,3 @@ def _check_finite(rows: list[Row], checkpoint: Path | None) -> None:
 
 def _finite(value: float) -> bool:
     return float("-inf") < value < float("inf")
-
-
-def _write_text(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)

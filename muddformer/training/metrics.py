@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, require
+from .._files import write_atomically
+from ..errors import InputError, require
 
 __all__ = ["MetricsFile", "Progress", "Row", "TensorBoard", "peak_memory_mib", "read_metrics", "say"]
 
@@ -57,14 +58,14 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        rows = read_metrics(path)[:last_step] if last_step else []
-        if [row.step for row in rows] != list(range(1, last_step + 1)):
-            raise InputError(f"{path} does not hold steps 1 to {last_step} of the run that is resumed")
-        scratch = path.with_name(path.name + ".tmp")
-        with scratch.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(_COLUMNS)
-            self._write(file, rows)
-        scratch.replace(path)
+        rows = _rows_until(path, last_step)
+
+        def begin(scratch: Path) -> None:
+            with scratch.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerow(_COLUMNS)
+                self._write(file, rows)
+
+        write_atomically(path, begin)
         self._file = path.open("a", newline="", encoding="utf-8")
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -85,6 +86,20 @@ class MetricsFile:
         # repr of a float reads back as the same number
         values = ([getattr(row, name) for name in _COLUMNS] for row in rows)
         csv.writer(file, lineterminator="\n").writerows(["" if v is None else repr(v) for v in row] for row in values)
+
+
+def _rows_until(path: Path, last_step: int) -> list[Row]:
+    """Rows of the steps until the one that a run is resumed from. What is lost is said, and is no reason to stop."""
+    if last_step == 0:
+        return []
+    try:
+        by_step = {row.step: row for row in read_metrics(path) if 1 <= row.step <= last_step}
+    except InputError as error:
+        say(f"{error}; the rows of steps 1 to {last_step} are lost")
+        return []
+    if len(by_step) < last_step:
+        say(f"{path} lacks {last_step - len(by_step)} of the rows of steps 1 to {last_step}")
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def read_metrics(path: Path) -> list[Row]:

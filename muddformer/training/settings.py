@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, MissingPackage, require
+from ..errors import InputError, MissingPackage, require
 
 __all__ = ["DataSettings", "Settings", "TrainSettings", "load_file", "load_preset", "preset_names", "suggest"]
 
-PRESETS = Path(__file__).resolve().parent.parent / "presets"
+PRESETS = Path(__file__).resolve().parent / "presets"
 
 
 def _option(default: Any, help: str, **bounds: Any) -> Any:
@@ -239,6 +239,8 @@ def _check(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
         return tuple(items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e3
+        value = int(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
         raise InputError(f"{name} must be {names[hint]}{' or none' if optional else ''}, got {value!r}")
@@ -260,7 +262,10 @@ def _check(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
 
 def suggest(name: Any, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the known one that is most like it, or nothing."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    known, (section, dot, key) = list(known), str(name).rpartition(".")
+    words = {other: other.removeprefix(section + dot).split("_") for other in known}
+    close = [other for other in known if len(key) > 1 and "".join(word[0] for word in words[other]) == key]  # lr
+    close = close or difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -9,7 +9,6 @@ Nothing is pickled.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +19,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import InputError
+from .._files import read_json, sync
+from ..errors import InputError
+from ..inference.loading import checkpoint_name, find_checkpoints
 
-__all__ = ["Checkpoint", "find_checkpoints", "restore_state", "save_checkpoint"]
+__all__ = ["Checkpoint", "restore_state", "save_checkpoint"]
 
 _FORMAT = 1
-_PREFIX = "step-"
+# What training.json says, its type and the words for it.
+_CONTENTS = {
+    "step": (int, "an integer of at least 0"),
+    "sequences": (int, "an integer of at least 0"),
+    "settings": (dict, "a mapping"),
+    "corpus": (dict, "a mapping"),
+    "threads": (int, "an integer of at least 0"),
+    "torch": (str, "a text"),
+}
 _SCRATCH = (".tmp-", ".old-")
-
-
-def find_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob(f"{_PREFIX}*") if path.is_dir())
 
 
 def save_checkpoint(
@@ -59,24 +63,33 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.iterdir():  # of a run that was killed
         if left_over.name.startswith(_SCRATCH):
-            shutil.rmtree(left_over)
-    target = folder / f"{_PREFIX}{training['step']:08}"
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    target = folder / checkpoint_name(training["step"])
     scratch = folder / f".tmp-{target.name}"
     scratch.mkdir()
     model.save_pretrained(scratch)
     (scratch / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     save_file(_state_tensors(model, optimizer), scratch / "training.safetensors")
-    contents = json.dumps({"format": _FORMAT, **training}, indent=1)
+    idle = [name for name, parameter in model.named_parameters() if not optimizer.state.get(parameter)]
+    contents = json.dumps({"format": _FORMAT, **training, **({"without_state": idle} if idle else {})}, indent=1)
     (scratch / "training.json").write_text(contents, encoding="utf-8")
     for path in (*scratch.iterdir(), scratch):
-        _sync(path)
+        sync(path)
     if target.exists():  # a resumed run comes by the same step
         _discard(target)
     scratch.rename(target)
-    _sync(folder)
-    for old in find_checkpoints(run)[:-keep_last]:
+    sync(folder)
+    for old in [path for path in find_checkpoints(run) if _is_whole(path)][:-keep_last]:
         _discard(old)
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that a run wrote under this name: no other is removed."""
+    try:
+        return checkpoint_name(read_json(folder / "training.json")["step"]) == folder.name
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class Checkpoint:
@@ -85,46 +98,84 @@ class Checkpoint:
     Attributes:
         folder: the checkpoint.
         training: contents of ``training.json``.
+        tensors: contents of ``training.safetensors``.
 
     Raises:
-        InputError: if a file is missing, truncated or of another format.
+        InputError: if a file is missing, truncated, of another format, or says what cannot be.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+            self.training = read_json(folder / "training.json")
             self.tensors = load_file(folder / "training.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"cannot read checkpoint {str(folder)!r}: {error}") from error
-        if not isinstance(self.training, dict) or self.training.get("format") != _FORMAT:
+        if self.training.get("format") != _FORMAT:
             raise InputError(f"checkpoint {str(folder)!r} is not of format {_FORMAT}")
-        if missing := {"step", "sequences", "settings", "corpus", "threads", "torch"} - self.training.keys():
+        if missing := _CONTENTS.keys() - self.training.keys():
             raise InputError(f"checkpoint {str(folder)!r} lacks {', '.join(sorted(missing))} in training.json")
+        for name, (kind, words) in _CONTENTS.items():
+            value = self.training[name]
+            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+                raise InputError(f"checkpoint {str(folder)!r}: {name} in training.json must be {words}, got {value!r}")
+        if checkpoint_name(self.training["step"]) != folder.name:
+            raise InputError(f"checkpoint {str(folder)!r} says that it is of step {self.training['step']}")
 
 
 def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the optimizer of ``model`` and torch's random number generators into the checkpoint's state.
+    """Puts the AdamW optimizer of ``model`` and torch's random number generators into the checkpoint's state.
+
+    Everything is checked before anything is changed.
 
     Raises:
-        InputError: if the state is not one of this model.
+        InputError: if the state is not one of this model: other entries, shapes or dtypes, or values that no run has.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(order))}
-    index_of = {name: index for index, name in enumerate(order)}
-    try:
-        for key, tensor in checkpoint.tensors.items():
-            kind, _, rest = key.partition("/")
-            if kind == "optimizer":
-                name, _, entry = rest.partition("/")
-                state[index_of[name]][entry] = tensor.clone()  # else a view of the mapped file
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(checkpoint.tensors["rng/cpu"])
-        if "rng/cuda" in checkpoint.tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(checkpoint.tensors["rng/cuda"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"checkpoint {str(checkpoint.folder)!r} does not fit the model: {error}") from error
+    parameters = dict(model.named_parameters())
+    idle = set(checkpoint.training.get("without_state", ()))
+    expected = {"rng/cpu": torch.get_rng_state()}
+    for name in order:
+        if name not in idle:
+            expected |= {f"optimizer/{name}/{entry}": parameters[name] for entry in ("exp_avg", "exp_avg_sq")}
+            expected[f"optimizer/{name}/step"] = torch.zeros(())
+    if "rng/cuda" in checkpoint.tensors:
+        expected["rng/cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    if problem := _difference(expected, checkpoint.tensors):
+        raise InputError(f"training.safetensors of checkpoint {str(checkpoint.folder)!r} {problem}")
+    state: dict[int, dict[str, Tensor]] = {index: {} for index, name in enumerate(order) if name not in idle}
+    for index in state:
+        for entry in ("step", "exp_avg", "exp_avg_sq"):  # copies: what was loaded may be a view of the mapped file
+            state[index][entry] = checkpoint.tensors[f"optimizer/{order[index]}/{entry}"].clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(checkpoint.tensors["rng/cpu"])
+    if expected.get("rng/cuda") is not None:
+        torch.cuda.set_rng_state(checkpoint.tensors["rng/cuda"])
+
+
+def _difference(expected: Mapping[str, Tensor | None], tensors: Mapping[str, Tensor]) -> str:
+    """What is wrong with tensors that should be like the expected ones, None standing for any; nothing if all fit."""
+    for problem, keys in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has unknown", tensors.keys() - expected.keys()),
+    ):
+        if keys:
+            return f"does not fit the model: it {problem} {', '.join(sorted(keys)[:3])}" + (
+                f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            )
+    for name, like in expected.items():
+        tensor = tensors[name]
+        if like is None:
+            continue
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            wanted, got = (f"{list(t.shape)} of {t.dtype}" for t in (like, tensor))
+            return f"does not fit the model: {name} must be {wanted}, got {got}"
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"holds values of {name} that are not finite"
+        if name.endswith(("/step", "/exp_avg_sq")) and (tensor < 0).any():
+            return f"holds negative values of {name}"
+    return ""
 
 
 def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -142,11 +193,3 @@ def _discard(folder: Path) -> None:
     grave = folder.with_name(f".old-{folder.name}")
     folder.rename(grave)
     shutil.rmtree(grave)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

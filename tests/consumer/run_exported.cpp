@@ -1,7 +1,7 @@
 // run_exported PACKAGE INPUTS OUTPUTS: runs a model that Python exported, without Python. PACKAGE
 // is of torch._inductor.aoti_compile_and_package; INPUTS and OUTPUTS are safetensors files. The
 // operators of this library are registered by linking it.
-#include <muddformer/models/safetensors.h>
+#include <muddformer/io/safetensors.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <iostream>

@@ -1,6 +1,6 @@
 #include <gtest/gtest.h>
+#include <muddformer/io/safetensors.h>
 #include <muddformer/models/checkpoint.h>
-#include <muddformer/models/safetensors.h>
 #include <torch/types.h>
 #include <torch/utils.h>
 
@@ -8,12 +8,13 @@
 #include <map>
 
 #include "files.h"
-#include "small_model.h"
+#include "variants.h"
 
 namespace muddformer {
 namespace {
 
 using at::Tensor;
+using samples::scrambled;
 using testing_files::damaged;
 using testing_files::error_of;
 using testing_files::Folder;
@@ -24,10 +25,11 @@ using Tensors = std::map<std::string, Tensor>;
 const Tensor ids = torch::arange(6).unsqueeze(0);
 
 MUDDFormerConfig tiny() {
-  MUDDFormerConfig config = small_model::config();
+  MUDDFormerConfig config = samples::small();
   config.n_layer = 2;
   config.dim = 16;
   config.n_head = 2;
+  config.n_kv_heads = 2;
   return config;
 }
 
@@ -36,9 +38,9 @@ void expect(const std::string& message, const std::string& part) {
 }
 
 TEST(Checkpoint, RoundTrip) {
-  for (const MUDDFormerConfig& config : small_model::variants()) {
+  for (const samples::Variant& variant : samples::variants()) {
     const Folder folder;
-    MUDDFormer model = small_model::make(config);
+    MUDDFormer model = scrambled(variant.config);
     save_pretrained(model, folder / "a/b");
     MUDDFormer loaded = from_pretrained(folder / "a/b");
     EXPECT_EQ(loaded->config, model->config);
@@ -55,7 +57,7 @@ TEST(Checkpoint, RoundTrip) {
 
 TEST(Checkpoint, DtypeAndNoTieToTheFile) {
   const Folder folder;
-  save_pretrained(small_model::make(tiny()), folder.path());
+  save_pretrained(scrambled(tiny()), folder.path());
   MUDDFormer model = from_pretrained(folder.path(), at::kCPU, at::kBFloat16);
   for (const Tensor& parameter : model->parameters()) {
     EXPECT_EQ(parameter.scalar_type(), at::kBFloat16);
@@ -81,7 +83,7 @@ TEST(Checkpoint, DtypeAndNoTieToTheFile) {
 
 TEST(Checkpoint, Shards) {
   const Folder folder;
-  MUDDFormer model = small_model::make(tiny());
+  MUDDFormer model = scrambled(tiny());
   save_pretrained(model, folder.path());
   const Tensors state = load_safetensors(folder / "model.safetensors");
   std::filesystem::remove(folder / "model.safetensors");
@@ -122,7 +124,7 @@ TEST(Checkpoint, Shards) {
 
 TEST(Checkpoint, TensorsThatDoNotFit) {
   const Folder folder;
-  save_pretrained(small_model::make(tiny()), folder.path());
+  save_pretrained(scrambled(tiny()), folder.path());
   const Tensors state = load_safetensors(folder / "model.safetensors");
   const auto load = [&](const std::function<void(Tensors&)>& edit) {
     Tensors edited = state;
@@ -156,7 +158,7 @@ TEST(Checkpoint, TiedHeadMayBeStored) {
   const Folder folder;
   MUDDFormerConfig config = tiny();
   config.tie_word_embeddings = true;
-  MUDDFormer model = small_model::make(config);
+  MUDDFormer model = scrambled(config);
   save_pretrained(model, folder.path());
   Tensors state = load_safetensors(folder / "model.safetensors");
   EXPECT_FALSE(state.contains("output.weight"));
@@ -171,7 +173,7 @@ TEST(Checkpoint, TiedHeadMayBeStored) {
 
 TEST(Checkpoint, BadConfigurations) {
   const Folder folder;
-  save_pretrained(small_model::make(tiny()), folder.path());
+  save_pretrained(scrambled(tiny()), folder.path());
   const std::string whole = read_bytes(folder / "config.json");
   const auto load = [&](const std::string& text) {
     write_bytes(folder / "config.json", text);

@@ -50,7 +50,11 @@ TEST(Config, RoundTrip) {
 
 TEST(Config, JsonIsPythons) {
   const std::string text = MUDDFormerConfig().to_json();
-  EXPECT_EQ(text.find("{\n  \"model_type\": \"muddformer\",\n  \"vocab_size\": 50432,\n"), 0u);
+  EXPECT_EQ(text.find("{\n  \"model_type\": \"muddformer\",\n  \"norm\": \"rms\",\n  "
+                      "\"feed_forward\": \"swiglu\",\n  \"causal\": true,\n"
+                      "  \"vocab_size\": 50432,\n"),
+            0u);
+  EXPECT_TRUE(text.ends_with("\"flush_interval\": null,\n  \"residual_dtype\": null\n}"));
   EXPECT_NE(text.find("\"norm_eps\": 1e-06,\n  \"rope_base\": 10000.0,"), std::string::npos);
   EXPECT_NE(text.find("\"window\": null,\n"), std::string::npos);
 }
@@ -67,6 +71,30 @@ TEST(Config, FamilyDefaults) {
   EXPECT_EQ(former.intermediate_size, 6912);
   EXPECT_EQ(pythia.intermediate_size, 10240);
   EXPECT_EQ(former.n_kv_heads, 32);
+  EXPECT_EQ(former.norm, "rms");
+  EXPECT_EQ(pythia.norm, "layer");
+  EXPECT_EQ(former.feed_forward, "swiglu");
+  EXPECT_EQ(pythia.feed_forward, "gelu");
+}
+
+TEST(Config, PartsBesideTheFamily) {
+  const MUDDFormerConfig c = read(R"("norm": "layer", "feed_forward": "gelu", "causal": false,
+                                     "residual_dtype": "float32")");
+  EXPECT_EQ(c.norm, "layer");
+  EXPECT_FALSE(c.causal);
+  EXPECT_EQ(c.norm_eps, 1e-6);
+  EXPECT_EQ(c.connections().residual_dtype, "float32");
+  EXPECT_EQ((MUDDFormerConfig{.feed_forward = "gelu"}.checked().intermediate_size), 4 * 2560);
+  EXPECT_EQ(MUDDFormerConfig::from_json(c.to_json()), c);
+}
+
+TEST(Config, Connections) {
+  const ConnectionOptions options =
+      MUDDFormerConfig{.ways = "rv", .source_stride = 2, .pre_norm = true, .cap = 5}.connections();
+  EXPECT_EQ(options,
+            (ConnectionOptions{
+                .multiway = true, .ways = "vr", .source_stride = 2, .pre_norm = true, .cap = 5}));
+  EXPECT_FALSE((MUDDFormerConfig{.dense = false, .ways = "rv"}.connections().multiway));
 }
 
 TEST(Config, Presets) {
@@ -135,7 +163,11 @@ TEST(ConfigErrors, NameTheFieldWhatWasExpectedAndWhatCame) {
       {R"("ways": "")", "ways must be a part of 'qkvr', not empty and no letter twice, got ''"},
       {R"("post_norm": "both")", "post_norm must be one of 'none', 'residual', 'all', got 'both'"},
       {R"("gelu_approximate": "erf")", "gelu_approximate must be one of 'none', 'tanh', got 'erf'"},
-      {R"("model_type": "gpt2")", "must be one of 'muddformer', 'muddpythia', got 'gpt2'"},
+      {R"("model_type": "gpt2")",
+       "model_type must be one of 'muddformer', 'muddpythia', got 'gpt2'"},
+      {R"("norm": "batch")", "norm must be one of 'rms', 'layer', got 'batch'"},
+      {R"("feed_forward": "relu")", "feed_forward must be one of 'swiglu', 'gelu', got 'relu'"},
+      {R"("residual_dtype": "half")", "residual_dtype must be one of 'autocast', 'float32', got"},
       {R"("n_head": 5)", "dim must be a multiple of n_head, got dim=32 and n_head=5"},
       {R"("n_kv_heads": 3)", "n_kv_heads must divide n_head, got n_kv_heads=3 and n_head=4"},
       {R"("rotary_pct": 0.1)", "got 0.1 of dim // n_head = 8, which are 0"},
@@ -155,6 +187,8 @@ TEST(ConfigErrors, NameTheFieldWhatWasExpectedAndWhatCame) {
       {R"("n_layer": null)", "n_layer must be an integer, got null"},
       {R"("window": "2")", "window must be an integer, got '2'"},
       {R"("dense": 1)", "dense must be true or false, got 1"},
+      {R"("causal": null)", "causal must be true or false, got null"},
+      {R"("norm": 1)", "norm must be a string, got 1"},
       {R"("norm_eps": "x")", "norm_eps must be a number, got 'x'"},
       {R"("ways": ["q"])", R"(ways must be a string, got ["q"])"},
       {R"("cap": {"a": 1})", R"(cap must be a number, got {"a":1})"},

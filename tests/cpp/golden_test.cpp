@@ -1,8 +1,8 @@
 // The models against cases computed by the public PyTorch release: every golden/*.safetensors.
 #include <gtest/gtest.h>
+#include <muddformer/inference/generation.h>
+#include <muddformer/io/safetensors.h>
 #include <muddformer/models.h>
-#include <muddformer/models/generation.h>
-#include <muddformer/models/safetensors.h>
 #include <torch/torch.h>
 
 #include <algorithm>

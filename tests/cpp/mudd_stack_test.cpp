@@ -1,5 +1,5 @@
 #include <gtest/gtest.h>
-#include <muddformer/models/mudd_stack.h>
+#include <muddformer/nn/mudd_stack.h>
 #include <torch/torch.h>
 
 #include <string>
@@ -39,12 +39,11 @@ struct MixerImpl : torch::nn::Cloneable<MixerImpl> {
 TORCH_MODULE(Mixer);
 
 template <class Block>
-MUDDStack stack_of(MUDDStackOptions options = {}) {
-  options.dim = 8;
+MUDDStack stack_of(ConnectionOptions options = {}, double eps = 1e-6) {
   options.multiway = std::is_same_v<Block, Mixer>;
   torch::nn::Sequential blocks;
   for (int i = 0; i < 4; ++i) blocks->push_back(Block(8));
-  return MUDDStack(blocks, options);
+  return MUDDStack(blocks, 8, options, eps);
 }
 
 void scramble(torch::nn::Module& module) {
@@ -60,7 +59,7 @@ TYPED_TEST_SUITE(MUDDStackOf, Blocks);
 TYPED_TEST(MUDDStackOf, FreshEqualsItsBlocks) {
   torch::manual_seed(0);
   for (const bool normed : {false, true}) {
-    MUDDStackOptions options;
+    ConnectionOptions options;
     if (normed) {
       options.pre_norm = true;
       options.post_norm = "all";
@@ -112,7 +111,7 @@ TYPED_TEST(MUDDStackOf, EqualsTheNaiveLoop) {
 
 TYPED_TEST(MUDDStackOf, ClonesAndKeepsTheOriginal) {
   torch::manual_seed(0);
-  MUDDStackOptions options;
+  ConnectionOptions options;
   options.pre_norm = true;
   options.post_norm = "residual";
   options.block_stride = 2;
@@ -129,7 +128,7 @@ TYPED_TEST(MUDDStackOf, ClonesAndKeepsTheOriginal) {
 TEST(MUDDStack, HoldsTheVeryBlocksUnderTheReleasesNames) {
   const MLP block(8);
   torch::nn::Sequential blocks(block);
-  const MUDDStack stack(blocks, MUDDStackOptions{.dim = 8, .pre_norm = true});
+  const MUDDStack stack(blocks, 8, ConnectionOptions{.pre_norm = true});
   EXPECT_EQ(stack->layers->children()[0].get(), block.ptr().get());
   const auto p = stack->named_parameters();
   for (const char* name : {"layers.0.linear.weight", "dense_bs.0", "dynamic_dense.0.w1.weight",
@@ -148,83 +147,15 @@ TEST(MUDDStack, PassesArgumentsOnAndTakesAnyLeadingShape) {
   for (const auto& shape : shapes) {
     EXPECT_EQ(stack->forward(torch::randn(shape)).sizes(), at::IntArrayRef(shape));
   }
-  MUDDStack empty(torch::nn::Sequential(), MUDDStackOptions{.dim = 8});
+  MUDDStack empty(torch::nn::Sequential(), 8);
   EXPECT_TRUE(at::equal(empty->forward(x), x));
   MUDDStack plain = stack_of<MLP>({.dense = false});
   EXPECT_TRUE(plain->connection_parameters().empty());
 }
 
-TEST(DepthAggregation, EqualsTheNaiveOne) {
-  torch::manual_seed(0);
-  using Ways = std::variant<std::string, int64_t>;
-  for (const Ways& ways : {Ways("qkvr"), Ways("qr"), Ways("v"), Ways(int64_t{3})}) {
-    DepthAggregation da(DepthAggregationOptions{.dim = 6, .sources = 3, .ways = ways, .cap = 2.0});
-    scramble(*da);
-    std::vector<Tensor> hiddens;
-    for (int j = 0; j < 3; ++j) hiddens.push_back(torch::randn({2, 5, 6}));
-    const auto [streams, handed_on] = da->forward(hiddens);
-    const std::vector<Tensor> mixed = reference::depth_aggregate(
-        hiddens, reference::connection_weights(hiddens[2], da->w1->weight, da->w2->weight,
-                                               da->prior, std::nullopt, 1e-6, "none", 2.0));
-    const auto* letters = std::get_if<std::string>(&ways);
-    ASSERT_EQ(streams.size(), letters != nullptr ? 4 : mixed.size());
-    for (size_t c = 0; c < streams.size(); ++c) {
-      const size_t place = letters != nullptr ? letters->find("qkvr"[c]) : c;
-      const Tensor& expected = place == std::string::npos ? hiddens[2] : mixed[place];
-      EXPECT_TRUE(at::allclose(streams[c], expected, 1e-5, 1e-5)) << c;
-    }
-    for (size_t j = 0; j < 3; ++j) EXPECT_TRUE(at::equal(handed_on[j], hiddens[j]));
-  }
-}
-
-TEST(DepthAggregation, FreshPassesTheNewestOn) {
-  torch::manual_seed(0);
-  for (const std::optional<double> cap : {std::optional<double>(), std::optional(1.5)}) {
-    for (const char* post_norm : {"none", "all"}) {
-      DepthAggregation da(
-          DepthAggregationOptions{.dim = 6, .sources = 2, .post_norm = post_norm, .cap = cap});
-      const std::vector<Tensor> hiddens = {torch::randn({5, 6}), torch::randn({5, 6})};
-      for (const Tensor& stream : da->forward(hiddens).first) {
-        EXPECT_TRUE(at::allclose(stream, hiddens[1], 1e-6, 1e-6));
-      }
-    }
-  }
-}
-
-TEST(AggregationPlan, IsThatOfThePaper) {
-  using Plan = std::map<int64_t, std::vector<int64_t>>;
-  EXPECT_EQ(aggregation_plan(3), (Plan{{1, {0, 1}}, {2, {0, 1, 2}}, {3, {0, 1, 2, 3}}}));
-  EXPECT_EQ(aggregation_plan(5, 2, 2), (Plan{{2, {0, 2}}, {4, {0, 2, 4}}, {5, {0, 2, 4, 5}}}));
-  EXPECT_EQ(aggregation_plan(4, 1, 1, 2),
-            (Plan{{1, {0, 1}}, {2, {0, 1, 2}}, {3, {0, 2, 3}}, {4, {0, 3, 4}}}));
-  EXPECT_EQ(aggregation_plan(4, 1, 1, 1, false), (Plan{{1, {0, 1}}, {2, {0, 2}}, {3, {0, 3}}}));
-}
-
-// The same as Python's, tests/test_deferred_flush.py.
-TEST(FlushGroups, AreThoseOfPython) {
-  using Groups = std::vector<std::vector<int64_t>>;
-  const auto groups = [](int64_t layers, std::optional<int64_t> window,
-                         std::optional<int64_t> interval) {
-    const auto plan = aggregation_plan(layers, 1, 1, window);
-    std::map<int64_t, int64_t> ways;
-    for (const auto& [i, sources] : plan) ways[i] = i < layers ? 4 : 1;
-    return flush_groups(plan, ways, interval);
-  };
-  EXPECT_EQ(groups(12, {}, {}), (Groups{{6, 7, 8}, {9, 10, 11, 12}}));
-  EXPECT_EQ(groups(12, {}, 5), (Groups{{1, 2}, {3, 4, 5, 6, 7}, {8, 9, 10, 11, 12}}));
-  EXPECT_EQ(groups(12, {}, 1), Groups{});
-  EXPECT_EQ(groups(3, {}, {}), Groups{});
-  EXPECT_EQ(groups(12, 8, {}), (Groups{{6, 7, 8}}));
-  EXPECT_EQ(groups(12, 3, {}), Groups{});
-  EXPECT_EQ(
-      groups(24, {}, {}),
-      (Groups{{6, 7, 8}, {9, 10, 11, 12}, {13, 14, 15, 16}, {17, 18, 19, 20}, {21, 22, 23, 24}}));
-  EXPECT_THROW(groups(12, {}, 0), c10::ValueError);
-}
-
 TEST(MUDDStackErrors, NameTheWidth) {
   torch::nn::Sequential blocks(torch::nn::Linear(8, 8), torch::nn::Linear(8, 4));
-  MUDDStack stack(blocks, MUDDStackOptions{.dim = 8});
+  MUDDStack stack(blocks, 8);
   EXPECT_THROW(stack->forward(torch::randn({2, 7})), c10::ValueError);
   EXPECT_THROW(stack->forward(torch::randn({2, 8})), c10::ValueError);
 }
@@ -244,28 +175,21 @@ TEST(MUDDStackErrors, NameWhatIsWrong) {
           << error.what_without_backtrace();
     }
   };
-  using DA = DepthAggregationOptions;
-  expect_error([] { stack_of<MLP>({.ways = "qk"}); }, "ways must be 'qkvr' with multiway = false");
+  expect_error([] { stack_of<MLP>({.ways = "qk"}); }, "ways must be 'qkvr' with multiway=false");
   expect_error([] { stack_of<MLP>({.window = 0}); }, "window must be from 1");
   expect_error([] { stack_of<MLP>({.source_stride = 0}); }, "source_stride must be from 1");
+  expect_error([] { stack_of<MLP>({.post_norm = "both"}); }, "post_norm must be one of 'none', ");
+  expect_error([] { stack_of<MLP>({.residual_dtype = "half"}); },
+               "residual_dtype must be one of 'autocast', 'float32', got 'half'");
+  expect_error([] { stack_of<MLP>({.window = 2, .flush_interval = 2}); },
+               "flush_interval must be left out or 1 with a window");
+  expect_error([] { MUDDStack(torch::nn::Sequential(), 0); }, "dim must be from 1");
   expect_error([] { stack_of<Mixer>({.ways = "qq"}); }, "ways must be a part of 'qkvr'");
-  expect_error([] { stack_of<MLP>({.eps = -1}); }, "eps must be more than 0 and at most 1, got -1");
-  expect_error([] { DepthAggregation(DA{.sources = 2}); }, "dim must be from 1");
-  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .ways = int64_t{0}}); },
-               "ways must be from 1");
-  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .cap = 0}); },
-               "cap must be more than 0 and finite, got 0");
-  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2})->forward({torch::ones(4)}); },
-               "hiddens must be 2 tensors, got 1");
-  expect_error(
-      [] {
-        DepthAggregation(DA{.dim = 4, .sources = 1, .prior = false})->forward({torch::ones(4)});
-      },
-      "prior must be given");
+  expect_error([] { stack_of<MLP>({}, -1); }, "eps must be more than 0 and at most 1, got -1");
   expect_error(
       [] {
         const torch::NoGradGuard no_grad;
-        MUDDStack stack(torch::nn::Sequential(InPlace(), InPlace()), MUDDStackOptions{.dim = 8});
+        MUDDStack stack(torch::nn::Sequential(InPlace(), InPlace()), 8);
         stack->forward(torch::randn({2, 8}));
       },
       "block 0 changes its input in place");

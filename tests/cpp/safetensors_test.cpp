@@ -1,5 +1,5 @@
 #include <gtest/gtest.h>
-#include <muddformer/models/safetensors.h>
+#include <muddformer/io/safetensors.h>
 #include <torch/types.h>
 
 #include <cstring>

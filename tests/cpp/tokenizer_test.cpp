@@ -1,5 +1,5 @@
 #include <gtest/gtest.h>
-#include <muddformer/models/tokenizer.h>
+#include <muddformer/io/tokenizer.h>
 
 #include "files.h"
 

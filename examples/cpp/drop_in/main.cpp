@@ -22,7 +22,7 @@ int main() {
         torch::nn::TransformerEncoderLayerOptions(dim, 4).dim_feedforward(64).dropout(0)));
   }
   // In place of: y = blocks->forward(x).
-  muddformer::MUDDStack stack(blocks, muddformer::MUDDStackOptions{.dim = dim});
+  muddformer::MUDDStack stack(blocks, dim);
 
   const at::Tensor x = torch::randn({16, 2, dim});  // [T, B, D]
   const bool same = torch::allclose(stack->forward(x), blocks->forward(x), 1e-5, 1e-5);

@@ -1,0 +1,194 @@
+"""Makes the corpus from Debian packages, by one command: ``python benchmarks/quality/corpus.py FOLDER``.
+
+Downloads the packages of corpus.yaml with apt-get (no root needed), takes the text files, holds out about one in a
+hundred by the hash of its path, trains a BPE tokenizer on the others and writes token ids in compressed parts
+(parts.py) to FOLDER/parts. Downloads stay in FOLDER/packages; the text is removed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from parts import DTYPE, digest, write_manifest, write_part
+
+from muddformer.errors import InputError
+from muddformer.inference.tokenizer import SEPARATOR, train_tokenizer
+from muddformer.training.corpus import Document, find_documents, split_documents
+
+_FILES_AT_ONCE = 256
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("folder", type=Path, help="where packages and parts go: about 1 GB, and 4 GB more on the way")
+    p.add_argument("--packages", type=Path, default=Path(__file__).with_name("corpus.yaml"), help="what to make it of")
+    p.add_argument("--newest", action="store_true", help="take the versions that Debian offers now: another corpus")
+    args = p.parse_args(arguments)
+    try:
+        settings = yaml.safe_load(args.packages.read_text(encoding="utf-8"))
+        manifest = make_corpus(settings, args.folder, args.newest)
+    except (InputError, OSError, subprocess.CalledProcessError) as error:
+        print(f"corpus.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{sum(part['tokens'] for part in manifest['train']):,} training tokens in {args.folder / 'parts'}")
+    return 0
+
+
+def make_corpus(settings: dict[str, Any], folder: Path, newest: bool = False) -> dict[str, Any]:
+    """Makes FOLDER/parts and returns its manifest.
+
+    Args:
+        settings: contents of corpus.yaml.
+        folder: where the packages are kept.
+        newest: take other versions than those named.
+
+    Raises:
+        InputError: if a package cannot be had, or is another one than named.
+    """
+    packages = folder / "packages"
+    packages.mkdir(parents=True, exist_ok=True)
+    files = {p["package"]: find_package(p, packages, newest) for p in settings["packages"]}
+    with tempfile.TemporaryDirectory(dir=folder, prefix="text-") as scratch:
+        text = Path(scratch, "text")
+        for package in settings["packages"]:
+            say(f"unpacking {package['package']}")
+            unpack(files[package["package"]], package.get("archive"), text / package["package"])
+        suffixes = {p["package"]: {f".{suffix}" for suffix in p["suffixes"]} for p in settings["packages"]}
+        documents = choose(find_documents([str(text)]), suffixes, settings["largest_file"])
+        manifest = write_parts(documents, settings, folder / "parts")
+    manifest["packages"] = {name: _field(path, "Version") for name, path in files.items()}
+    write_manifest(folder / "parts", manifest)
+    return manifest
+
+
+def find_package(package: dict[str, Any], folder: Path, newest: bool) -> Path:
+    """The file of a package, downloaded unless it is there.
+
+    Raises:
+        InputError: if Debian does not offer it, or its hash differs.
+    """
+    name, version = package["package"], package["version"]
+    for path in folder.glob(f"{name}_*.deb"):
+        if newest or _sha256(path) == package["sha256"]:
+            return path
+    before = set(folder.glob("*.deb"))
+    command = ["apt-get", "download", "-qq", name if newest else f"{name}={version}"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise InputError(
+            f"cannot download {name} {version}: {' '.join(result.stderr.split())}; apt-get update may help, or "
+            "--newest, which takes what Debian offers now and gives another corpus"
+        )
+    (path,) = set(folder.glob(f"{name}_*.deb")) - before
+    if not newest and _sha256(path) != package["sha256"]:
+        raise InputError(f"{path} has sha256 {_sha256(path)}, not {package['sha256']} as expected of {name} {version}")
+    return path
+
+
+def unpack(package: Path, archive: str | None, target: Path) -> None:
+    """Unpacks a package, or only an archive that is in it, into a folder."""
+    target.mkdir(parents=True)
+    if archive is None:
+        subprocess.run(["dpkg-deb", "-x", package, target], check=True)
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".deb-") as scratch:
+        subprocess.run(["dpkg-deb", "-x", package, scratch], check=True)
+        path = Path(scratch, archive)
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as file:
+                file.extractall(target)
+        else:
+            subprocess.run(["tar", "-xf", path, "-C", target, "--no-same-owner"], check=True)
+
+
+def choose(documents: Iterable[Document], suffixes: dict[str, set[str]], largest: int) -> list[Document]:
+    """The files with their package's suffixes that are not too large, each text once, in a random order."""
+    seen, chosen = set(), []
+    for document in documents:
+        package = document.key.split("/", 2)[1]
+        if document.path.suffix not in suffixes[package] or document.path.stat().st_size > largest:
+            continue
+        content = digest(document.path.read_bytes())
+        if content not in seen:
+            seen.add(content)
+            chosen.append(document)
+    return sorted(chosen, key=lambda document: digest(b"order of " + document.key.encode(errors="surrogateescape")))
+
+
+def write_parts(documents: Sequence[Document], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Trains the tokenizer, writes it and the parts, and returns the manifest."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*"):
+        old.unlink()
+    train, held_out = split_documents(documents, settings["held_out"])
+    sample = train[:: settings["tokenizer_sample"]]
+    say(f"training the tokenizer on {len(sample):,} of {len(train):,} files")
+    tokenizer = train_tokenizer((piece for document in sample for piece in document.pieces()), settings["vocab_size"])
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    manifest = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "tokenizer": digest((folder / "tokenizer.json").read_bytes()),
+        "documents": {"train": len(train), "held_out": len(held_out)},
+    }
+    ids = np.concatenate(list(encode(held_out, tokenizer)))
+    manifest["held_out"] = write_part(folder / "held-out.xz", ids)
+    parts: list[Future] = []
+    with ThreadPoolExecutor(2) as pool:  # compressing takes longer than encoding, and holds no lock
+        for ids in itertools.islice(regroup(encode(train, tokenizer), settings["part_tokens"]), settings["parts"]):
+            say(f"part {len(parts)}: {len(ids):,} tokens")
+            parts.append(pool.submit(write_part, folder / f"train-{len(parts):03}.xz", ids))
+            if len(parts) > 2:
+                parts[-3].result()  # no more than two parts wait in memory
+    manifest["train"] = [part.result() for part in parts]
+    return manifest
+
+
+def encode(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
+    """Token ids of the documents, some documents at a time, each with a separator behind it."""
+    separator, remaining = [tokenizer.token_to_id(SEPARATOR)], iter(documents)
+    while batch := list(itertools.islice(remaining, _FILES_AT_ONCE)):
+        encodings = tokenizer.encode_batch_fast(["".join(document.pieces()) for document in batch])
+        yield np.array([i for e in encodings for i in itertools.chain(e.ids, separator)], DTYPE)
+
+
+def regroup(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same ids in arrays of ``size``; the last may be shorter."""
+    waiting, count = [], 0
+    for array in arrays:
+        waiting.append(array)
+        count += len(array)
+        while count >= size:
+            joined = np.concatenate(waiting)
+            yield joined[:size]
+            waiting, count = [joined[size:]], count - size
+    if count:
+        yield np.concatenate(waiting)
+
+
+def say(text: str) -> None:
+    """Tells people on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _field(package: Path, name: str) -> str:
+    return subprocess.run(["dpkg-deb", "-f", package, name], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Pictures of the results of sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+from stats import interval
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from report import Results
+
+__all__ = ["draw_stability", "draw_time"]
+
+_COLOURS = ("#5f6368", "#2e7d32", "#6a3d9a", "#1f78b4", "#e08214", "#b2182b")
+
+
+def draw_time(results: Sequence[Results], path: Path) -> None:
+    """Final held-out loss over seconds of training: a point a budget, a line a form, a panel a set."""
+    figure, axes = _panels(len(results))
+    for axis, result in zip(axes, results, strict=True):
+        for colour, (form, label) in zip(_COLOURS, result.set.labels.items(), strict=False):
+            points = []
+            for budget in result.budgets(form):
+                rows = [row for _, row in result.runs(form=form, tokens=budget)]
+                points.append((interval([r.seconds for r in rows])[0], *interval([r.held_out_loss for r in rows])))
+            if points:
+                seconds, losses, halves = zip(*sorted(points), strict=True)
+                bars = [half or 0.0 for half in halves]
+                axis.errorbar(seconds, losses, bars, color=colour, marker="o", markersize=4, capsize=3, label=label)
+        axis.set_xscale("log")
+        for place in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            place("{x:g}")
+        axis.set_title(result.set.title, fontsize=9)
+        axis.set_xlabel(f"seconds of training, {next(iter(result.final.values())).device}", fontsize=8)
+        axis.set_ylabel("held-out loss at the end (nats per token)", fontsize=8)
+        axis.grid(alpha=0.25, which="both")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_stability(results: Sequence[Results], path: Path) -> None:
+    """Largest gradient norm between evaluations over tokens: a line a run, a panel a set."""
+    figure, axes = _panels(len(results))
+    styles = ("-", "--", ":", "-.")
+    for axis, result in zip(axes, results, strict=True):
+        rates = sorted({run.learning_rate for run in result.set.runs})
+        for colour, (form, label) in zip(_COLOURS, result.set.labels.items(), strict=False):
+            for run in (run for run in result.set.runs if run.form == form and run.id in result.rows):
+                rows = result.rows[run.id]
+                style = styles[rates.index(run.learning_rate) % len(styles)]
+                name = f"{label}, {run.learning_rate:g}" if run.seed == result.set.runs[0].seed else None
+                tokens = [row.tokens / 1e6 for row in rows]
+                axis.plot(tokens, [r.grad_norm_max for r in rows], style, color=colour, linewidth=1.2, label=name)
+                if rows[-1].state == "diverged":
+                    axis.plot(tokens[-1:], [rows[-1].grad_norm_max], "x", color=colour)
+        axis.set_yscale("log")
+        axis.set_title(result.set.title, fontsize=9)
+        axis.set_xlabel("tokens (millions)", fontsize=8)
+        axis.set_ylabel("largest gradient norm", fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _panels(count: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:
+    figure, axes = plt.subplots(1, count, figsize=(4.6 * count + 0.6, 3.6), squeeze=False, constrained_layout=True)
+    return figure, axes[0]

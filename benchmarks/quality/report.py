@@ -1,0 +1,277 @@
+"""Writes docs/quality.md and its pictures from the rows: ``python benchmarks/quality/report.py ROWS``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pictures import draw_stability, draw_time
+from rows import Row, read_rows
+from sets import KINDS, Run, RunSet, load_set
+from stats import cost_at_loss, format_interval, interval
+
+from muddformer.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADINGS = {
+    "time": "Time to loss",
+    "sweep": "Learning rates",
+    "ablation": "What each part brings",
+    "stability": "Stability at depth",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("rows", type=Path, help="CSV file that run.py wrote")
+    p.add_argument("--sets", type=Path, nargs="+", default=sorted(Path(__file__).parent.glob("runs/*.yaml")))
+    p.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
+    p.add_argument("--check", action="store_true", help="write nothing, fail if the page is not what the rows give")
+    args = p.parse_args(arguments)
+    try:
+        results = [Results(load_set(path), read_rows(args.rows)) for path in args.sets]
+        text = page([result for result in results if result.final])
+        if args.check:
+            return int(not (args.page.exists() and args.page.read_text(encoding="utf-8") == text))
+        args.page.parent.mkdir(parents=True, exist_ok=True)
+        args.page.write_text(text, encoding="utf-8")
+        draw([result for result in results if result.final], args.page.parent)
+    except InputError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class Results:
+    """What there is of a set.
+
+    Attributes:
+        set: the set.
+        rows: by id of its runs, their rows in order.
+        final: by id of its ended runs, their last row.
+    """
+
+    def __init__(self, run_set: RunSet, rows: Sequence[Row]) -> None:
+        self.set = run_set
+        self.rows: dict[str, list[Row]] = {}
+        ids = {run.id for run in run_set.runs}
+        for row in sorted(rows, key=lambda row: row.step):
+            if row.run in ids:
+                self.rows.setdefault(row.run, []).append(row)
+        self.final = {i: found[-1] for i, found in self.rows.items() if found[-1].state}
+
+    def runs(self, **fields: object) -> list[tuple[Run, Row]]:
+        """Finished runs whose fields have these values, with their last rows."""
+        return [
+            (run, self.final[run.id])
+            for run in self.set.runs
+            if run.id in self.final
+            and self.final[run.id].state == "finished"
+            and all(getattr(run, name) == value for name, value in fields.items())
+        ]
+
+    def by_seed(self, value: Callable[[Row], float], **fields: object) -> dict[int, float]:
+        """A value of the last row of each such run, by seed."""
+        return {run.seed: value(row) for run, row in self.runs(**fields)}
+
+    def budgets(self, form: str) -> list[int]:
+        """Budgets of the form's finished runs."""
+        return sorted({run.tokens for run, _ in self.runs(form=form)})
+
+
+def page(results: Sequence[Results]) -> str:
+    """The text of docs/quality.md."""
+    lines = ["# Quality: the same loss for less", "", *_opening(results), ""]
+    for kind in KINDS:
+        chosen = [result for result in results if result.set.kind == kind]
+        if not chosen:
+            continue
+        lines += [f"## {HEADINGS[kind]}", ""]
+        if kind in _PICTURES:
+            lines += [f"![{HEADINGS[kind]}]({_PICTURES[kind][0]})", ""]
+        for result in chosen:
+            lines += [f"### {result.set.title}", "", *_SECTIONS[kind](result), ""]
+            if result.set.note:
+                lines += [" ".join(result.set.note.split()), ""]
+    return "\n".join(lines)
+
+
+def draw(results: Sequence[Results], folder: Path) -> None:
+    """The pictures of the page, beside it."""
+    for kind, (name, picture) in _PICTURES.items():
+        if chosen := [result for result in results if result.set.kind == kind]:
+            picture(chosen, folder / name)
+
+
+def _opening(results: Sequence[Results]) -> list[str]:
+    rows = {i: row for result in results for i, row in result.final.items()}.values()
+    if not rows:
+        raise InputError("no run of these sets has ended in the rows")
+    told = {name: _join(getattr(row, name) for row in rows) for name in ("device", "torch", "commit", "corpus")}
+    return [
+        f"Written by benchmarks/quality/report.py from the rows of {len(rows)} runs on real text: Linux, compilers,",
+        "libraries and documentation, from the Debian packages that benchmarks/quality/corpus.yaml lists, split by",
+        "file. Every run sees each token once, under a cosine to its end, with bfloat16 autocast, torch.compile and",
+        "fused AdamW. Losses are those of held-out files at the end of a run, in nats per token; ± is the 95 %",
+        "interval of a mean over seeds. Differences and ratios are taken seed by seed. Seconds are those of",
+        "training on one card, without compiling. The plain model keeps its residual stream in bfloat16, as MUDD",
+        "does: the faster of the two twins.",
+        "",
+        f"Device {told['device']}; torch {told['torch']}; commit {told['commit']}; corpus {told['corpus']}.",
+    ]
+
+
+def _time(result: Results) -> list[str]:
+    fastest, lines = _device(result), []
+    rows = []
+    for form, label in result.set.labels.items():
+        for budget in result.budgets(form):
+            loss = result.by_seed(lambda row: row.held_out_loss, form=form, tokens=budget)
+            compute = result.by_seed(_flops, form=form, tokens=budget)
+            seconds = [row.seconds for _, row in result.runs(form=form, tokens=budget) if row.device == fastest]
+            more = [format_interval(values, 2) for values in advantages(result, form, budget, fastest)]
+            cells = [label, _millions(budget), format_interval(list(loss.values()), 3), str(len(loss))]
+            cells += [f"{interval(list(compute.values()))[0] / 1e15:,.0f}", format_interval(seconds, 0)]
+            rows.append([*cells, *(["1", "1"] if form == result.set.baseline else more)])
+    heads = ["", "tokens", "held-out loss", "seeds", "PFLOP", "seconds", "compute advantage", "wall-clock advantage"]
+    lines += _table(heads, rows)
+    base = result.set.labels[result.set.baseline]
+    lines += [
+        "",
+        f"Advantage: what {base} needs for the same loss, read off between its budgets, over what is needed here;",
+    ]
+    return [*lines, f"a dash where {base} was not trained to that loss from both sides.", *_goals(result, fastest)]
+
+
+def _goals(result: Results, device: str) -> list[str]:
+    """What was to be reached and what was: at the largest budget that shows it, by the form that is best there."""
+    lines, base = [], result.set.baseline
+    for name, asked in result.set.goals.items():
+        found = []
+        for form in result.set.labels.keys() - {base}:
+            for budget in result.budgets(form):
+                if name == "loss":
+                    plain, losses = (result.by_seed(_loss, form=f, tokens=budget) for f in (base, form))
+                    values = [plain[seed] - loss for seed, loss in losses.items() if seed in plain]
+                else:
+                    values = advantages(result, form, budget, device)[name == "seconds"]
+                if values:
+                    found.append((budget, interval(values)[0], form, values))
+        what = {"loss": f"nats below {result.set.labels[base]}", "compute": "times the compute"}.get(name)
+        what = what or "times the seconds"
+        if found:
+            budget, mean, form, values = max(found)
+            verdict = "reached" if mean >= asked else "NOT reached"
+            measured = (
+                f"{result.set.labels[form]} at {_millions(budget)} tokens: {format_interval(values, 3)}: {verdict}"
+            )
+            lines.append(f"* Asked for: {asked:g} {what}. {measured}.")
+        else:
+            lines.append(f"* Asked for: {asked:g} {what}. Not measured.")
+    return ["", *lines] if lines else []
+
+
+def advantages(result: Results, form: str, budget: int, device: str) -> tuple[list[float], list[float]]:
+    """Compute and wall-clock advantage over the baseline at the loss of a budget, one value a seed."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for values, cost in zip(found, (_flops, lambda row: row.seconds), strict=True):
+        for run, row in result.runs(form=form, tokens=budget):
+            of_plain = [r for _, r in result.runs(form=result.set.baseline, seed=run.seed)]
+            if cost is not _flops:  # seconds compare on one kind of device only
+                of_plain = [r for r in of_plain if r.device == row.device == device]
+            needed = cost_at_loss([(cost(r), r.held_out_loss) for r in of_plain], row.held_out_loss)
+            if needed is not None:
+                values.append(needed / cost(row))
+    return found
+
+
+def _sweep(result: Results) -> list[str]:
+    rates = sorted({run.learning_rate for run in result.set.runs})
+    rows = []
+    for form, label in result.set.labels.items():
+        losses = [list(result.by_seed(_loss, form=form, learning_rate=rate).values()) for rate in rates]
+        best = min((interval(values)[0] for values in losses if values), default=None)
+        cells = [format_interval(values, 3) for values in losses]
+        bold = [bool(values) and interval(values)[0] == best for values in losses]
+        rows.append([label, *(f"**{cell}**" if b else cell for cell, b in zip(cells, bold, strict=True))])
+    tokens = _join(_millions(run.tokens) for run in result.set.runs)
+    heads = ["", *(f"{rate:g}" for rate in rates)]
+    return [f"Held-out loss after {tokens} tokens by peak learning rate; the best in bold.", "", *_table(heads, rows)]
+
+
+def _ablation(result: Results) -> list[str]:
+    base = result.by_seed(_loss, form=result.set.baseline)
+    rows = []
+    for form, label in result.set.labels.items():
+        found = result.runs(form=form)
+        if not found:
+            continue
+        losses = result.by_seed(_loss, form=form)
+        differences = [loss - base[seed] for seed, loss in losses.items() if seed in base]
+        row = found[0][1]
+        cells = [label, f"{row.parameters / 1e6:.1f}M", f"{row.flops_per_token / 1e9:.3f}"]
+        cells += [format_interval(list(losses.values()), 3), str(len(losses))]
+        rows.append([*cells, "0" if form == result.set.baseline else format_interval(differences, 3)])
+    tokens = _join(_millions(run.tokens) for run in result.set.runs)
+    heads = [
+        "",
+        "parameters",
+        "GFLOP a token",
+        "held-out loss",
+        "seeds",
+        f"minus {result.set.labels[result.set.baseline]}",
+    ]
+    return [f"After {tokens} tokens.", "", *_table(heads, rows)]
+
+
+def _stability(result: Results) -> list[str]:
+    rows = []
+    for run in result.set.runs:
+        if run.id not in result.final:
+            continue
+        found, last = result.rows[run.id], result.final[run.id]
+        settled = [row for row in found if row.step > run.settings.warmup_steps] or found
+        end = (
+            f"{last.held_out_loss:.3f}" if last.state == "finished" else f"diverged by {_millions(last.tokens)} tokens"
+        )
+        norm, loss = (max(getattr(row, name) for row in settled) for name in ("grad_norm_max", "loss_max"))
+        cells = [result.set.labels[run.form], f"{run.learning_rate:g}", str(run.seed), end]
+        rows.append([*cells, f"{norm:.2f}", f"{loss:.2f}"])
+    heads = ["", "peak learning rate", "seed", "held-out loss", "largest gradient norm", "largest loss"]
+    return [*_table(heads, rows), "", "The largest of any step after the warm-up."]
+
+
+def _device(result: Results) -> str:
+    """The device that most of the set's runs ended on: seconds of others are left out."""
+    return Counter(row.device for row in result.final.values()).most_common(1)[0][0]
+
+
+def _flops(row: Row) -> float:
+    return row.flops_per_token * row.tokens
+
+
+def _loss(row: Row) -> float:
+    return row.held_out_loss
+
+
+def _millions(tokens: int) -> str:
+    return f"{tokens / 1e6:.0f}M"
+
+
+def _join(values: object) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+_SECTIONS = {"time": _time, "sweep": _sweep, "ablation": _ablation, "stability": _stability}
+_PICTURES = {"time": ("quality_time.png", draw_time), "stability": ("quality_stability.png", draw_stability)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

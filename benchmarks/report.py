@@ -1,0 +1,353 @@
+"""Writes the tables of README.md and docs/ from the CSV files in benchmarks/results alone.
+
+A table stands in a page between <!-- table: NAME --> and <!-- end -->, NAME being a key of TABLES; all else in the page
+is written by hand. Of figures that were measured again the last ones count.
+
+A ratio to the plain model is one to the faster of its two twins: "plain", whose residual stream is float32 under
+autocast, and "plain16", whose residual stream is bfloat16 like the hidden states of the connections. Both must be of
+the same run (rows that follow each other with one model, batch, device, torch, commit and date); otherwise no ratio is
+printed.
+
+    python benchmarks/report.py            writes the pages
+    python benchmarks/report.py --check    exit code 1 if a page is not what the CSV files give
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tables import (
+    NONE,
+    RESULTS,
+    Line,
+    Row,
+    fair_twin,
+    fraction,
+    latest,
+    number,
+    ratio,
+    read,
+    several,
+    step_run,
+    step_runs,
+    table,
+    together,
+)  # fmt: skip
+
+ROOT = RESULTS.parent.parent
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+# ---- training steps ---------------------------------------------------------------------------------------------
+FORMS = {"mudd": "MUDD", "prepost": "MUDD, PrePostDANorm", "2x2": "MUDD, k x p = 2 x 2"}
+RUNS = {
+    "compile": "whole model compiled",
+    "block": "every block compiled",
+    "eager": "eager",
+    "graphs": "compiled, in CUDA graphs",
+    "ckpt": "compiled, activation checkpointing",
+    "selective": "compiled, selective checkpointing",
+}
+
+
+def step_line(run: dict[str, Row], method: str, short: bool) -> Line:
+    """A model of ours beside its twins."""
+    form, _, how = method.rpartition("-")
+    row, twin = run[method], fair_twin(run, how)
+    both = [run.get(f"{name}-{how}") for name in ("plain", "plain16")]
+    cells = [f"{row['model'].replace('x', ' x ')}, {row['batch']}", FORMS[form]]
+    cells += [NONE if r is None else f"{number(r['ms'])}, {number(r['peak_gib'])}" for r in (*both, row)]
+    cells += [ratio(twin and twin["ms"], row["ms"]), ratio(row["peak_gib"], twin and twin["peak_gib"])]
+    if not short:
+        cells.insert(2, RUNS[how])
+        kinds = ("rmw", "deferred")
+        bounds = (ratio(twin["ms"], float(twin["ms"]) + float(row[f"bytes_{k}_ms"])) if twin else NONE for k in kinds)
+        cells += [f"{number(row['bytes_rmw_ms'])}, {number(row['bytes_deferred_ms'])}", ", ".join(bounds)]
+        cells.append(several([both[0], row], "first_step_s"))
+    return cells, [row, *(r for r in both if r)]
+
+
+def steps(hows: Sequence[str], short: bool = False) -> str:
+    rows = read("h100_train_step")
+    runs = step_runs(rows)
+    lines = []
+    for size in latest((r for r in rows if not r["method"].startswith("plain")), "model", "batch"):
+        for method in (f"{form}-{how}" for how in hows for form in FORMS):
+            run = step_run(runs, size, method)
+            if run and run[method]["status"] == "ok":
+                lines.append(step_line(run, method, short))
+    head = ["layers x width, batch", "model", *(f"{name}: ms, GiB" for name in ("plain", "plain16", "ours"))]
+    head += ["throughput", "memory"]
+    if not short:
+        head.insert(2, "run")
+        head += ["history at copy speed, ms", "bytes alone would allow", "first step, s: plain, ours"]
+    return table(head, sorted(lines, key=lambda line: width(line[1][0])), 2 if short else 3)
+
+
+def width(row: Row) -> tuple[int, int]:
+    layers, _, dim = row["model"].partition("x")
+    return int(dim), int(layers)
+
+
+def other_steps() -> str:
+    """Models of others, and ours with the connections in plain PyTorch, beside ours of the same run."""
+    names = {
+        "naive-eager": "MUDD in plain PyTorch, eager",
+        "naive-compile": "MUDD in plain PyTorch, compiled",
+        "llama-compile": "Hugging Face LlamaForCausalLM, compiled",
+        "plain+use_qk_norm=false-compile": "plain without norms of q and k, compiled",
+    }
+    lines = []
+    for run in step_runs(read("h100_train_step")):
+        for method in names.keys() & run.keys():
+            row = run[method]
+            ms = number(row["ms"]) if row["status"] == "ok" else row["status"]
+            cells = [row["model"].replace("x", " x "), names[method], ms, number(row["peak_gib"])]
+            ours = [run.get("plain-compile"), run.get("mudd-compile")]
+            cells += [NONE if r is None else f"{number(r['ms'])}, {number(r['peak_gib'])}" for r in ours]
+            lines.append((cells, [row]))
+    head = ["layers x width", "model", "ms", "GiB", "plain of that run: ms, GiB", "MUDD: ms, GiB"]
+    return table(head, sorted(lines, key=lambda line: (width(line[1][0]), line[0][1])), 2)
+
+
+def profile() -> str:
+    """Milliseconds of a step by kind of kernel, a table for each pair of models."""
+    parts = []
+    pairs: dict[tuple[str, ...], list[Row]] = {}
+    for row in read("h100_profile_step"):
+        rows = pairs.setdefault(tuple(row[k] for k in ("model", "batch", "methods")), [])
+        if rows and any(rows[-1][k] != row[k] for k in ("device", "torch", "commit", "date")):
+            rows.clear()  # measured again
+        rows.append(row)
+    for (model, batch, methods), rows in pairs.items():
+        plain, ours = methods.split()
+        history = [r for r in rows if r["category"].startswith(("aggregation", "flush"))]
+        total = {k: str(sum(float(r[k]) for r in history)) for k in ("plain_ms", "mudd_ms", "difference_ms")}
+        lines = []
+        for r in [*rows, {**rows[0], **total, "category": "aggregation and flush together"}]:
+            both = (number(r[k]) if float(r[k]) else NONE for k in ("plain_ms", "mudd_ms"))
+            lines.append(([r["category"], *both, f"{float(r['difference_ms']):+.2f}"], [r]))
+        head = [f"{model.replace('x', ' x ')}, batch {batch}", plain, ours, "difference"]
+        parts.append(table(head, lines))
+    return "\n".join(parts)
+
+
+def follow() -> str:
+    """Losses of the operators beside those of the plain formulation, step by step."""
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for row in read("h100_follow_naive"):
+        runs.setdefault((row["dtype"], row["seed"]), []).append(row)
+
+    def distance(rows: Sequence[Row], a: str, others: Sequence[Row], b: str) -> list[float]:
+        return [abs(float(x[a]) - float(y[b])) for x, y in zip(rows, others, strict=True)]
+
+    lines = []
+    for (dtype, seed), rows in runs.items():
+        own = distance(rows, "fast", rows, "naive")
+        other = next(theirs for (d, s), theirs in runs.items() if d == dtype and s != seed)
+        seeds = statistics.mean(distance(rows, "naive", other, "naive"))
+        cells = [dtype, seed, *(f"{x:.1e}" for x in (max(own[:20]), statistics.mean(own), seeds))]
+        lines.append((cells, [rows[0]]))
+    return table(["dtype", "seed", "first 20 steps, at most", "all steps, mean", "two seeds, mean"], lines)
+
+
+# ---- operators --------------------------------------------------------------------------------------------------
+KINDS = {"forward": "forward", "both": "forward + backward", "chained": "with chained gradients"}
+
+
+def order(key: tuple[str, ...]) -> tuple:
+    """float32 first, then by size."""
+    return (key[0] != "float32", key[0], *map(int, key[1:]))
+
+
+def operator(name: str, kinds: Sequence[str], **where: str) -> str:
+    """Eager, torch.compile and ours, the fraction of the floor, and how many times as fast as torch.compile.
+
+    Args:
+        name: of the CSV file.
+        kinds: keys of KINDS.
+        where: values of columns that a row must have. Sizes of which ours alone was measured are left out.
+    """
+    rows = [row for row in read(name) if all(row[column] == value for column, value in where.items())]
+    others = latest((row for row in rows if row["method"] != "ours"), "dtype", "tokens", "D", "S")
+    found = latest(rows, "dtype", "tokens", "D", "S", "kind", "method")
+    lines = []
+    for key in sorted(others, key=order):
+        cells, used = [f"{key[0]}, {key[1]} x {key[2]}", key[3]], []
+        for kind in kinds:
+            eager, compiled, ours = (found.get((*key, kind, method)) for method in ("eager", "compile", "ours"))
+            used += [r for r in (eager, compiled, ours) if r]
+            if kind == "chained":
+                cells += [number(ours and ours["ms"]), fraction(ours)]
+            else:
+                cells += [several([eager, compiled, ours], "ms"), fraction(ours)]
+                cells.append(ratio(compiled["ms"], ours["ms"], 2) if together(compiled, ours) else NONE)
+        lines.append((cells, used))
+    head = ["dtype, tokens x D", "S"]
+    for kind in kinds:
+        if kind == "chained":
+            head += [f"{KINDS[kind]}: ours, ms", "of the floor"]
+        else:
+            head += [f"{KINDS[kind]}: eager, compile, ours, ms", "of the floor", "compile / ours"]
+    return table(head, lines)
+
+
+def aggregate_kernels() -> str:
+    """The launchers alone: of every shape forward and backward, the fastest path and the one before Hopper."""
+    found = latest(read("h100_aggregate_kernels"), "dtype", "tokens", "D", "C", "S", "op", "path")
+    lines = []
+    for key in dict.fromkeys(key[:5] for key in found):
+        dtype, tokens, dim, ways, sources = key
+        if (dtype, tokens, ways) != ("bfloat16", "8192", "4") or (dim != "2048" and sources != "33"):
+            continue
+        cells, used = [f"{tokens} x {dim}", sources], []
+        for op in ("forward", "backward"):
+            ring, vector = found.get((*key, op, "automatic")), found.get((*key, op, "vector"))
+            used += [r for r in (ring, vector) if r]
+            cells += [number(ring and ring["ms"]), fraction(ring), fraction(vector)]
+        lines.append((cells, used))
+    head = ["tokens x D", "S"]
+    for op in ("forward", "backward"):
+        head += [f"{op}, ms", "of the floor", "16-byte loads, of the floor"]
+    lines.sort(key=lambda line: (int(line[0][0].split()[-1]), int(line[0][1])))
+    return table(head, lines)
+
+
+def aggregate_norm() -> str:
+    """Forward and backward of the normed aggregation, for the norms of q, k, v and with PrePostDANorm's."""
+    rows = [row for row in read("h100_depth_aggregate_norm") if row["method"] == "ours"]
+    found = latest(rows, "tokens", "D", "S", "norms", "kind")
+    lines = []
+    for key in sorted(latest(rows, "tokens", "D", "S"), key=lambda k: (int(k[1]), int(k[2]))):
+        cells, used = [f"{key[0]} x {key[1]}", key[2]], []
+        for norms in ("qkv", "pre-post"):
+            for kind in ("forward", "backward", "deferred"):
+                row = found.get((*key, norms, kind))
+                used += [row] if row else []
+                cells.append(f"{number(row['ms'])}, {fraction(row)}" if row else NONE)
+        lines.append((cells, used))
+    names = ("q, k, v", "pre- and post-norm")
+    head = ["tokens x D", "S", *(f"{n}: {k}" for n in names for k in ("forward", "backward", "deferred"))]
+    return table(head, lines)
+
+
+def flush() -> str:
+    rows = read("h100_deferred_flush")
+    found = latest(rows, "tokens", "D", "S", "kind", "method")
+    lines = []
+    for key in latest(rows, "tokens", "D", "S"):
+        names = [("flush", "eager"), ("flush", "compile"), ("flush", "ours"), ("group", "single"), ("group", "ours")]
+        made = [found.get((*key, *name)) for name in names]
+        cells = [f"{key[0]} x {key[1]}", key[2], several(made[:3], "ms"), fraction(made[2])]
+        cells += [several(made[3:], "ms"), ratio(made[4]["ms"], made[3]["ms"]) if together(made[3], made[4]) else NONE]
+        lines.append((cells, [r for r in made if r]))
+    head = [
+        "tokens x D",
+        "S",
+        "flush: eager, compile, ours, ms",
+        "of the floor",
+        "group of four: each layer, deferred, ms",
+    ]
+    return table([*head, "deferred / each layer"], lines)
+
+
+def decode() -> str:
+    rows = read("h100_decode")
+    found = latest(rows, "batch", "norm", "method")
+    lines = []
+    for (batch,) in latest(rows, "batch"):
+        made = [found.get((batch, norm, m)) for m in ("eager", "compile", "ours") for norm in ("none", "rms")]
+        lines.append(([batch, *(several(made[i : i + 2], "us") for i in (0, 2, 4))], [r for r in made if r]))
+    head = [f"{m}: without, with norms, us" for m in ("eager", "torch.compile", "ours")]
+    return table(["tokens", *head], lines, 0)
+
+
+# ---- the rest ---------------------------------------------------------------------------------------------------
+def cpp_step() -> str:
+    rows = read("cpu_cpp_step") + read("h100_cpp_step")
+    found = latest(rows, "size", "batch", "tokens", "dtype", "model", "language")
+    lines = []
+    for key in latest(rows, "size", "batch", "tokens", "dtype", "model"):
+        made = [found.get((*key, language)) for language in ("C++", "Python")]
+        cells = [f"{key[0]}, {key[1]} x {key[2]}, {key[3]}", key[4]]
+        cells += [several(made, column) for column in ("step ms", "peak MiB", "process MiB")]
+        lines.append((cells, [r for r in made if r]))
+    head = ["size, batch x tokens, dtype", "model"]
+    return table([*head, *(f"{x}: C++, Python" for x in ("step, ms", "tensors, MiB", "process, MiB"))], lines, 2)
+
+
+def demo() -> str:
+    lines = []
+    for r in read("demo"):
+        cells = [r["model"], f"{int(r['parameters']):,}", f"{float(r['val_loss']):.3f}", f"{float(r['spread']):.3f}"]
+        lines.append(([*cells, f"{float(r['tokens_per_s']):,.0f}", f"{float(r['memory_mib']):,.0f}"], [r]))
+    head = ["model", "parameters", "held-out loss, nats", "spread of two seeds", "tokens/s", "peak memory, MiB"]
+    return table(head, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": lambda: steps(["compile"], short=True),
+    "train_step": lambda: steps(["compile"]),
+    "train_step_runs": lambda: steps([how for how in RUNS if how != "compile"]),
+    "train_step_others": other_steps,
+    "profile_step": profile,
+    "follow_naive": follow,
+    "aggregate_kernels": aggregate_kernels,
+    "depth_aggregate": lambda: operator("h100_depth_aggregate", ["forward", "both", "chained"]),
+    "depth_aggregation": lambda: operator("h100_depth_aggregation", ["forward", "both"]),
+    "depth_aggregate_norm": aggregate_norm,
+    "depth_aggregate_norm_compile": lambda: operator("h100_depth_aggregate_norm", ["forward", "both"], norms="qkv"),
+    "depth_aggregate_prepost_compile": lambda: operator(
+        "h100_depth_aggregate_norm", ["forward", "both"], norms="pre-post"
+    ),
+    "connection_weights": lambda: operator("h100_connection_weights", ["forward", "both", "chained"]),
+    "deferred_flush": flush,
+    "decode": decode,
+    "depth_aggregate_cpu": lambda: operator("cpu_depth_aggregate", ["forward", "both", "chained"]),
+    "cpp_step": cpp_step,
+    "demo": demo,
+}
+
+
+def filled(text: str, page: Path) -> str:
+    """A page with its tables made anew."""
+    results = Path(os.path.relpath(RESULTS, page.parent)).as_posix()
+
+    def fill(found: re.Match[str]) -> str:
+        if found[2] not in TABLES:
+            raise SystemExit(f"{page}: there is no table {found[2]!r}, only {', '.join(TABLES)}")
+        return f"{found[1]}\n{TABLES[found[2]]().replace('RESULTS/', results + '/')}\n{found[4]}"
+
+    return MARKED.sub(fill, text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
+    check = p.parse_args(arguments).check
+    stale = 0
+    for page in pages():
+        text = page.read_text()
+        made = filled(text, page)
+        if made == text:
+            continue
+        stale += 1
+        state = "is not what benchmarks/results give: run make report" if check else "written"
+        print(f"{page.relative_to(ROOT)}: {state}")
+        if not check:
+            page.write_text(made)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+#include "linear.h"
+
+#include <ATen/ATen.h>
+
+namespace muddformer {
+
+LinearImpl::LinearImpl(int64_t in_features, int64_t out_features, bool with_bias, double std,
+                       at::TensorOptions options, bool initialize)
+    : in_features_(in_features),
+      out_features_(out_features),
+      with_bias_(with_bias),
+      std_(std),
+      options_(options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void LinearImpl::reset() {
+  weight = register_parameter("weight", at::empty({out_features_, in_features_}, options_));
+  if (with_bias_) bias = register_parameter("bias", at::empty({out_features_}, options_));
+}
+
+void LinearImpl::reset_parameters() {
+  const at::NoGradGuard no_grad;
+  weight.normal_(0, std_);
+  if (with_bias_) bias.zero_();
+}
+
+at::Tensor LinearImpl::forward(const at::Tensor& x) {
+  return with_bias_ ? at::linear(x, weight, bias) : at::linear(x, weight);
+}
+
+void LinearImpl::pretty_print(std::ostream& stream) const {
+  stream << "muddformer::Linear(in_features=" << in_features_ << ", out_features=" << out_features_
+         << ", bias=" << (with_bias_ ? "true" : "false") << ')';
+}
+
+EmbeddingImpl::EmbeddingImpl(int64_t rows, int64_t dim, double std, at::TensorOptions options,
+                             bool initialize)
+    : rows_(rows), dim_(dim), std_(std), options_(options) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void EmbeddingImpl::reset() {
+  weight = register_parameter("weight", at::empty({rows_, dim_}, options_));
+}
+
+void EmbeddingImpl::reset_parameters() {
+  const at::NoGradGuard no_grad;
+  weight.normal_(0, std_);
+}
+
+at::Tensor EmbeddingImpl::forward(const at::Tensor& ids) {
+  return at::embedding(weight, ids);
+}
+
+void EmbeddingImpl::pretty_print(std::ostream& stream) const {
+  stream << "muddformer::Embedding(" << rows_ << ", " << dim_ << ')';
+}
+
+}  // namespace muddformer

@@ -1,0 +1,30 @@
+#include "mudd_stack.h"
+
+#include <cstdint>
+#include <utility>
+
+namespace muddformer {
+
+MUDDStackImpl::MUDDStackImpl(torch::nn::Sequential blocks, int64_t dim,
+                             const ConnectionOptions& options, double eps,
+                             at::TensorOptions tensor_options, bool initialize,
+                             MakeAggregation make_aggregation)
+    : Cloneable("muddformer::MUDDStack"),
+      layers(std::move(blocks)),
+      connections(dim, static_cast<int64_t>(layers->size()), options, eps, tensor_options,
+                  std::move(make_aggregation)) {
+  reset();
+  if (initialize) reset_parameters();
+}
+
+void MUDDStackImpl::reset() {
+  // A container of its own: clone() replaces what is in it.
+  torch::nn::Sequential blocks;
+  const auto named = layers->named_children();
+  auto name = named.begin();
+  for (const torch::nn::AnyModule& block : *layers) blocks->push_back((name++)->key(), block);
+  layers = register_module("layers", blocks);
+  connections.reset(*this);
+}
+
+}  // namespace muddformer

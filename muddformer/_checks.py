@@ -1,0 +1,54 @@
+"""Checks of values. An error names the value, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Collection, Mapping
+from typing import Any
+
+__all__ = ["check_choice", "check_flag", "check_integer", "check_keys", "check_real"]
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """``value``, after checking that it is one of the words ``choices``."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, one of {choices}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value``, after checking that it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_integer(name: str, value: Any, high: int = 2**31 - 1, *, low: int = 1) -> int:
+    """``value`` as an int, after checking that it is an integer (a bool is not) from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+    return int(value)
+
+
+def check_real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
+    """``value`` as a float, after checking that it is finite, more than ``low`` and at most ``high``, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and low < value <= high):
+        bound = "finite" if high == math.inf else f"at most {high:g}"
+        raise ValueError(f"{name} must be more than {low:g} and {bound}, got {value!r}")
+    return float(value)
+
+
+def check_keys(values: Any, known: Collection[str], owner: str) -> None:
+    """Refuses anything but a mapping whose keys are all ``known`` to their ``owner``."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"the configuration must be a mapping of names to values, got {type(values).__name__}")
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key {', '.join(map(repr, unknown[:5]))}: not a field of {owner}")

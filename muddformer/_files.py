@@ -1,0 +1,94 @@
+"""Files: written so that they appear under their names only when all of them is on the disk, read, locked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders of runs are not locked there
+    fcntl = None
+
+__all__ = ["FileLock", "read_json", "sync", "write_atomically"]
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets ``write`` fill a file beside ``path`` and then gives it that name; an interrupted write leaves the old file.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, limit: int = 2**26) -> dict[str, Any]:
+    """The JSON object in a file of at most ``limit`` bytes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read.
+        ValueError: naming the file and what is wrong with it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many, at most {limit} are read")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+class FileLock:
+    """A file that one process holds at a time; whatever ends the process ends its hold too.
+
+    Args:
+        path: the file. It stays when the lock is released.
+
+    Raises:
+        BlockingIOError: if another process, or another lock of this one, holds it; ``str(error)`` names the process.
+        OSError: if the file cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with suppress(OSError):
+                self._file.seek(0)
+            holder = self._file.read(20).strip()
+            self._file.close()
+            raise BlockingIOError(f"process {holder or 'unknown'}") from error
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Lets others have it."""
+        self._file.close()

@@ -1,0 +1,74 @@
+"""Models from checkpoints and runs, and the device that they run on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from ..models import Pretrained, from_pretrained
+
+__all__ = ["checkpoint_name", "find_checkpoints", "find_device", "load_model", "resolve_checkpoint"]
+
+_NAME = re.compile(r"step-\d{8,}")
+
+
+def load_model(folder: Path) -> Pretrained:
+    """The model of a checkpoint folder, on the CPU.
+
+    Raises:
+        InputError: if the folder holds none, or a broken one.
+    """
+    try:
+        return from_pretrained(folder)
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"cannot load a model from {str(folder)!r}: {error}") from error
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; auto: CUDA if there is any, else the CPU.
+
+    Raises:
+        InputError: if torch has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a training run's checkpoint after so many steps."""
+    return f"step-{step:08}"
+
+
+def find_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a training run, oldest first.
+
+    Folders with other names, such as a copy that a user made, and empty ones are none of ours.
+    """
+    folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in folders if any(path.iterdir())), key=lambda path: int(path.name[5:]))
+
+
+def resolve_checkpoint(folder: Path) -> Path:
+    """The folder itself if it is a checkpoint, the newest checkpoint if it is the folder of a run.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    checkpoints = find_checkpoints(folder)
+    if not checkpoints:
+        raise InputError(f"{str(folder)!r} is neither a checkpoint nor a run with one")
+    return checkpoints[-1]

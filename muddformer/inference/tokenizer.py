@@ -1,0 +1,100 @@
+"""Byte-level BPE tokenizers by Hugging Face ``tokenizers``: training, loading and decoding token by token."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError, require
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["SEPARATOR", "StreamDecoder", "load_tokenizer", "parse_tokenizer", "train_tokenizer"]
+
+SEPARATOR = "<|endoftext|>"
+"""Special token that ends a document."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens: :data:`SEPARATOR` (id 0), 256 bytes and merges."""
+    tokenizers = require("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return parse_tokenizer(tokenizer.to_str())
+
+
+def parse_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer from the text of a ``tokenizer.json``. Special tokens spelt out in a text are encoded as plain text.
+
+    Raises:
+        InputError: if the text describes no tokenizer.
+    """
+    try:
+        tokenizer = require("tokenizers").Tokenizer.from_str(text)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(f"not a tokenizer: {error}") from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer from a ``tokenizer.json`` file.
+
+    Raises:
+        InputError: if the file is missing or broken.
+    """
+    try:
+        return parse_tokenizer(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read tokenizer {str(path)!r}: {error.strerror}") from error
+    except (InputError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} is broken: {error}") from error
+
+
+class StreamDecoder:
+    """Turns token ids into text as they come. A character whose bytes are spread over tokens comes when it is complete.
+
+    Raises:
+        InputError: if the tokenizer is not a byte-level one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not isinstance(tokenizer.decoder, require("tokenizers").decoders.ByteLevel):
+            raise InputError("text can be streamed with a byte-level tokenizer only")
+        self._tokenizer = tokenizer
+        self._verbatim = {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items()}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, possibly empty. Ids beyond the vocabulary stand for no text."""
+        if token in self._verbatim:
+            return self._decoder.decode(self._verbatim[token].encode())
+        symbols = self._tokenizer.id_to_token(token) or ""
+        return self._decoder.decode(bytes(_BYTE_OF_SYMBOL[symbol] for symbol in symbols))
+
+    def flush(self) -> str:
+        """What is left of an incomplete last character: U+FFFD, or nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _byte_symbols() -> dict[str, int]:
+    """The printable characters by which byte-level BPE writes the 256 bytes: themselves, or those from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_SYMBOL = _byte_symbols()

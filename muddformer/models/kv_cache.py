@@ -1,0 +1,90 @@
+"""The cache of keys and values of earlier tokens.
+
+The hidden states that MUDD connections mix belong to one token, so a decode step makes those of its own token anew and
+needs nothing of earlier tokens but their keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_integer
+from .config import MUDDFormerConfig
+
+__all__ = ["KVCache"]
+
+
+class KVCache:
+    """Keys and values of all blocks, allocated once: [L, B, key/value heads, length, head width] each.
+
+    Shapes do not depend on how many tokens are in the cache, and the next position is kept on the device. Give it to
+    ``model(input_ids, cache=cache)``, first with the prompt, then with what follows. Without gradients only.
+
+    Args:
+        config: the model's configuration.
+        batch_size: number of sequences B.
+        length: number of tokens that it holds, at most ``config.block_size``.
+        device, dtype: of the model's parameters.
+
+    Attributes:
+        used: number of tokens that are in the cache.
+    """
+
+    def __init__(
+        self,
+        config: MUDDFormerConfig,
+        batch_size: int,
+        length: int,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not config.causal:
+            raise ValueError(
+                "config must have causal=True, or later positions would see earlier ones change, got False"
+            )
+        check_integer("batch_size", batch_size)
+        check_integer("length", length, config.block_size)
+        shape = (config.n_layer, batch_size, config.n_kv_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.used = 0
+        self._next = torch.zeros(1, device=device, dtype=torch.int64)
+        self._slots = torch.arange(length, device=device)
+        self._positions = self._slots
+        self._prompt = True
+
+    def advance(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Makes room for ``count`` tokens.
+
+        Returns:
+            ``(positions, mask)``: their positions, int64 [count], and which slots of the cache they see, bool
+            [count, length]; no mask for the first ones, which see each other causally.
+
+        Raises:
+            ValueError: if the cache is too short.
+            RuntimeError: if gradients are enabled.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a KVCache works only without gradients: under torch.no_grad() or torch.inference_mode()"
+            )
+        if self.used + count > len(self._slots):
+            raise ValueError(
+                f"input_ids has {count} tokens, but of the {len(self._slots)} places of the cache {self.used} are taken"
+            )
+        self._prompt = self.used == 0
+        self.used += count
+        self._positions = self._next + self._slots[:count]
+        self._next += count
+        return self._positions, None if self._prompt else self._slots <= self._positions[:, None]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values [B, heads, count, head width] of one block; returns the ones to attend to."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self._positions, k.to(keys.dtype))
+        values.index_copy_(2, self._positions, v.to(values.dtype))
+        return (k, v) if self._prompt else (keys, values)

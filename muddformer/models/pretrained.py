@@ -1,0 +1,142 @@
+"""What models of every family have in common: files, device and dtype."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .checkpoint import CONFIG_NAME, check_tensors, open_weights, read_config, write_checkpoint
+
+__all__ = ["Pretrained", "not_a_model"]
+
+
+class Pretrained(nn.Module):
+    """Base class of models that are saved as, and read from, a checkpoint directory.
+
+    A subclass is made from its configuration alone, ``Model(config, device=..., dtype=...)``, and keeps it as
+    ``config``.
+
+    Attributes:
+        config_class: the class of ``config``, with ``read(mapping)`` and ``to_dict()``.
+        config: what the model computes.
+    """
+
+    config_class: ClassVar[type]
+    config: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the weights (``model.safetensors``) and the configuration (``config.json``) into a directory.
+
+        The directory is made if it is not there. Each file appears under its name only when all of it is on the disk,
+        so an interrupted save leaves the old file. A model that is sharded over processes (FSDP2) is gathered: all of
+        them call this, the first one writes.
+
+        Raises:
+            ValueError: if the parameters are on the meta device.
+            OSError: if the directory cannot be written.
+        """
+        state = self.state_dict()
+        self._check_saveable(state)
+        if any(value.is_meta for value in state.values()):
+            raise ValueError("model must have values to save, but its parameters are on the meta device")
+        # A DTensor, by what it can do: its module takes long to import.
+        sharded = any(hasattr(value, "full_tensor") for value in state.values())
+        for name, value in state.items():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            state[name] = whole.detach().cpu().contiguous()
+        if not sharded or torch.distributed.get_rank() == 0:
+            write_checkpoint(Path(directory), state, self.config.to_dict())
+        if sharded:
+            torch.distributed.barrier()  # whoever reads it next finds it there
+
+    def _check_saveable(self, state: Mapping[str, Any]) -> None:
+        """Refuses a model whose parts were replaced: quantised, or with adapters that are not merged."""
+        expected = type(self)(self.config, device="meta").state_dict()
+        for name in (*(state.keys() - expected.keys()), *(expected.keys() - state.keys())):
+            raise ValueError(
+                f"model must have the parts of its configuration to be saved, but {name} is "
+                f"{'no part of it' if name in state else 'missing'}: merge adapters first, save a model before it is "
+                "quantised"
+            )
+        for name, value in state.items():
+            if type(value) not in (Tensor, nn.Parameter) and not hasattr(value, "full_tensor"):
+                raise ValueError(
+                    f"model must have ordinary tensors to be saved, but {name} is a {type(value).__name__}"
+                )
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The model of a checkpoint directory, see :func:`muddformer.from_pretrained`."""
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
+        directory = Path(directory)
+        config = cls.load_config(directory)
+        with open_weights(directory) as (path, tensors):
+            cls._check_count(path, config, len(tensors))
+            try:
+                model = cls(config, device="meta")
+            except RuntimeError as error:  # sizes whose product overflows
+                raise ValueError(f"{directory / CONFIG_NAME}: no model has these sizes: {error}") from error
+            check_tensors(path, model._stored_shapes(tensors), tensors)
+            # A copy: what safetensors returns may be a view of the mapped file.
+            state = {
+                name: file.get_tensor(name).to(device or "cpu", dtype, copy=True) for name, file in tensors.items()
+            }
+        model._check_stored(path, state)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    @classmethod
+    def load_config(cls, directory: str | os.PathLike[str]) -> Any:
+        """The configuration in a checkpoint directory.
+
+        Raises:
+            FileNotFoundError: if there is no ``config.json``.
+            ValueError: naming the file and what is wrong with it.
+        """
+        directory = Path(directory)
+        values = read_config(directory)
+        try:
+            return cls.config_class.read(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{directory / CONFIG_NAME}: {error}") from error
+
+    @classmethod
+    def _check_count(cls, path: Path, config: Any, count: int) -> None:
+        """Refuses a number of tensors that cannot be this model's, before anything of a hostile size is built."""
+        if count <= config.n_layer:
+            raise ValueError(f"{path}: {count} tensors are too few for n_layer={config.n_layer}")
+
+    def _stored_shapes(self, names: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Shapes of the tensors that a file with these names must hold."""
+        return {name: list(value.shape) for name, value in self.state_dict().items()}
+
+    def _check_stored(self, path: Path, state: dict[str, Tensor]) -> None:
+        """Checks values that must agree, and takes out of ``state`` what is stored but not loaded."""
+
+
+def not_a_model(model: Any) -> TypeError:
+    """The error for something that is no model of ours, which names the model inside if it is a wrapper of one."""
+    inner = None
+    if isinstance(model, nn.Module):
+        inner = next((name for name, module in model.named_modules() if isinstance(module, Pretrained)), None)
+    hint = f": pass the model inside, model.{inner}" if inner else ""
+    return TypeError(f"model must be a MUDDFormer, got {type(model).__name__}{hint}")

@@ -1,0 +1,336 @@
+"""The connections of a stack of blocks, and the history of hidden states that a forward carries through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .._checks import check_integer
+from .depth_aggregation import DepthAggregation
+from .norm import RMSNorm, autocast_dtype
+from .options import WAYS, ConnectionOptions
+from .plan import aggregation_plan, flush_groups
+
+__all__ = ["BlockHistory", "Connections", "History"]
+
+
+class Connections(nn.Module):
+    """The connections of a stack of L blocks, without the blocks.
+
+    :class:`muddformer.nn.MUDDStack` runs blocks with them; a loop of one's own does it by hand::
+
+        history = connections.begin(x)
+        for block in blocks:
+            history.append(block(*history.streams()))
+        y = history.result()
+
+    Parameters have the names of the public release: ``dense_bs.n`` (priors), ``dynamic_dense.n.{w1,w2}.weight``, n
+    counting the aggregations; PreDANorm adds ``source_norms.j.weight`` for hidden states that join without one.
+
+    Args:
+        dim: model width D.
+        layers: number of blocks L.
+        options: the options of the connections; None: the defaults.
+        eps: added to the mean square in the norms.
+        fields: single fields of :class:`ConnectionOptions`, in place of those in ``options``.
+
+    Attributes:
+        aggregation_class: the class of the aggregations, for a subclass to change: a subclass of
+            :class:`DepthAggregation`.
+        plan: which hidden states each aggregation mixes, see :func:`aggregation_plan`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    aggregation_class: type[DepthAggregation] = DepthAggregation
+
+    def __init__(
+        self,
+        dim: int,
+        layers: int,
+        options: ConnectionOptions | None = None,
+        *,
+        eps: float = 1e-6,
+        device: Any = None,
+        dtype: Any = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__()
+        self._make_connections(dim, layers, ConnectionOptions.of(options, fields), eps, device, dtype)
+
+    def _make_connections(
+        self, dim: int, layers: int, options: ConnectionOptions, eps: float, device: Any, dtype: Any
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        self.dim = check_integer("dim", dim)
+        self.num_blocks = check_integer("layers", layers, low=0)
+        self.options = options
+        self.plan: dict[int, tuple[int, ...]] = {}
+        if options.dense:
+            self.plan = aggregation_plan(
+                layers,
+                source_stride=options.source_stride,
+                block_stride=options.block_stride,
+                window=options.window,
+                last="r" in options.ways,
+            )
+        self.dense_bs = nn.ParameterList()
+        self.dynamic_dense = nn.ModuleList()
+        for i, sources in self.plan.items():
+            last = i == layers
+            da = self.aggregation_class(
+                dim,
+                len(sources),
+                options.ways if options.multiway and not last else 1,
+                options=options,
+                expand=4 if last and options.expand_last else 1,
+                eps=eps,
+                prior=False,
+                **factory,
+            )
+            self.dynamic_dense.append(da)
+            self.dense_bs.append(nn.Parameter(torch.empty(da.num_ways, da.sources, **factory)))
+        num_ways = {i: da.num_ways for i, da in zip(self.plan, self.dynamic_dense, strict=True)}
+        # By the first aggregation of a group: all of them, with their numbers of ways and sources.
+        self.flush_groups = {
+            group[0]: {i: (num_ways[i], len(self.plan[i])) for i in group}
+            for group in flush_groups(self.plan, num_ways, options.flush_interval)
+        }
+        # Hidden states that are mixed later but are not the newest of any aggregation, which would norm them itself.
+        joining = sorted({j for sources in self.plan.values() for j in sources} - self.plan.keys())
+        make_norm = (lambda: RMSNorm(dim, eps, **factory)) if options.pre_norm else nn.Identity
+        self.source_norms = nn.ModuleDict({str(j): make_norm() for j in joining})
+        # Not self.reset_parameters(): a subclass may extend it to modules that it has yet to make.
+        Connections.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Gives the connections their initial values, with which a stack computes what its blocks alone compute."""
+        for da, prior in zip(self.dynamic_dense, self.dense_bs, strict=True):
+            da.reset_parameters()
+            da.reset_prior(prior)
+        for norm in self.source_norms.values():
+            if isinstance(norm, RMSNorm):
+                norm.reset_parameters()
+
+    def connection_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the connections, which usually have no weight decay."""
+        for module in (self.dense_bs, self.dynamic_dense, self.source_norms):
+            yield from module.parameters()
+
+    def begin(self, x: Tensor) -> History:
+        """The history of a forward that begins with X_0.
+
+        Args:
+            x: X_0 [..., D], the embedding output.
+
+        Raises:
+            ValueError: if x has another width than ``dim``.
+        """
+        return History(self, x)
+
+    def _defers(self, older: Sequence[Tensor]) -> bool:
+        """Whether a group of aggregations defers the gradients of these hidden states."""
+        if not older or not torch.is_grad_enabled():
+            return False
+        if self.options.flush_interval is not None:
+            return True
+        if not older[0].is_cuda or older[0].shape[-1] % 8 != 0:
+            return False
+        return (self._autocast_dtype(older[0]) or older[0].dtype) in (torch.bfloat16, torch.float16)
+
+    def _autocast_dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype in which autocast keeps hidden states, None where it leaves them as they are."""
+        return None if self.options.residual_dtype == "float32" else autocast_dtype(x)
+
+
+class Turn(NamedTuple):
+    """What one block's streams are made of, but for X_i itself, the newest hidden state.
+
+    Attributes:
+        index: number of the block from 0; the number of blocks for the result.
+        aggregation: the one before the block, or None.
+        older: the sources of the aggregation but X_i.
+        prior, deferral: its other arguments.
+        copies: streams that a block without aggregation gets, all X_i.
+        wide: the aggregation runs without autocast.
+        recording: gradients are recorded.
+    """
+
+    index: int
+    aggregation: DepthAggregation | None
+    older: list[Tensor]
+    prior: Tensor | None
+    deferral: ops.Deferral | None
+    copies: int
+    wide: bool
+    recording: bool
+
+
+class BlockHistory:
+    """The history as one block has it: a block whose ``pulls_streams`` is True makes its streams of it.
+
+    Inside its own forward the block's weights are whole, also when it is sharded, offloaded, wrapped or computed again
+    for the backward. It calls :meth:`streams` once.
+
+    Attributes:
+        hiddens: after :meth:`streams` the sources, handed on.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+        self.hiddens: list[Tensor] | None = None
+
+    def streams(self, x: Tensor, norms: Sequence[nn.Module | None] | None = None) -> list[Tensor]:
+        """The streams of the block.
+
+        Args:
+            x: X_i [..., D] as the block has been given it.
+            norms: the norms of the streams, None for a stream that stays as it is; or None at all. On CUDA they cost
+                no pass of their own.
+
+        Returns:
+            The streams, [..., D] each: (xq, xk, xv, xr) with ``multiway``, else one.
+
+        Raises:
+            RuntimeError: if they were made already, or are made without gradients in a forward that records them.
+        """
+        turn = self._turn
+        if not torch.compiler.is_compiling():
+            _check_turn(turn, again=self.hiddens is not None)
+        if turn.aggregation is None:
+            self.hiddens = []
+            return [x if norm is None else norm(x) for norm in norms or [None] * turn.copies]
+        with _without_autocast(x) if turn.wide else nullcontext():
+            streams, self.hiddens = turn.aggregation([*turn.older, x], turn.prior, norms, turn.deferral)
+        return streams
+
+
+def _check_turn(turn: Turn, again: bool) -> None:
+    # When a checkpointed block is computed again, in a backward, it makes its streams again.
+    if torch._C._current_graph_task_id() != -1:
+        return
+    if again:
+        raise RuntimeError(f"the streams of block {turn.index} were made already: a block makes them once")
+    if turn.recording and not torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the streams of block {turn.index} are made without gradients, but the forward records them: later blocks "
+            "could not pass gradients on to earlier ones. Checkpoint blocks with use_reentrant=False"
+        )
+
+
+def _without_autocast(x: Tensor) -> Any:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class History:
+    """The hidden states of a forward on their way from block to block.
+
+    For every block in turn: :meth:`streams`, then :meth:`append` of what it returns; after the last one :meth:`result`.
+
+    Attributes:
+        newest: X_i, the hidden state that was appended last; X_0 at first.
+    """
+
+    def __init__(self, connections: Connections, x: Tensor) -> None:
+        if connections.plan and x.shape[-1:] != (connections.dim,):
+            raise ValueError(f"x must have shape [..., dim] with dim={connections.dim}, got {list(x.shape)}")
+        if connections.options.residual_dtype == "autocast" and (dtype := autocast_dtype(x)) is not None:
+            x = x.to(dtype)
+        self.newest = x
+        self._connections = connections
+        self._index = 0
+        self._older: dict[int, Tensor] = {}  # X_j by j, those that are mixed later
+        self._aggregations = iter(
+            zip(connections.plan.values(), connections.dynamic_dense, connections.dense_bs, strict=True)
+        )
+        self._deferrals: dict[int, ops.Deferral] = {}
+        self._turn: Turn | None = None
+        self._block: BlockHistory | None = None
+        self._join(0, x)
+
+    @property
+    def index(self) -> int:
+        """Number of hidden states that were appended: the block whose turn it is, from 0."""
+        return self._index
+
+    def streams(self, norms: Sequence[nn.Module | None] | None = None) -> list[Tensor]:
+        """The streams of the block whose turn it is, see :meth:`BlockHistory.streams`.
+
+        Raises:
+            RuntimeError: if they were made already, or all blocks had their turn.
+        """
+        if self._index == self._connections.num_blocks:
+            raise RuntimeError(f"all {self._index} blocks had their turn: what follows is result()")
+        if self._block is None:
+            self._block = BlockHistory(self.turn())
+        return self._block.streams(self.newest, norms)
+
+    def append(self, x: Tensor) -> None:
+        """Takes X_(i+1), what the block returned that was given the streams.
+
+        Raises:
+            TypeError: if x is no tensor.
+            ValueError: if x has another shape than the hidden state before it.
+            RuntimeError: if the streams were not made, or all blocks had their turn.
+        """
+        if self._block is None or self._block.hiddens is None:
+            raise RuntimeError(
+                f"append() takes what block {self._index} made of its streams, but streams() was not called before"
+            )
+        self.advance(x, self._block.hiddens)
+
+    def result(self) -> Tensor:
+        """The residual way's aggregate after the last block [..., D] (before any final norm).
+
+        Raises:
+            RuntimeError: if a block has yet to have its turn.
+        """
+        if self._index < self._connections.num_blocks:
+            raise RuntimeError(f"only {self._index} of {self._connections.num_blocks} blocks had their turn")
+        return BlockHistory(self.turn()).streams(self.newest)[-1]
+
+    def turn(self) -> Turn:
+        """What the streams of the block whose turn it is are made of; unchanged until the next one's turn."""
+        if self._turn is not None:
+            return self._turn
+        i, connections = self._index, self._connections
+        options = connections.options
+        aggregation, older, prior, deferral, wide = None, [], None, None, False
+        if i in connections.plan:
+            sources, aggregation, prior = next(self._aggregations)
+            older = [self._older[j] for j in sources[:-1]]
+            if i in connections.flush_groups and connections._defers(older):
+                group = connections.flush_groups[i]
+                older, opened = ops.defer_gradients(older, list(group.values()))
+                self._deferrals = dict(zip(group, opened, strict=True))
+            deferral = self._deferrals.pop(i, None)
+            wide = options.residual_dtype == "float32" and autocast_dtype(self.newest) is not None
+        copies = len(WAYS) if options.multiway and i < connections.num_blocks else 1
+        self._turn = Turn(i, aggregation, older, prior, deferral, copies, wide, torch.is_grad_enabled())
+        return self._turn
+
+    def advance(self, x: Tensor, hiddens: list[Tensor]) -> None:
+        """:meth:`append` for a block that had :meth:`turn`: ``hiddens`` are the sources that it handed on."""
+        i = self._index
+        if not isinstance(x, Tensor):
+            raise TypeError(f"block {i} must return one tensor, got {type(x).__name__}")
+        if x.shape != self.newest.shape:
+            raise ValueError(
+                f"block {i} must return the shape of its input {list(self.newest.shape)}, got {list(x.shape)}"
+            )
+        if hiddens:
+            self._older = dict(zip(self._connections.plan[i], hiddens, strict=True))
+        self._index, self.newest, self._turn, self._block = i + 1, x, None, None
+        if i + 1 not in self._connections.plan:
+            self._join(i + 1, x)
+
+    def _join(self, i: int, x: Tensor) -> None:
+        """Keeps X_i if an aggregation reads it that is not its own."""
+        if str(i) in self._connections.source_norms:
+            self._older[i] = self._connections.source_norms[str(i)](x)

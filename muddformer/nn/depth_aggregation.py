@@ -1,0 +1,285 @@
+"""One layer of connections.
+
+B, T: batch and sequence length (any leading shape); D: model width; S: number of sources; C: number of ways.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .._checks import check_integer, check_real
+from .norm import RMSNorm, as_stream_norms, autocast_dtype, is_plain
+from .options import WAYS, ConnectionOptions, check_ways
+
+__all__ = ["DepthAggregation"]
+
+
+class DepthAggregation(nn.Module):
+    """Depth-wise aggregation DA_i: mixes the hidden states of all layers so far, with weights made from the newest.
+
+    ``A = GELU(RMSNorm(X_i) W1^T) W2^T + prior`` and ``Y_c = sum_j A[..., c, j] X_j`` (Eq. 5 to 8). A fresh
+    layer passes X_i on: every Y_c is X_i. A subclass that overrides :meth:`connection_weights` mixes with weights of
+    its own.
+
+    Args:
+        dim: model width D.
+        sources: number of hidden states S that are mixed, the newest last.
+        ways: a part of ``"qkvr"``: four streams are returned, one left out being X_i itself. Or a number C: C streams
+            are returned, the last one counting as the residual way.
+        options: the options of the connections; those of a whole stack (``multiway``, ``ways``, strides, window,
+            ``expand_last``) have no effect here. None: the defaults, and ``round64=False``.
+        expand: factor of the generator's hidden width K = C * S * expand.
+        eps: added to the mean square in the norms.
+        prior: False: the module has no prior of its own; every call gets one.
+        fields: single fields of :class:`ConnectionOptions`, in place of those in ``options``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        sources: int,
+        ways: str | int = WAYS,
+        *,
+        options: ConnectionOptions | None = None,
+        expand: int = 1,
+        eps: float = 1e-6,
+        prior: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.options = options = ConnectionOptions.of(options, fields, round64=False)
+        self.dim = check_integer("dim", dim)
+        self.sources = check_integer("sources", sources)
+        self.ways = check_integer("ways", ways) if isinstance(ways, int) else check_ways("ways", ways)
+        self.num_ways = ways if isinstance(ways, int) else len(ways)
+        self.eps = check_real("eps", eps, 0.0, 1.0)
+        self.dynamic, self.cap, self.gelu_approximate = options.dynamic, options.cap, options.gelu_approximate
+        self.prior = nn.Parameter(torch.empty(self.num_ways, self.sources, **factory)) if prior else None
+        self.norm = self.pre_norm = self.post_norms = None
+        if self.dynamic:
+            width = self.num_ways * self.sources * check_integer("expand", expand)
+            width = (width // 64 + 1) * 64 if options.round64 else width
+            self.w1 = nn.Linear(dim, width, bias=False, **factory)
+            self.w2 = nn.Linear(width, self.num_ways * self.sources, bias=False, **factory)
+            self.norm = RMSNorm(dim, eps, **factory) if options.pre_norm else None
+        if options.pre_norm:
+            self.pre_norm = RMSNorm(dim, eps, **factory)
+        if options.post_norm != "none":
+            residual = self.num_ways - 1 if isinstance(ways, int) else self.ways.find("r")
+            self.post_norms = nn.ModuleList(
+                RMSNorm(dim, eps, init=1e-3, **factory)
+                if options.post_norm == "all" or way == residual
+                else nn.Identity()
+                for way in range(self.num_ways)
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Passes X_i on: W1 ~ Normal(variance 1/D), W2 = 0, prior one-hot on X_i (0 with ``post_norm``)."""
+        if self.dynamic:
+            nn.init.normal_(self.w1.weight, std=self.dim**-0.5)
+            nn.init.zeros_(self.w2.weight)
+        for norm in (self.norm, self.pre_norm, *(self.post_norms or ())):
+            if isinstance(norm, RMSNorm):
+                norm.reset_parameters()
+        if self.prior is not None:
+            self.reset_prior(self.prior)
+
+    @torch.no_grad()
+    def reset_prior(self, prior: Tensor) -> None:
+        """Fills a prior [C, S] for this layer with its initial values, in place."""
+        prior.zero_()
+        if self.post_norms is None:
+            # The bounded weight, not the prior, has to be one; a cap of at most 1 cannot reach it.
+            one = torch.tensor(1.0, dtype=torch.float64)
+            prior[:, -1] = self.cap * torch.atanh(one / self.cap).item() if self.cap and self.cap > 1 else 1.0
+
+    def forward(
+        self,
+        hiddens: Sequence[Tensor],
+        prior: Tensor | None = None,
+        stream_norms: Sequence[nn.Module | None] | None = None,
+        deferral: ops.Deferral | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Mixes hidden states.
+
+        Args:
+            hiddens: the S sources, each [..., D], of one shape, dtype and device; the newest, X_i, is the last.
+            prior: [C, S], in place of the module's own.
+            stream_norms: norms of the streams that are returned, None for a stream that stays as it is. On CUDA they
+                cost no pass of their own (:func:`muddformer.ops.depth_aggregate_norm_chained`).
+            deferral: this layer's of :func:`muddformer.ops.defer_gradients`, or None.
+
+        Returns:
+            ``(streams, hiddens)``: the streams, each [..., D], and the sources to give to later layers in place of
+            those that came (their gradients are chained, and with ``pre_norm`` the newest is now the normed one).
+
+        Raises:
+            ValueError: for a wrong number of sources or norms.
+        """
+        if len(hiddens) != self.sources:
+            raise ValueError(f"hiddens must be {self.sources} tensors, got {len(hiddens)}")
+        ways = self.ways if isinstance(self.ways, str) else None
+        count = self.num_ways if ways is None else len(WAYS)
+        norms = [None] * count if stream_norms is None else list(stream_norms)
+        if len(norms) != count:
+            raise ValueError(f"stream_norms must have {count} entries, got {len(norms)}")
+        prior = self.prior if prior is None else prior
+        if prior is None:
+            raise ValueError("prior must be given to a DepthAggregation that was made with prior=False")
+        way_norms = norms if ways is None else [norms[WAYS.index(way)] for way in ways]
+        kinds = as_stream_norms(way_norms, hiddens[-1])
+        if kinds is not None and self._takes_one_step(hiddens[-1]):
+            # The hidden states that are handed on are in autocast's dtype: each is cast once.
+            dtype = autocast_dtype(hiddens[-1])
+            hiddens = hiddens if dtype is None else [x.to(dtype) for x in hiddens]
+            newest = hiddens[-1]
+            mixed = self._step(hiddens, prior, kinds)
+        else:
+            mixed, hiddens, newest = self._mix(hiddens, prior, way_norms, kinds, deferral)
+        if ways is not None:
+            by_way = dict(zip(ways, mixed, strict=True))
+            left_out = [way for way in WAYS if way not in by_way]
+            for way in left_out:
+                norm = norms[WAYS.index(way)]
+                by_way[way] = newest if norm is None else norm(newest)
+            mixed = [by_way[way] for way in WAYS]
+        return list(mixed), list(hiddens)
+
+    def connection_weights(self, x: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights A with which hidden states are mixed.
+
+        A subclass may override it. Its gradients are ordinary ones; that of ``x`` joins the others of ``x`` without a
+        pass of its own if it hands on what an operator such as :func:`muddformer.ops.connection_weights_chained` does.
+
+        Args:
+            x: the newest hidden state X_i [..., D], before any pre-norm.
+            prior: [C, S].
+
+        Returns:
+            ``(weights, x)``: weights [..., C, S] in the dtype of ``x`` (under autocast any), and ``x`` to be used from
+            here on.
+        """
+        if self.dynamic and not self._is_plain():
+            normed = F.rms_norm(x, x.shape[-1:], eps=self.eps) if self.norm is None else self.norm(x)
+            a = self.w2(F.gelu(self.w1(normed), approximate=self.gelu_approximate)).unflatten(-1, prior.shape)
+            a = a + prior.to(a.dtype)
+            return a if self.cap is None else self.cap * torch.tanh(a / self.cap), x
+        if self.dynamic:
+            return ops.connection_weights_chained(
+                x,
+                self.w1.weight,
+                self.w2.weight,
+                prior,
+                scale=None if self.norm is None else self.norm.weight,
+                eps=self.eps,
+                gelu_approximate=self.gelu_approximate,
+                cap=self.cap,
+            )
+        if self.cap is not None:
+            prior = self.cap * torch.tanh(prior / self.cap)
+        return prior.to(x.dtype).expand(*x.shape[:-1], *prior.shape), x
+
+    def _is_plain(self) -> bool:
+        """Whether the operators may read the parameters of the generator, instead of calling its modules."""
+        if not self.dynamic:
+            return True
+        if not (is_plain(self.w1, nn.Linear) and is_plain(self.w2, nn.Linear)):
+            return False
+        return self.w1.bias is None and self.w2.bias is None and (self.norm is None or is_plain(self.norm, RMSNorm))
+
+    def _mix(
+        self,
+        hiddens: Sequence[Tensor],
+        prior: Tensor,
+        norms: Sequence[nn.Module | None],
+        kinds: ops.StreamNorms | None,
+        deferral: ops.Deferral | None,
+    ) -> tuple[list[Tensor], Sequence[Tensor], Tensor]:
+        """The streams of the ways, the hidden states to be used from here on, and X_i likewise."""
+        weights, newest = self.connection_weights(hiddens[-1], prior)
+        fused = self._fused_norms(kinds, newest)
+        if fused is not None:
+            hiddens = [*hiddens[:-1], newest]
+            mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, fused, deferral=deferral)
+            return mixed, hiddens, newest if self.pre_norm is not None else hiddens[-1]
+        normed = newest if self.pre_norm is None else self.pre_norm(newest)
+        mixed, hiddens = ops.depth_aggregate_chained([*hiddens[:-1], normed], weights, deferral)
+        if self.pre_norm is None:
+            newest = hiddens[-1]
+        if self.post_norms is not None:
+            mixed = [newest + norm(y) for norm, y in zip(self.post_norms, mixed, strict=True)]
+        return [y if norm is None else norm(y) for norm, y in zip(norms, mixed, strict=True)], hiddens, newest
+
+    def _takes_one_step(self, newest: Tensor) -> bool:
+        """Whether this is decoding: a few tokens on CUDA, no gradients, and what one kernel can do."""
+        if torch.is_grad_enabled() or self.pre_norm is not None or self.post_norms is not None:
+            return False
+        if type(self).connection_weights is not DepthAggregation.connection_weights or not self._is_plain():
+            return False
+        if torch.compiler.is_exporting():  # the number of tokens is to stay open
+            return False
+        return ops.fuses_step(newest)
+
+    def _step(self, hiddens: Sequence[Tensor], prior: Tensor, norms: ops.StreamNorms) -> list[Tensor]:
+        return ops.depth_aggregation_step(
+            hiddens,
+            self.w1.weight if self.dynamic else None,
+            self.w2.weight if self.dynamic else None,
+            prior,
+            eps=self.eps,
+            gelu_approximate=self.gelu_approximate,
+            cap=self.cap,
+            norm_weights=norms.weights,
+            norm_biases=norms.biases,
+            norm=norms.kind,
+            norm_eps=norms.eps,
+        )
+
+    def _fused_norms(self, norms: ops.StreamNorms | None, x: Tensor) -> ops.StreamNorms | None:
+        """The norms that the aggregation makes itself; None where it cannot, or has none to make."""
+        if norms is None or not ops.fuses_norms(x, self.sources, self.num_ways):
+            return None
+        post = None
+        if self.post_norms is not None:
+            kept = [i for i, norm in enumerate(self.post_norms) if type(norm) is not nn.Identity]
+            if any(i != self.num_ways - 1 or norms.weights[i] is not None for i in kept):
+                return None
+            post = self.post_norms[-1] if kept else None
+        if norms.kind == "none":
+            if self.pre_norm is None and self.post_norms is None:
+                return None
+            norms = dataclasses.replace(norms, kind="rms", eps=self.eps)
+        parameters = [*norms.weights, *norms.biases]
+        for own in (self.pre_norm, post):
+            if own is None:
+                continue
+            kinds = as_stream_norms([own], x)
+            if kinds is None or (kinds.kind, kinds.eps) != ("rms", norms.eps):
+                return None
+            parameters.append(own.weight)
+        # The operator takes parameters of one dtype; autocast sees to that itself.
+        if len({p.dtype for p in parameters if p is not None}) > 1 and autocast_dtype(x) is None:
+            return None
+        pre_weight, post_weight = (None if own is None else own.weight for own in (self.pre_norm, post))
+        return dataclasses.replace(
+            norms, add_newest=self.post_norms is not None, pre_weight=pre_weight, post_weight=post_weight
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.dim}, sources={self.sources}, ways={self.ways!r}, dynamic={self.dynamic}, eps={self.eps:g}"
+        text += f", gelu_approximate={self.gelu_approximate!r}" if self.dynamic else ""
+        return text if self.cap is None else f"{text}, cap={self.cap:g}"

@@ -1,0 +1,86 @@
+#include <gtest/gtest.h>
+#include <muddformer/nn/depth_aggregation.h>
+#include <torch/types.h>
+#include <torch/utils.h>
+
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "reference.h"
+
+namespace muddformer {
+namespace {
+
+using at::Tensor;
+
+void scramble(torch::nn::Module& module) {
+  const torch::NoGradGuard no_grad;
+  for (Tensor& parameter : module.parameters()) parameter.add_(torch::randn_like(parameter), 0.3);
+}
+
+TEST(DepthAggregation, EqualsTheNaiveOne) {
+  torch::manual_seed(0);
+  using Ways = std::variant<std::string, int64_t>;
+  for (const Ways& ways : {Ways("qkvr"), Ways("qr"), Ways("v"), Ways(int64_t{3})}) {
+    DepthAggregation da(
+        DepthAggregationOptions{.dim = 6, .sources = 3, .ways = ways, .connections = {.cap = 2.0}});
+    scramble(*da);
+    std::vector<Tensor> hiddens;
+    for (int j = 0; j < 3; ++j) hiddens.push_back(torch::randn({2, 5, 6}));
+    const auto [streams, handed_on] = da->forward(hiddens);
+    const std::vector<Tensor> mixed = reference::depth_aggregate(
+        hiddens, reference::connection_weights(hiddens[2], da->w1->weight, da->w2->weight,
+                                               da->prior, std::nullopt, 1e-6, "none", 2.0));
+    const auto* letters = std::get_if<std::string>(&ways);
+    ASSERT_EQ(streams.size(), letters != nullptr ? 4 : mixed.size());
+    for (size_t c = 0; c < streams.size(); ++c) {
+      const size_t place = letters != nullptr ? letters->find("qkvr"[c]) : c;
+      const Tensor& expected = place == std::string::npos ? hiddens[2] : mixed[place];
+      EXPECT_TRUE(at::allclose(streams[c], expected, 1e-5, 1e-5)) << c;
+    }
+    for (size_t j = 0; j < 3; ++j) EXPECT_TRUE(at::equal(handed_on[j], hiddens[j]));
+  }
+}
+
+TEST(DepthAggregation, FreshPassesTheNewestOn) {
+  torch::manual_seed(0);
+  for (const std::optional<double> cap : {std::optional<double>(), std::optional(1.5)}) {
+    for (const char* post_norm : {"none", "all"}) {
+      DepthAggregation da(DepthAggregationOptions{
+          .dim = 6, .sources = 2, .connections = {.post_norm = post_norm, .cap = cap}});
+      const std::vector<Tensor> hiddens = {torch::randn({5, 6}), torch::randn({5, 6})};
+      for (const Tensor& stream : da->forward(hiddens).first) {
+        EXPECT_TRUE(at::allclose(stream, hiddens[1], 1e-6, 1e-6));
+      }
+    }
+  }
+}
+
+TEST(DepthAggregationErrors, NameTheOption) {
+  const auto expect_error = [](const auto& call, const std::string& text) {
+    try {
+      call();
+      ADD_FAILURE() << "no error: " << text;
+    } catch (const c10::Error& error) {
+      EXPECT_NE(std::string(error.what_without_backtrace()).find(text), std::string::npos)
+          << error.what_without_backtrace();
+    }
+  };
+  using DA = DepthAggregationOptions;
+  expect_error([] { DepthAggregation(DA{.sources = 2}); }, "dim must be from 1");
+  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .ways = int64_t{0}}); },
+               "ways must be from 1");
+  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .connections = {.cap = 0}}); },
+               "cap must be more than 0 and finite, got 0");
+  expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2})->forward({torch::ones(4)}); },
+               "hiddens must be 2 tensors, got 1");
+  expect_error(
+      [] {
+        DepthAggregation(DA{.dim = 4, .sources = 1, .prior = false})->forward({torch::ones(4)});
+      },
+      "prior must be given");
+}
+
+}  // namespace
+}  // namespace muddformer

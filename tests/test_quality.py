@@ -1,0 +1,276 @@
+"""The quality benchmarks: a corpus from packages, runs that are cut off, and the page made from their rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from helpers.programs import BENCHMARKS, programs
+
+QUALITY = BENCHMARKS / "quality"
+pytest.importorskip("yaml")
+pytest.importorskip("tokenizers")
+needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+
+SET = {
+    "title": "tiny",
+    "kind": "time",
+    "model": {"n_layer": 2, "dim": 32, "n_head": 2, "intermediate_size": 256, "block_size": 32},
+    "train": {"batch_size": 2, "learning_rate": 1e-3, "eval_batches": 2},
+    "evaluations": 3,
+    "tokens": [12 * 64],
+    "seeds": [0],
+    "forms": {
+        "plain": {"label": "plain", "model": {"dense": False, "residual_dtype": "autocast"}},
+        "mudd": {"label": "MUDD"},
+    },
+}
+
+
+@pytest.fixture
+def quality() -> Iterator[SimpleNamespace]:
+    """The programs as modules."""
+    with programs(QUALITY, "corpus", "parts", "report", "rows", "run", "sets", "stats", "trainer") as modules:
+        yield modules
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with packages/*.deb and the packages.yaml that lists them, one with an archive in it."""
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "packages").mkdir()
+    listed = []
+    for name, archive in (("alpha", None), ("beta", "usr/src/beta.tar.xz")):
+        tree = folder / name
+        source = tree / "usr" / "src" / name
+        source.mkdir(parents=True)
+        for n in range(60):
+            (source / f"{name}{n}.c").write_text("".join(f"int {name}_{n}_{i}(void);\n" for i in range(20)))
+        (source / "copy.c").write_text((source / f"{name}1.c").read_text())
+        (source / "large.c").write_text("x" * 5000)
+        (source / "binary.c").write_bytes(b"\0\1\2")
+        (source / "other.xyz").write_text("not asked for")
+        if archive:
+            subprocess.run(["tar", "-cJf", tree / archive, "-C", source.parent, name], check=True)
+            shutil.rmtree(source)
+        (tree / "DEBIAN").mkdir()
+        control = f"Package: {name}\nVersion: 1.0\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\n"
+        (tree / "DEBIAN" / "control").write_text(f"{control}Description: text\n")
+        built = folder / "packages" / f"{name}_1.0_all.deb"
+        subprocess.run(["dpkg-deb", "--root-owner-group", "-b", tree, built], check=True, capture_output=True)
+        sha256 = hashlib.sha256(built.read_bytes()).hexdigest()
+        listed.append({"package": name, "version": "1.0", "sha256": sha256, "licence": "none", "suffixes": ["c"]})
+        if archive:
+            listed[-1]["archive"] = archive
+    settings = {
+        "vocab_size": 300,
+        "held_out": 0.1,
+        "largest_file": 4096,
+        "tokenizer_sample": 2,
+        "part_tokens": 4096,
+        "parts": 9,
+    }
+    (folder / "packages.yaml").write_text(yaml.safe_dump({**settings, "packages": listed}))
+    return folder
+
+
+@pytest.fixture
+def made(quality: SimpleNamespace, packages: Path) -> Path:
+    """The folder of the corpus made from them, once."""
+    if not (packages / "parts").exists():
+        assert quality.corpus.main([str(packages), "--packages", str(packages / "packages.yaml")]) == 0
+    return packages / "parts"
+
+
+@pytest.fixture
+def tiny_set(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SET, sort_keys=False))
+    return path
+
+
+@needs_dpkg
+def test_corpus_from_packages(quality, packages, made):
+    parts = quality.parts.Parts(made)
+    manifest = parts.manifest
+    assert manifest["packages"] == {"alpha": "1.0", "beta": "1.0"}
+    assert sum(manifest["documents"].values()) == 120  # without copies, large, binary and other files
+    assert 0 < manifest["documents"]["held_out"] < 40
+    assert len(manifest["train"]) > 1 and all(p["tokens"] == 4096 for p in manifest["train"][:-1])
+    assert not list(packages.glob("text-*"))
+
+    from muddformer.inference.tokenizer import parse_tokenizer
+
+    text = parse_tokenizer(parts.tokenizer_json).decode(parts.train(5000).tolist())
+    assert "int alpha_" in text and "int beta_" in text, "the files follow in a random order"
+    again = {path.name: path.read_bytes() for path in made.iterdir()}
+    quality.corpus.main([str(packages), "--packages", str(packages / "packages.yaml")])
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == again
+
+
+@needs_dpkg
+def test_bad_corpus(quality, packages, made, tmp_path, tiny_set, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    last = sorted(copy.glob("train-*.xz"))[-1]
+    last.unlink()
+    parts = quality.parts.Parts(copy)
+    assert len(parts.train(4096)) == 4096, "a part that is not needed may be missing"
+    with pytest.raises(ValueError, match=last.name):
+        parts.train(parts.manifest["train"][0]["tokens"] * len(parts.manifest["train"]) - 4095)
+    with pytest.raises(ValueError, match="are asked for"):
+        parts.train(10**9)
+    shutil.copy(copy / "held-out.xz", copy / "train-000.xz")
+    with pytest.raises(ValueError, match="another hash"):
+        parts.train(1)
+    (copy / "tokenizer.json").write_text("{}")
+    assert quality.run.main([str(tiny_set), "--corpus", str(copy), "--out", str(tmp_path / "out")]) == 2
+    assert "another hash" in capsys.readouterr().err
+    assert quality.run.main([str(tiny_set), "--corpus", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no corpus" in capsys.readouterr().err
+
+    settings = yaml.safe_load((packages / "packages.yaml").read_text())
+    settings["packages"][0]["sha256"] = "0" * 64
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "new").mkdir()
+    shutil.copytree(packages / "packages", tmp_path / "new" / "packages")
+    assert quality.corpus.main([str(tmp_path / "new"), "--packages", str(tmp_path / "other.yaml")]) == 2
+    assert "cannot download alpha 1.0" in capsys.readouterr().err
+
+
+@needs_dpkg
+@pytest.mark.slow
+def test_a_run_that_is_cut_gives_the_rows_of_one_that_is_not(
+    quality, made, tmp_path, tiny_set, monkeypatch, capsys, one_thread
+):
+    def train(out: Path, *more: str) -> int:
+        return quality.run.main([str(tiny_set), "--corpus", str(made), "--out", str(out), "--device", "cpu", *more])
+
+    assert train(tmp_path / "whole") == 0
+    whole = quality.rows.read_rows(tmp_path / "whole" / "rows.csv")
+    assert [(row.form, row.step, row.state) for row in whole] == [
+        (form, step, state) for form in ("plain", "mudd") for step, state in ((4, ""), (8, ""), (12, "finished"))
+    ]
+    assert whole[2].held_out_loss < whole[0].held_out_loss
+    assert not [path for path in (tmp_path / "whole").iterdir() if path.is_dir()], "checkpoints of ended runs go"
+
+    assert train(tmp_path / "two", "--processes", "2") == 0
+    two = quality.rows.read_rows(tmp_path / "two" / "rows.csv")
+    assert sorted(map(_timeless, two), key=str) == sorted(map(_timeless, whole), key=str), "two at once"
+    plain = quality.sets.load_set(tiny_set).runs[0]
+    parts, rows = quality.parts.Parts(made), tmp_path / "cut" / "rows.csv"
+    assert train(tmp_path / "cut", "--seconds", "0") == 0, "no time, nothing done"
+    for _ in range(2):  # each makes one step, since its time is over by then
+        trainer = quality.trainer.Trainer(parts, 2000, tmp_path / "cut", rows, torch.device("cpu"), deadline=0.0)
+        assert trainer(plain) == "cut"
+    update, done = quality.trainer._Progress._update, []
+
+    def killed(progress):
+        done.append(progress.step)
+        if len(done) == 9:
+            raise KeyboardInterrupt
+        update(progress)
+
+    monkeypatch.setattr(quality.trainer._Progress, "_update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", "--checkpoint-every", "0")
+    with rows.open("a") as file:
+        file.write("half a ro")
+    assert train(tmp_path / "cut") == 0
+    assert train(tmp_path / "cut") == 0, "nothing is left to do"
+    cut = quality.rows.read_rows(rows)
+    assert [_timeless(row) for row in cut] == [_timeless(row) for row in whole]
+
+    quality.rows.write_rows(rows, [dataclasses.replace(row, corpus="other") for row in cut])
+    assert train(tmp_path / "cut") == 2
+    assert "rows of corpus other" in capsys.readouterr().err
+
+
+def _timeless(row):
+    return dataclasses.replace(row, seconds=0, date="")
+
+
+def test_sets(quality, tmp_path):
+    described = {path.stem: quality.sets.load_set(path) for path in sorted(QUALITY.glob("runs/*.yaml"))}
+    assert described and all(run_set.runs for run_set in described.values())
+    mine = {run.id for run in described["time-12x512"].runs}
+    assert mine & {run.id for run in described["ablation-12x512"].runs}, "runs that compute the same are one"
+    for change, match in (
+        ({"kind": "other"}, "kind"),
+        ({"colour": 1}, "colour"),
+        ({"tokens": [100]}, "multiple"),
+        ({"train": {"steps": 5}}, "steps"),
+        ({"train": {"batch": 5}}, "batch_size"),
+    ):
+        path = tmp_path / "bad.yaml"
+        path.write_text(yaml.safe_dump({**SET, **change}, sort_keys=False))
+        with pytest.raises(ValueError, match=match):
+            quality.sets.load_set(path)
+
+
+def test_costs_are_interpolated_never_extrapolated(quality):
+    points = [(1.0, 3.0), (4.0, 2.0), (16.0, 1.5)]
+    assert quality.stats.cost_at_loss(points, 2.5) == pytest.approx(2.0)
+    assert quality.stats.cost_at_loss(points, 1.75) == pytest.approx(8.0)
+    assert quality.stats.cost_at_loss(points, 3.1) is quality.stats.cost_at_loss(points, 1.4) is None
+    assert quality.stats.interval([1.0]) == (1.0, None)
+    assert quality.stats.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5))
+
+
+def test_page_from_rows(quality, tmp_path):
+    pytest.importorskip("matplotlib")
+    paths, rows = [], []
+    for kind in quality.sets.KINDS:
+        grid = {"learning_rates": [1e-3, 2e-3]} if kind in ("sweep", "stability") else {}
+        if kind == "time":
+            grid |= {"tokens": [640, 1280, 2560], "goals": {"loss": 0.1, "compute": 2.5, "seconds": 1.5}}
+        path = tmp_path / f"{kind}.yaml"
+        path.write_text(
+            yaml.safe_dump({**SET, "kind": kind, "title": f"tiny {kind}", "seeds": [0, 1], **grid}, sort_keys=False)
+        )
+        paths.append(path)
+        rows += [row for run in quality.sets.load_set(path).runs for row in _rows_of(quality, run)]
+    rows = list({(row.run, row.step): row for row in rows}.values())
+    quality.rows.write_rows(tmp_path / "rows.csv", rows)
+    arguments = [
+        str(tmp_path / "rows.csv"),
+        "--sets",
+        *map(str, paths),
+        "--page",
+        str(tmp_path / "docs" / "quality.md"),
+    ]
+    assert quality.report.main([*arguments, "--check"]) == 1
+    assert quality.report.main(arguments) == 0
+    assert quality.report.main([*arguments, "--check"]) == 0
+    text = (tmp_path / "docs" / "quality.md").read_text()
+    assert {path.name for path in (tmp_path / "docs").glob("*.png")} == {"quality_time.png", "quality_stability.png"}
+    # MUDD at a budget has the loss of plain at twice the budget, and is 1.25 times as slow.
+    assert "| MUDD | 0M | 2.800 ± 0.127 | 2 | 1 | 1 ± 0 | 2.00 ± 0.00 | 1.60 ± 0.00 |" in text
+    assert text.count("| - | - |") == 1, "the loss of the largest budget is out of plain's reach"
+    assert "0.1 nats below plain. MUDD at 0M tokens: 0.200 ± 0.000: reached" in text
+    assert "2.5 times the compute. MUDD at 0M tokens: 2.000 ± 0.000: NOT reached" in text
+    assert "1.5 times the seconds. MUDD at 0M tokens: 1.600 ± 0.000: reached" in text
+    assert "-0.200 ± 0.000" in text and "**2.8" in text and "diverged by" in text
+
+
+def _rows_of(quality, run):
+    doublings = {640: 0, 768: 0, 1280: 1, 2560: 2}[run.tokens] + (run.form == "mudd")
+    loss = 3.0 - 0.2 * doublings + 0.02 * (run.seed - 0.5) + 10 * (run.learning_rate - 1e-3)
+    slow = 1.25 if run.form == "mudd" else 1.0
+    diverged = run.form == "plain" and run.learning_rate == 2e-3 and run.seed == 1
+    for step, state in ((run.settings.steps // 2, ""), (run.settings.steps, "diverged" if diverged else "finished")):
+        yield quality.rows.Row(
+            run=run.id, size=run.size, form=run.form, learning_rate=run.learning_rate, budget=run.tokens, seed=run.seed,
+            step=step, tokens=step * 64, seconds=run.tokens * slow / 640, loss=loss, loss_max=loss + 1,
+            held_out_loss=loss, grad_norm=0.5, grad_norm_max=2.0, state=state, parameters=1000, flops_per_token=1e12,
+            corpus="c", device="GPU", torch="2", commit="abc", date="2026-01-01",
+        )  # fmt: skip
