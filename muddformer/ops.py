@@ -13,9 +13,9 @@ The environment variable ``MUDDFORMER_CPU_CACHE_MIB``, read at the first use, is
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,12 @@ class StreamNorms:
     add_newest: bool = False
     pre_weight: Tensor | None = None
     post_weight: Tensor | None = None
+
+
+def _constant_to_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which would import all of torch._dynamo here to set this mark."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def _check_list(hiddens: object) -> None:
@@ -211,7 +217,7 @@ def depth_aggregate_norm_chained(
     return streams, hiddens
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_dynamo
 def _fuses_norms(device: torch.device, dtype: torch.dtype, width: int, sources: int, ways: int) -> bool:
     return torch.ops.muddformer.fuses_norms(torch.empty(0, width, device=device, dtype=dtype), sources, ways)
 
@@ -346,7 +352,7 @@ def depth_aggregation_step(
     )
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_dynamo
 def _step_tokens(device: torch.device, dtype: torch.dtype) -> int:
     return torch.ops.muddformer.step_tokens(torch.empty(0, 1, device=device, dtype=dtype))
 

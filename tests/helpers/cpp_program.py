@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def build_project(project: Path, build: Path, environment: dict[str, str] | None
     """
     configure = [cmake(), "-S", str(project), "-B", str(build), f"-DCMAKE_PREFIX_PATH={utils.cmake_prefix_path}"]
     launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
-    for command in ([*configure, "-DCMAKE_BUILD_TYPE=Release", *launcher], [cmake(), "--build", str(build)]):
+    make = [cmake(), "--build", str(build), "--parallel", str(min(4, os.cpu_count() or 1))]
+    for command in ([*configure, "-DCMAKE_BUILD_TYPE=Release", *launcher], make):
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode != 0:
             raise RuntimeError(f"{project} was not built: {result.stdout}{result.stderr}")
