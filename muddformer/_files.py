@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # Windows: folders of runs are not locked there
-    fcntl = None
 
 __all__ = ["FileLock", "read_json", "sync", "write_atomically"]
 
@@ -71,23 +66,29 @@ class FileLock:
 
     Raises:
         BlockingIOError: if another process, or another lock of this one, holds it; ``str(error)`` names the process.
-        OSError: if the file cannot be made.
+        OSError: if the file cannot be made or locked.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a+", encoding="utf-8")
         try:
-            if fcntl is not None:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            with suppress(OSError):
-                self._file.seek(0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.seek(0)
             holder = self._file.read(20).strip()
             self._file.close()
             raise BlockingIOError(f"process {holder or 'unknown'}") from error
+        except OSError:
+            self._file.close()
+            raise
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
+
+    @property
+    def held(self) -> bool:
+        """Whether it was not released yet."""
+        return not self._file.closed
 
     def release(self) -> None:
         """Lets others have it."""

@@ -202,6 +202,8 @@ def depth_aggregate_norm_chained(
     norms = norm_weights
     if not isinstance(norms, StreamNorms):
         norms = StreamNorms(norm_weights, norm_biases, norm, eps, add_newest, pre_weight, post_weight)
+    elif (norm, eps, add_newest) != ("rms", 1e-6, False) or not norm_biases is pre_weight is post_weight is None:
+        raise ValueError("norm_weights: expected no other argument of the norms beside a StreamNorms, got some")
     streams, hiddens = torch.ops.muddformer.depth_aggregate_norm_chained(
         hiddens,
         weights,

@@ -184,7 +184,7 @@ class MUDDFormerConfig(ConnectionOptions):
         return tuple(round(self.intermediate_size * (i / last + 0.5) / 128) * 128 for i in range(self.n_layer))
 
     def replace(self, **changes: Any) -> MUDDFormerConfig:
-        """A checked copy with some fields changed."""
+        """A checked copy with some fields changed. Another ``model_type`` changes no field that has a value already."""
         return self.from_dict({**self.to_dict(), **changes})
 
     def plain_twin(self) -> MUDDFormerConfig:

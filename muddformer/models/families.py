@@ -53,11 +53,11 @@ def build_model(config: Any, device: Any = None, dtype: torch.dtype | None = Non
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    for family in FAMILIES.values():
-        if isinstance(config, family.config):
-            return FAMILIES[config.model_type].model(config, device=device, dtype=dtype)
-    expected = " or ".join(sorted({family.config.__name__ for family in FAMILIES.values()}))
-    raise TypeError(f"config must be a {expected}, got {type(config).__name__}")
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    if family is None or not isinstance(config, family.config):
+        expected = " or ".join(sorted({family.config.__name__ for family in FAMILIES.values()}))
+        raise TypeError(f"config must be a {expected}, got {type(config).__name__}")
+    return family.model(config, device=device, dtype=dtype)
 
 
 def save_pretrained(model: Pretrained, directory: str | os.PathLike[str]) -> None:

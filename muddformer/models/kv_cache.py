@@ -57,6 +57,11 @@ class KVCache:
         self._positions = self._slots
         self._prompt = True
 
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences B."""
+        return self.keys.shape[1]
+
     def advance(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Makes room for ``count`` tokens.
 

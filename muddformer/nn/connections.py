@@ -96,6 +96,8 @@ class Connections(nn.Module):
             )
             self.dynamic_dense.append(da)
             self.dense_bs.append(nn.Parameter(torch.empty(da.num_ways, da.sources, **factory)))
+        # Where the aggregations are in dynamic_dense and dense_bs.
+        self.places = {i: place for place, i in enumerate(self.plan)}
         num_ways = {i: da.num_ways for i, da in zip(self.plan, self.dynamic_dense, strict=True)}
         # By the first aggregation of a group: all of them, with their numbers of ways and sources.
         self.flush_groups = {
@@ -184,6 +186,8 @@ class BlockHistory:
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
+        self._given: list[Tensor] = []
+        self._versions: list[int] = []
         self.hiddens: list[Tensor] | None = None
 
     def streams(self, x: Tensor, norms: Sequence[nn.Module | None] | None = None) -> list[Tensor]:
@@ -199,16 +203,36 @@ class BlockHistory:
 
         Raises:
             RuntimeError: if they were made already, or are made without gradients in a forward that records them.
+            ValueError: for a wrong number of norms.
         """
         turn = self._turn
         if not torch.compiler.is_compiling():
             _check_turn(turn, again=self.hiddens is not None)
         if turn.aggregation is None:
+            if norms is not None and len(norms) != turn.copies:
+                raise ValueError(f"norms must have {turn.copies} entries, got {len(norms)}")
+            streams = [x if norm is None else norm(x) for norm in norms or [None] * turn.copies]
             self.hiddens = []
-            return [x if norm is None else norm(x) for norm in norms or [None] * turn.copies]
-        with _without_autocast(x) if turn.wide else nullcontext():
-            streams, self.hiddens = turn.aggregation([*turn.older, x], turn.prior, norms, turn.deferral)
+        else:
+            with _without_autocast(x) if turn.wide else nullcontext():
+                streams, self.hiddens = turn.aggregation([*turn.older, x], turn.prior, norms, turn.deferral)
+        self._given = [*streams, x]
+        self._versions = _versions(self._given)
         return streams
+
+    def check_unchanged(self) -> None:
+        """Refuses what a block did that wrote into its streams or into X_i."""
+        given, self._given = self._given, []
+        if _versions(given) != self._versions:
+            raise RuntimeError(
+                f"block {self._turn.index} changes its input in place, but later blocks read this hidden state too: "
+                "write x = x + f(x) instead of x += f(x)"
+            )
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place; not known of tensors of inference mode and while compiling."""
+    return [] if torch.compiler.is_compiling() else [-1 if x.is_inference() else x._version for x in tensors]
 
 
 def _check_turn(turn: Turn, again: bool) -> None:
@@ -232,32 +256,25 @@ class History:
     """The hidden states of a forward on their way from block to block.
 
     For every block in turn: :meth:`streams`, then :meth:`append` of what it returns; after the last one :meth:`result`.
+    Every call out of this order, and a second one, is an error that says what was to come.
 
     Attributes:
         newest: X_i, the hidden state that was appended last; X_0 at first.
+        index: number of hidden states that were appended: the block whose turn it is, from 0.
     """
 
     def __init__(self, connections: Connections, x: Tensor) -> None:
         if connections.plan and x.shape[-1:] != (connections.dim,):
             raise ValueError(f"x must have shape [..., dim] with dim={connections.dim}, got {list(x.shape)}")
-        if connections.options.residual_dtype == "autocast" and (dtype := autocast_dtype(x)) is not None:
-            x = x.to(dtype)
-        self.newest = x
         self._connections = connections
-        self._index = 0
         self._older: dict[int, Tensor] = {}  # X_j by j, those that are mixed later
-        self._aggregations = iter(
-            zip(connections.plan.values(), connections.dynamic_dense, connections.dense_bs, strict=True)
-        )
         self._deferrals: dict[int, ops.Deferral] = {}
         self._turn: Turn | None = None
         self._block: BlockHistory | None = None
-        self._join(0, x)
-
-    @property
-    def index(self) -> int:
-        """Number of hidden states that were appended: the block whose turn it is, from 0."""
-        return self._index
+        self._ended = False
+        self.index = 0
+        self.newest = self._held(x)
+        self._join(0)
 
     def streams(self, norms: Sequence[nn.Module | None] | None = None) -> list[Tensor]:
         """The streams of the block whose turn it is, see :meth:`BlockHistory.streams`.
@@ -265,8 +282,9 @@ class History:
         Raises:
             RuntimeError: if they were made already, or all blocks had their turn.
         """
-        if self._index == self._connections.num_blocks:
-            raise RuntimeError(f"all {self._index} blocks had their turn: what follows is result()")
+        if self.index == self._connections.num_blocks:
+            self._check_open("streams()")
+            raise RuntimeError(f"all {self.index} blocks had their turn: what follows is result()")
         if self._block is None:
             self._block = BlockHistory(self.turn())
         return self._block.streams(self.newest, norms)
@@ -277,34 +295,40 @@ class History:
         Raises:
             TypeError: if x is no tensor.
             ValueError: if x has another shape than the hidden state before it.
-            RuntimeError: if the streams were not made, or all blocks had their turn.
+            RuntimeError: if the streams were not made, all blocks had their turn, or the block wrote into its streams.
         """
+        self._check_open("append()")
         if self._block is None or self._block.hiddens is None:
             raise RuntimeError(
-                f"append() takes what block {self._index} made of its streams, but streams() was not called before"
+                f"append() takes what block {self.index} made of its streams, but streams() was not called before"
             )
+        self._block.check_unchanged()
         self.advance(x, self._block.hiddens)
 
     def result(self) -> Tensor:
-        """The residual way's aggregate after the last block [..., D] (before any final norm).
+        """The residual way's aggregate after the last block [..., D] (before any final norm); the history ends with it.
 
         Raises:
-            RuntimeError: if a block has yet to have its turn.
+            RuntimeError: if a block has yet to have its turn, or the result was made already.
         """
-        if self._index < self._connections.num_blocks:
-            raise RuntimeError(f"only {self._index} of {self._connections.num_blocks} blocks had their turn")
-        return BlockHistory(self.turn()).streams(self.newest)[-1]
+        self._check_open("result()")
+        if self.index < self._connections.num_blocks:
+            raise RuntimeError(f"only {self.index} of {self._connections.num_blocks} blocks had their turn")
+        y = BlockHistory(self.turn()).streams(self.newest)[-1]
+        self._ended = True
+        return y
 
     def turn(self) -> Turn:
         """What the streams of the block whose turn it is are made of; unchanged until the next one's turn."""
         if self._turn is not None:
             return self._turn
-        i, connections = self._index, self._connections
+        i, connections = self.index, self._connections
         options = connections.options
         aggregation, older, prior, deferral, wide = None, [], None, None, False
         if i in connections.plan:
-            sources, aggregation, prior = next(self._aggregations)
-            older = [self._older[j] for j in sources[:-1]]
+            place = connections.places[i]
+            aggregation, prior = connections.dynamic_dense[place], connections.dense_bs[place]
+            older = [self._older[j] for j in connections.plan[i][:-1]]
             if i in connections.flush_groups and connections._defers(older):
                 group = connections.flush_groups[i]
                 older, opened = ops.defer_gradients(older, list(group.values()))
@@ -317,7 +341,7 @@ class History:
 
     def advance(self, x: Tensor, hiddens: list[Tensor]) -> None:
         """:meth:`append` for a block that had :meth:`turn`: ``hiddens`` are the sources that it handed on."""
-        i = self._index
+        i = self.index
         if not isinstance(x, Tensor):
             raise TypeError(f"block {i} must return one tensor, got {type(x).__name__}")
         if x.shape != self.newest.shape:
@@ -326,11 +350,24 @@ class History:
             )
         if hiddens:
             self._older = dict(zip(self._connections.plan[i], hiddens, strict=True))
-        self._index, self.newest, self._turn, self._block = i + 1, x, None, None
+        self.index, self.newest, self._turn, self._block = i + 1, self._held(x), None, None
         if i + 1 not in self._connections.plan:
-            self._join(i + 1, x)
+            self._join(i + 1)
 
-    def _join(self, i: int, x: Tensor) -> None:
-        """Keeps X_i if an aggregation reads it that is not its own."""
+    def _held(self, x: Tensor) -> Tensor:
+        """A hidden state in the dtype that ``residual_dtype`` asks for."""
+        kept, dtype = self._connections.options.residual_dtype, autocast_dtype(x)
+        if kept is None or dtype is None:
+            return x
+        if kept == "autocast":
+            return x.to(dtype)
+        return x.to(self._connections.dense_bs[0].dtype) if self._connections.plan else x
+
+    def _join(self, i: int) -> None:
+        """Keeps X_i, the newest, if an aggregation reads it that is not its own."""
         if str(i) in self._connections.source_norms:
-            self._older[i] = self._connections.source_norms[str(i)](x)
+            self._older[i] = self._connections.source_norms[str(i)](self.newest)
+
+    def _check_open(self, call: str) -> None:
+        if self._ended:
+            raise RuntimeError(f"{call} comes after result(), with which a history ends: begin() another one")

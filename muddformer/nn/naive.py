@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from .connections import Connections
 from .depth_aggregation import DepthAggregation
-from .stack import MUDDStack
 
 __all__ = ["depth_aggregation", "naive_connections"]
 
@@ -49,5 +49,5 @@ def naive_connections(active: bool = True) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if active:
             stack.enter_context(mock.patch.object(DepthAggregation, "forward", depth_aggregation))
-            stack.enter_context(mock.patch.object(MUDDStack, "_defers", lambda *_: False))
+            stack.enter_context(mock.patch.object(Connections, "_defers", lambda *_: False))
         yield

@@ -60,9 +60,9 @@ def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     Of such a module an operator may read the parameters. Any other (an adapter, a quantised or a parametrised module,
     one with weights that are sharded over devices) has to be called.
     """
-    if type(module) not in types or module._forward_hooks or module._forward_pre_hooks:
+    if type(module) not in types or "forward" in vars(module):
         return False
-    if module._backward_hooks or module._backward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     # A None among the parameters is one that is left out, such as a bias. FSDP1 puts tensors in their places.
     weights = (getattr(module, name, None) for name in ("weight", "bias"))
@@ -86,7 +86,7 @@ def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms
             continue
         if not is_plain(norm, RMSNorm, nn.LayerNorm) or (weight := norm.weight) is None or weight.shape != x.shape[-1:]:
             return None
-        if not autocast and weight.dtype not in (x.dtype, torch.float32):
+        if weight.device != x.device or (not autocast and weight.dtype not in (x.dtype, torch.float32)):
             return None
         kinds.add(("rms" if type(norm) is RMSNorm else "layer", norm.eps, weight.dtype))
     if len(kinds) > 1:

@@ -24,7 +24,8 @@ class ConnectionOptions:
     A stack, its layers of connections and a model's configuration have these options as they stand here.
 
     Args:
-        dense: False: no connections at all; the other fields, but ``residual_dtype``, then have no effect.
+        dense: False: no connections at all; of the other fields ``multiway`` (of a stack), ``gelu_approximate`` (of a
+            model) and ``residual_dtype`` still count.
         dynamic: connection weights depend on the token; False for the static prior alone.
         multiway: every way has its own aggregate; False: one aggregate feeds all streams.
         ways: with ``multiway``: the ways that are aggregated, a part of ``"qkvr"``; one left out takes the newest
@@ -39,13 +40,14 @@ class ConnectionOptions:
         expand_last: the last generator has a hidden layer four times as wide.
         round64: hidden widths of the generators go up to the next multiple of 64 (an exact multiple too).
         cap: soft bound of the connection weights, ``cap * tanh(A / cap)``. None: no bound.
-        gelu_approximate: ``"none"`` (erf form) or ``"tanh"``.
+        gelu_approximate: ``"none"`` (erf form) or ``"tanh"``, in the generators and in a model's feed-forward networks.
         flush_interval: how a backward adds to the gradients of older hidden states: once in so many aggregations (1: in
             each). None: on CUDA in bfloat16 and float16 in groups that move the fewest bytes. Gradients differ by
             rounding alone.
         residual_dtype: dtype of the hidden states, and so of the residual stream, under autocast: ``"autocast"``, the
-            one that autocast has, or ``"float32"``, with which the history takes twice the memory and its time. None:
-            autocast's with connections, what the blocks get and return without. Outside autocast it has no effect.
+            one that autocast has, or ``"float32"``, that of the connections' parameters, with which the history takes
+            twice the memory and its time. None: autocast's with connections, what the blocks get and return without.
+            Outside autocast it has no effect.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.

@@ -28,11 +28,12 @@ class MUDDStack(Connections):
     With ``multiway`` the blocks are called with four streams (xq, xk, xv, xr), each with its own aggregate, otherwise
     with one stream x; and with whatever else the stack is called with.
 
-    A block may make the streams itself, inside its own forward: if its attribute ``pulls_streams`` is True, it is
-    called as ``block(x, ..., history=history)`` with a :class:`BlockHistory`, and calls ``history.streams(x, norms)``
-    with the norms that it begins with. On CUDA these then cost no pass of their own. Where such a block is compiled by
-    itself, it is called with ready streams and, if its attribute ``stream_norms`` lists the norms, ``normed=True`` when
-    they have passed them: a graph that made the streams would be another one for every number of sources.
+    With ``multiway`` a block may make the streams itself, inside its own forward: if its attribute ``pulls_streams`` is
+    True, it is called as ``block(x, ..., history=history)`` with a :class:`BlockHistory`, and calls
+    ``history.streams(x, norms)`` with the norms that it begins with. On CUDA these then cost no pass of their own. Where
+    such a block is compiled by itself, it is called with ready streams and, if its attribute ``stream_norms`` lists the
+    norms, ``normed=True`` when they have passed them: a graph that made the streams would be another one for every
+    number of sources.
 
     Args:
         layers: the blocks, as a list or ModuleList. Each returns one tensor of the shape of its input.
@@ -104,15 +105,10 @@ class MUDDStack(Connections):
             given, kwargs = history.streams(x, norms), {**kwargs, "normed": norms is not None}
         else:
             given = history.streams(x)
-        versions = _versions(given)
         y = layer(*given, *args, **kwargs)
         if history.hiddens is None:
             raise RuntimeError(f"block {turn.index} has pulls_streams, but did not call history.streams()")
-        if _versions(given) != versions:
-            raise RuntimeError(
-                f"block {turn.index} changes its input in place, but later blocks read this hidden state too: "
-                "write x = x + f(x) instead of x += f(x)"
-            )
+        history.check_unchanged()
         return y, history.hiddens
 
     def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -123,11 +119,6 @@ class MUDDStack(Connections):
             options = {} if self.checkpoint_context_fn is None else {"context_fn": self.checkpoint_context_fn}
             return checkpoint(function, *args, use_reentrant=False, **options)
         return function(*args)
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each tensor was changed in place; not known of tensors of inference mode and while compiling."""
-    return [] if torch.compiler.is_compiling() else [-1 if x.is_inference() else x._version for x in tensors]
 
 
 def _whole_norms(block: nn.Module, x: Tensor) -> Sequence[nn.Module | None] | None:

@@ -70,6 +70,14 @@ class Trainer:
         make_config(settings.model, vocab_size=1)  # a bad value is told before the text is read
         _check_folder(run, resume, overwrite)
         self._lock = _lock_folder(run)
+        try:
+            self._set_up(resume, overwrite)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _set_up(self, resume: bool, overwrite: bool) -> None:
+        settings, run = self.settings, self.run
         self.corpus = prepare_corpus(settings.data, say)
         _check_folder(run, resume, overwrite)  # it may have changed while there was no lock
         _prepare_folder(run, resume, overwrite)
@@ -108,6 +116,8 @@ class Trainer:
         """
         train, val_loss = self.settings.train, None
         self.model.train()
+        if not self._lock.held:  # a second call
+            self._lock = _lock_folder(self.run)
         with contextlib.ExitStack() as stack:
             stack.callback(self._lock.release)
             stack.enter_context(self._stop_on_signals())

@@ -119,6 +119,9 @@ class Checkpoint:
             value = self.training[name]
             if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
                 raise InputError(f"checkpoint {str(folder)!r}: {name} in training.json must be {words}, got {value!r}")
+        idle = self.training.get("without_state", [])
+        if not isinstance(idle, list) or not all(isinstance(name, str) for name in idle):
+            raise InputError(f"checkpoint {str(folder)!r}: without_state in training.json must be a list of texts")
         if checkpoint_name(self.training["step"]) != folder.name:
             raise InputError(f"checkpoint {str(folder)!r} says that it is of step {self.training['step']}")
 

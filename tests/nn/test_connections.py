@@ -120,6 +120,9 @@ def test_history_out_of_order() -> None:
     with pytest.raises(RuntimeError, match="all 2 blocks had their turn"):
         history.streams()
     assert history.result().shape == (2, 3, D)
+    for call in (history.result, history.streams, lambda: history.append(some_x())):
+        with pytest.raises(RuntimeError, match=r"comes after result\(\), with which a history ends"):
+            call()
     with pytest.raises(ValueError, match=r"x must have shape \[..., dim\] with dim=16, got \[2, 3, 5\]"):
         connections.begin(torch.zeros(2, 3, 5))
 
@@ -276,3 +279,29 @@ def test_dtype_of_the_residual_stream(dense: bool, residual_dtype: str | None) -
     seen.clear()
     exact = model(ids, ids)  # without autocast there is nothing to choose
     assert seen == [torch.float32] * 2 and abs(exact - loss).item() < 0.05
+
+
+@pytest.mark.parametrize("residual_dtype, expected", [("float32", torch.float32), ("autocast", torch.bfloat16)])
+def test_residual_dtype_of_blocks_of_ones_own(residual_dtype: str, expected: torch.dtype) -> None:
+    stack = scramble(MUDDStack([nn.Linear(D, D) for _ in range(3)], D, residual_dtype=residual_dtype))
+    seen: list[torch.dtype] = []
+    for block in stack.layers:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    for x in (some_x(), some_x().bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert stack(x).dtype == expected
+    assert seen == [expected] * 6
+
+
+def test_a_loop_by_hand_refuses_blocks_that_write_into_their_streams() -> None:
+    history = Connections(D, 2).begin(some_x())
+    (x,) = history.streams()
+    x += 1
+    with pytest.raises(RuntimeError, match="block 0 changes its input in place"):
+        history.append(x)
+
+
+def test_norms_of_a_block_without_aggregation() -> None:
+    history = Connections(D, 2, multiway=True).begin(some_x())
+    with pytest.raises(ValueError, match="norms must have 4 entries, got 1"):
+        history.streams([None])
