@@ -30,10 +30,10 @@ class MUDDStack(Connections):
 
     With ``multiway`` a block may make the streams itself, inside its own forward: if its attribute ``pulls_streams`` is
     True, it is called as ``block(x, ..., history=history)`` with a :class:`BlockHistory`, and calls
-    ``history.streams(x, norms)`` with the norms that it begins with. On CUDA these then cost no pass of their own. Where
-    such a block is compiled by itself, it is called with ready streams and, if its attribute ``stream_norms`` lists the
-    norms, ``normed=True`` when they have passed them: a graph that made the streams would be another one for every
-    number of sources.
+    ``history.streams(x, norms)`` with the norms that it begins with. On CUDA these then cost no pass of their own.
+    Where such a block is compiled by itself, it is called with ready streams and, if its attribute ``stream_norms``
+    lists the norms, ``normed=True`` when they have passed them: a graph that made the streams would be another one for
+    every number of sources.
 
     Args:
         layers: the blocks, as a list or ModuleList. Each returns one tensor of the shape of its input.
