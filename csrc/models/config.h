@@ -19,14 +19,12 @@ namespace muddformer {
 /// user of it takes checked(): a copy whose values have been checked and whose optional fields
 /// (but `window`, `cap`, `flush_interval` and `residual_dtype`) have been filled in.
 struct MUDDFormerConfig {
-  /// The family, whose part of the fields that are left out is in brackets: "muddformer"
-  /// (Transformer++) or "muddpythia" (Pythia).
+  /// The family, a line of kFamilies in families.h: what the fields take that are left out.
   std::string model_type = "muddformer";
   /// Norms over the model width: "rms", an RMSNorm, or "layer", a LayerNorm with bias. Left out:
-  /// the family's (rms; layer).
+  /// the family's.
   std::optional<std::string> norm = std::nullopt;
-  /// "swiglu", w2(silu(w1 x) * w3 x), or "gelu", w2(gelu(w1 x)). Left out: the family's (swiglu;
-  /// gelu).
+  /// "swiglu", w2(silu(w1 x) * w3 x), or "gelu", w2(gelu(w1 x)). Left out: the family's.
   std::optional<std::string> feed_forward = std::nullopt;
   /// A position attends to itself and earlier ones; false: to all. Only causal models generate.
   bool causal = true;
@@ -47,17 +45,17 @@ struct MUDDFormerConfig {
   std::optional<int64_t> intermediate_size = std::nullopt;
   /// FFN width grows with depth from half of intermediate_size to 1.5 times (Eq. 9).
   bool ffn_reallocation = true;
-  /// Added to the variance in every norm. Left out: the family's (1e-6; 1e-5).
+  /// Added to the variance in every norm. Left out: the family's.
   std::optional<double> norm_eps = std::nullopt;
   /// Base of the rotary frequencies.
   double rope_base = 10000.0;
-  /// Rotated part of each head. Left out: the family's (1; 0.25).
+  /// Rotated part of each head. Left out: the family's.
   std::optional<double> rotary_pct = std::nullopt;
   /// RMSNorm of every query and key head before the rotation.
   bool use_qk_norm = true;
-  /// Attention and FFN read the same residual stream. Left out: the family's (false; true).
+  /// Attention and FFN read the same residual stream. Left out: the family's.
   std::optional<bool> use_parallel_residual = std::nullopt;
-  /// Biases in attention and FFN. Left out: the family's (false; true).
+  /// Biases in attention and FFN. Left out: the family's.
   std::optional<bool> use_linear_bias = std::nullopt;
   /// The head shares the weight of the embedding.
   bool tie_word_embeddings = false;

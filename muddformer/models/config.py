@@ -12,7 +12,8 @@ from . import release
 
 __all__ = ["FAMILY_DEFAULTS", "MUDDFormerConfig"]
 
-# What a family stands for: the values of the fields that are left out.
+# What a family stands for: the values of the fields that are left out. All lines have the same fields, those whose
+# default in MUDDFormerConfig is None for it.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "muddformer": {
         "norm": "rms",
@@ -61,10 +62,10 @@ class MUDDFormerConfig(ConnectionOptions):
     mixed; ``multiway`` is True here unless it is given. The others:
 
     Args:
-        model_type: the family, ``"muddformer"`` or ``"muddpythia"``: the values of the fields that are left out.
-        norm: ``"rms"`` (RMSNorm) or ``"layer"`` (LayerNorm) over the model width. None: RMSNorm for muddformer,
-            LayerNorm for muddpythia.
-        feed_forward: ``"swiglu"`` or ``"gelu"``. None: SwiGLU for muddformer, GELU for muddpythia.
+        model_type: the family, a key of ``muddformer.models.config.FAMILY_DEFAULTS``, which has the values that stand
+            for None below where it says so.
+        norm: ``"rms"`` (RMSNorm) or ``"layer"`` (LayerNorm) over the model width. None: the family's.
+        feed_forward: ``"swiglu"`` or ``"gelu"``. None: the family's.
         causal: a position sees itself and earlier ones; False: all of them, which leaves no room for generation.
         vocab_size: number of tokens.
         block_size: longest sequence.
@@ -75,12 +76,12 @@ class MUDDFormerConfig(ConnectionOptions):
         intermediate_size: FFN hidden width before re-allocation. None: 8/3 D up to a multiple of 256
             for SwiGLU, 4 D for GELU.
         ffn_reallocation: FFN width grows with depth from half of ``intermediate_size`` to 1.5 times (Eq. 9).
-        norm_eps: added to the variance in every norm. None: 1e-6 (muddformer) or 1e-5 (muddpythia).
+        norm_eps: added to the variance in every norm. None: the family's.
         rope_base: base of the rotary frequencies.
-        rotary_pct: rotated part of each head. None: 1 (muddformer) or 0.25 (muddpythia).
+        rotary_pct: rotated part of each head. None: the family's.
         use_qk_norm: RMSNorm of every query and key head before the rotation.
-        use_parallel_residual: attention and FFN read the same residual stream. None: True for muddpythia only.
-        use_linear_bias: biases in attention and FFN. None: True for muddpythia only.
+        use_parallel_residual: attention and FFN read the same residual stream. None: the family's.
+        use_linear_bias: biases in attention and FFN. None: the family's.
         tie_word_embeddings: the head shares the weight of the embedding.
         initializer_range: standard deviation of fresh weight matrices and embeddings.
         separate_norms: q, k and v have a norm each (blocks that receive distinct streams only).

@@ -32,7 +32,7 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(FAMILY_DEFAULTS, Family(MUDDFormerConfig, MUDDFormer)),
 }
-"""By ``model_type``, the first field of every configuration. A family of one's own is one line more."""
+"""By ``model_type``, a field of every configuration and a key of its ``to_dict()``. One's own is one line more."""
 
 
 def family_of(values: Mapping[str, Any]) -> Family:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,18 @@ from torch import nn
 import muddformer
 from muddformer import MUDDFormer, MUDDFormerConfig, build_model
 from muddformer.models import FAMILIES, Family, KVCache, Pretrained, load_config
+from muddformer.models.config import FAMILY_DEFAULTS
 from muddformer.nn import RMSNorm
 
 SMALL = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 2, "dim": 32, "intermediate_size": 256}
+
+
+def test_all_families_have_the_same_defaults() -> None:
+    left_out = {field.name for field in dataclasses.fields(MUDDFormerConfig) if field.default is None}
+    for family, defaults in FAMILY_DEFAULTS.items():
+        assert defaults.keys() == FAMILY_DEFAULTS["muddformer"].keys(), family
+        assert defaults.keys() <= left_out, family
+        assert None not in defaults.values(), family
 
 
 def test_a_family_is_the_defaults_of_its_parts() -> None:
@@ -68,7 +79,7 @@ def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     # model_type names the defaults of MUDDFormerConfig and the classes in FAMILIES
     monkeypatch.setitem(FAMILIES, "tiny", Family(TinyConfig, Tiny))
-    monkeypatch.setitem(muddformer.models.config.FAMILY_DEFAULTS, "tiny", {**parts_of("muddpythia"), "norm": "rms"})
+    monkeypatch.setitem(FAMILY_DEFAULTS, "tiny", {**FAMILY_DEFAULTS["muddpythia"], "norm": "rms"})
     config = TinyConfig(model_type="tiny", **SMALL)
     model = build_model(config)
     assert type(model) is Tiny and config.norm == "rms" and config.feed_forward == "gelu"
@@ -80,12 +91,9 @@ def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(loaded, Pretrained)
 
 
-def parts_of(family: str) -> dict[str, object]:
-    return muddformer.models.config.FAMILY_DEFAULTS[family]
-
-
 def test_unknown_families(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model_type must be one of \('muddformer', 'muddpythia'\), got 'gpt'"):
+    message = f"model_type must be one of {tuple(FAMILY_DEFAULTS)}, got 'gpt'"
+    with pytest.raises(ValueError, match=re.escape(message)):
         MUDDFormerConfig(model_type="gpt")
     build_model(MUDDFormerConfig(**SMALL)).save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
