@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +48,7 @@ class Deferral(NamedTuple):
     count: int
 
 
-@dataclass(frozen=True)
-class StreamNorms:
+class StreamNorms(NamedTuple):
     """How the streams of C ways are normed, see :func:`depth_aggregate_norm_chained`.
 
     Attributes:
@@ -74,10 +72,20 @@ class StreamNorms:
     post_weight: Tensor | None = None
 
 
-def _constant_to_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compiler.assume_constant_result, which would import all of torch._dynamo here to set this mark."""
-    function._dynamo_marked_constant = True
-    return function
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remembers what a function answers, and makes that a constant to torch.compile.
+
+    torch.compiler.assume_constant_result sets the same mark, but imports all of torch._dynamo to do it.
+    """
+    answers: dict[tuple[Any, ...], Any] = {}
+
+    def remembered(*arguments: Any) -> Any:
+        if arguments not in answers:
+            answers[arguments] = function(*arguments)
+        return answers[arguments]
+
+    remembered._dynamo_marked_constant = True
+    return remembered
 
 
 def _check_list(hiddens: object) -> None:
@@ -219,7 +227,7 @@ def depth_aggregate_norm_chained(
     return streams, hiddens
 
 
-@_constant_to_dynamo
+@_constant
 def _fuses_norms(device: torch.device, dtype: torch.dtype, width: int, sources: int, ways: int) -> bool:
     return torch.ops.muddformer.fuses_norms(torch.empty(0, width, device=device, dtype=dtype), sources, ways)
 
@@ -237,9 +245,7 @@ def fuses_norms(x: Tensor, sources: int, ways: int) -> bool:
         sources: number of hidden states S.
         ways: number of ways C.
     """
-    if torch.compiler.is_compiling():
-        return _fuses_norms(x.device, x.dtype, operator.index(x.shape[-1]), sources, ways)
-    return torch.ops.muddformer.fuses_norms(x, sources, ways)
+    return _fuses_norms(x.device, x.dtype, operator.index(x.shape[-1]), sources, ways)
 
 
 def connection_weights(
@@ -354,7 +360,7 @@ def depth_aggregation_step(
     )
 
 
-@_constant_to_dynamo
+@_constant
 def _step_tokens(device: torch.device, dtype: torch.dtype) -> int:
     return torch.ops.muddformer.step_tokens(torch.empty(0, 1, device=device, dtype=dtype))
 
@@ -368,7 +374,5 @@ def fuses_step(newest: Tensor) -> bool:
     Args:
         newest: the newest hidden state [..., D].
     """
-    if torch.compiler.is_compiling():
-        most = _step_tokens(newest.device, newest.dtype)  # a constant, while the number of tokens may be open
-        return most > 0 and newest.numel() <= most * newest.shape[-1]
-    return torch.ops.muddformer.fuses_step(newest)
+    most = _step_tokens(newest.device, newest.dtype)  # a constant to torch.compile: the number of tokens may be open
+    return most > 0 and newest.numel() <= most * newest.shape[-1]

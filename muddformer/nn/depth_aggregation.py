@@ -5,7 +5,6 @@ B, T: batch and sequence length (any leading shape); D: model width; S: number o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_integer, check_real
-from .norm import RMSNorm, as_stream_norms, autocast_dtype, is_plain
+from .norm import RMSNorm, as_stream_norms, autocast_dtype, plain_parameters
 from .options import WAYS, ConnectionOptions, check_ways
 
 __all__ = ["DepthAggregation"]
@@ -141,15 +140,17 @@ class DepthAggregation(nn.Module):
         if prior is None:
             raise ValueError("prior must be given to a DepthAggregation that was made with prior=False")
         way_norms = norms if ways is None else [norms[WAYS.index(way)] for way in ways]
-        kinds = as_stream_norms(way_norms, hiddens[-1])
-        if kinds is not None and self._takes_one_step(hiddens[-1]):
+        newest = hiddens[-1]
+        step, fuses = self._takes_one_step(newest), ops.fuses_norms(newest, self.sources, self.num_ways)
+        kinds = as_stream_norms(way_norms, newest) if step or fuses else None
+        if step and kinds is not None:
             # The hidden states that are handed on are in autocast's dtype: each is cast once.
-            dtype = autocast_dtype(hiddens[-1])
+            dtype = autocast_dtype(newest)
             hiddens = hiddens if dtype is None else [x.to(dtype) for x in hiddens]
             newest = hiddens[-1]
             mixed = self._step(hiddens, prior, kinds)
         else:
-            mixed, hiddens, newest = self._mix(hiddens, prior, way_norms, kinds, deferral)
+            mixed, hiddens, newest = self._mix(hiddens, prior, way_norms, kinds if fuses else None, deferral)
         if ways is not None:
             by_way = dict(zip(ways, mixed, strict=True))
             left_out = [way for way in WAYS if way not in by_way]
@@ -173,33 +174,33 @@ class DepthAggregation(nn.Module):
             ``(weights, x)``: weights [..., C, S] in the dtype of ``x`` (under autocast any), and ``x`` to be used from
             here on.
         """
-        if self.dynamic and not self._is_plain():
-            normed = F.rms_norm(x, x.shape[-1:], eps=self.eps) if self.norm is None else self.norm(x)
-            a = self.w2(F.gelu(self.w1(normed), approximate=self.gelu_approximate)).unflatten(-1, prior.shape)
-            a = a + prior.to(a.dtype)
-            return a if self.cap is None else self.cap * torch.tanh(a / self.cap), x
         if self.dynamic:
+            generator = self._generator()
+            if generator is None:
+                return self._call_generator(x, prior), x
+            w1, w2, scale = generator
             return ops.connection_weights_chained(
-                x,
-                self.w1.weight,
-                self.w2.weight,
-                prior,
-                scale=None if self.norm is None else self.norm.weight,
-                eps=self.eps,
-                gelu_approximate=self.gelu_approximate,
-                cap=self.cap,
+                x, w1, w2, prior, scale=scale, eps=self.eps, gelu_approximate=self.gelu_approximate, cap=self.cap
             )
         if self.cap is not None:
             prior = self.cap * torch.tanh(prior / self.cap)
         return prior.to(x.dtype).expand(*x.shape[:-1], *prior.shape), x
 
-    def _is_plain(self) -> bool:
-        """Whether the operators may read the parameters of the generator, instead of calling its modules."""
-        if not self.dynamic:
-            return True
-        if not (is_plain(self.w1, nn.Linear) and is_plain(self.w2, nn.Linear)):
-            return False
-        return self.w1.bias is None and self.w2.bias is None and (self.norm is None or is_plain(self.norm, RMSNorm))
+    def _call_generator(self, x: Tensor, prior: Tensor) -> Tensor:
+        normed = F.rms_norm(x, x.shape[-1:], eps=self.eps) if self.norm is None else self.norm(x)
+        a = self.w2(F.gelu(self.w1(normed), approximate=self.gelu_approximate)).unflatten(-1, prior.shape)
+        a = a + prior.to(a.dtype)
+        return a if self.cap is None else self.cap * torch.tanh(a / self.cap)
+
+    def _generator(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """W1, W2 and the norm's weight, if the operators may read them instead of calling the modules."""
+        w1, w2 = plain_parameters(self.w1, nn.Linear), plain_parameters(self.w2, nn.Linear)
+        if w1 is None or w2 is None or w1[1] is not None or w2[1] is not None:
+            return None
+        if self.norm is None:
+            return w1[0], w2[0], None
+        norm = plain_parameters(self.norm, RMSNorm)
+        return None if norm is None else (w1[0], w2[0], norm[0])
 
     def _mix(
         self,
@@ -211,7 +212,7 @@ class DepthAggregation(nn.Module):
     ) -> tuple[list[Tensor], Sequence[Tensor], Tensor]:
         """The streams of the ways, the hidden states to be used from here on, and X_i likewise."""
         weights, newest = self.connection_weights(hiddens[-1], prior)
-        fused = self._fused_norms(kinds, newest)
+        fused = None if kinds is None else self._fused_norms(kinds, newest)
         if fused is not None:
             hiddens = [*hiddens[:-1], newest]
             mixed, hiddens = ops.depth_aggregate_norm_chained(hiddens, weights, fused, deferral=deferral)
@@ -228,7 +229,9 @@ class DepthAggregation(nn.Module):
         """Whether this is decoding: a few tokens on CUDA, no gradients, and what one kernel can do."""
         if torch.is_grad_enabled() or self.pre_norm is not None or self.post_norms is not None:
             return False
-        if type(self).connection_weights is not DepthAggregation.connection_weights or not self._is_plain():
+        if type(self).connection_weights is not DepthAggregation.connection_weights:
+            return False
+        if self.dynamic and self._generator() is None:
             return False
         if torch.compiler.is_exporting():  # the number of tokens is to stay open
             return False
@@ -249,10 +252,8 @@ class DepthAggregation(nn.Module):
             norm_eps=norms.eps,
         )
 
-    def _fused_norms(self, norms: ops.StreamNorms | None, x: Tensor) -> ops.StreamNorms | None:
-        """The norms that the aggregation makes itself; None where it cannot, or has none to make."""
-        if norms is None or not ops.fuses_norms(x, self.sources, self.num_ways):
-            return None
+    def _fused_norms(self, norms: ops.StreamNorms, x: Tensor) -> ops.StreamNorms | None:
+        """The norms that the aggregation makes itself; None where it cannot make all of them, or has none to make."""
         post = None
         if self.post_norms is not None:
             kept = [i for i, norm in enumerate(self.post_norms) if type(norm) is not nn.Identity]
@@ -262,7 +263,7 @@ class DepthAggregation(nn.Module):
         if norms.kind == "none":
             if self.pre_norm is None and self.post_norms is None:
                 return None
-            norms = dataclasses.replace(norms, kind="rms", eps=self.eps)
+            norms = norms._replace(kind="rms", eps=self.eps)
         parameters = [*norms.weights, *norms.biases]
         for own in (self.pre_norm, post):
             if own is None:
@@ -275,9 +276,7 @@ class DepthAggregation(nn.Module):
         if len({p.dtype for p in parameters if p is not None}) > 1 and autocast_dtype(x) is None:
             return None
         pre_weight, post_weight = (None if own is None else own.weight for own in (self.pre_norm, post))
-        return dataclasses.replace(
-            norms, add_newest=self.post_norms is not None, pre_weight=pre_weight, post_weight=post_weight
-        )
+        return norms._replace(add_newest=self.post_norms is not None, pre_weight=pre_weight, post_weight=post_weight)
 
     def extra_repr(self) -> str:
         text = f"{self.dim}, sources={self.sources}, ways={self.ways!r}, dynamic={self.dynamic}, eps={self.eps:g}"

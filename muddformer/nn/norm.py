@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..ops import StreamNorms
 
-__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype", "is_plain"]
+__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype", "plain_parameters"]
+
+_ORDINARY = (Tensor, nn.Parameter)
 
 
 class RMSNorm(nn.Module):
@@ -54,19 +56,24 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
-    """Whether a module is of one of these very classes, without hooks, and its parameters are ordinary tensors.
+def plain_parameters(module: nn.Module, *types: type[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a module that an operator may read instead of calling it, the bias None where it is left out.
 
-    Of such a module an operator may read the parameters. Any other (an adapter, a quantised or a parametrised module,
-    one with weights that are sharded over devices) has to be called.
+    Returns:
+        None if the module has to be called: it is of none of these very classes, has hooks or another ``forward``, or
+        parameters that are no ordinary tensors (an adapter, a quantised or a parametrised module, one whose weights are
+        sharded over devices).
     """
-    if type(module) not in types or "forward" in vars(module):
-        return False
+    if type(module) not in types or "forward" in module.__dict__:
+        return None
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    # A None among the parameters is one that is left out, such as a bias. FSDP1 puts tensors in their places.
-    weights = (getattr(module, name, None) for name in ("weight", "bias"))
-    return all(weight is None or type(weight) in (Tensor, nn.Parameter) for weight in weights)
+        return None
+    # Not by getattr, which takes long. FSDP1 puts tensors in the places of parameters.
+    parameters = module._parameters if "weight" in module._parameters else module.__dict__
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) not in _ORDINARY or (bias is not None and type(bias) not in _ORDINARY):
+        return None
+    return weight, bias
 
 
 def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms | None:
@@ -78,19 +85,27 @@ def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms
 
     Returns:
         None if the operators cannot take them. They can if all are RMSNorm or all LayerNorm, plain ones
-        (:func:`is_plain`), of one eps and with parameters [D] of one dtype, that of ``x`` or float32.
+        (:func:`plain_parameters`), of one eps and with parameters [D] of one dtype, that of ``x`` or float32.
     """
-    kinds, autocast = set(), autocast_dtype(x) is not None
+    device, shape, dtype, autocast = x.device, x.shape[-1:], x.dtype, autocast_dtype(x) is not None
+    weights: list[Tensor | None] = []
+    biases: list[Tensor | None] = []
+    kind, eps, common = "none", 0.0, None
     for norm in norms:
         if norm is None:
+            weights.append(None)
+            biases.append(None)
             continue
-        if not is_plain(norm, RMSNorm, nn.LayerNorm) or (weight := norm.weight) is None or weight.shape != x.shape[-1:]:
+        parameters = plain_parameters(norm, RMSNorm, nn.LayerNorm)
+        if parameters is None:
             return None
-        if weight.device != x.device or (not autocast and weight.dtype not in (x.dtype, torch.float32)):
+        weight, bias = parameters
+        own = ("rms" if type(norm) is RMSNorm else "layer", norm.eps, weight.dtype)
+        if weight.shape != shape or weight.device != device or own != (common or own):
             return None
-        kinds.add(("rms" if type(norm) is RMSNorm else "layer", norm.eps, weight.dtype))
-    if len(kinds) > 1:
-        return None
-    kind, eps, _ = kinds.pop() if kinds else ("none", 0.0, None)
-    weights = [None if norm is None else norm.weight for norm in norms]
-    return StreamNorms(weights, [getattr(norm, "bias", None) for norm in norms], kind, eps)
+        if not autocast and own[2] not in (dtype, torch.float32):
+            return None
+        kind, eps, _ = common = own
+        weights.append(weight)
+        biases.append(bias)
+    return StreamNorms(weights, biases, kind, eps)
