@@ -64,7 +64,8 @@ struct MUDDFormerConfig {
   /// q, k and v have a norm each (blocks that receive distinct streams only).
   bool separate_norms = true;
 
-  /// false for the plain Transformer; of the fields below residual_dtype alone has an effect then.
+  /// false for the plain Transformer; of the fields below gelu_approximate and residual_dtype alone
+  /// have an effect then.
   bool dense = true;
   /// Connection weights depend on the token; false for the static prior alone.
   bool dynamic = true;

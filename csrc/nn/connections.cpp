@@ -43,6 +43,7 @@ Connections::Connections(int64_t dim, int64_t layers, const ConnectionOptions& g
       tensor_options_(tensor_options),
       make_aggregation_(std::move(make_aggregation)) {
   check_integer("dim", dim_);
+  check_integer("layers", layers_, kLargestInteger, 0);
   check_real("eps", eps_, 0.0, 1.0);
   joins_.assign(static_cast<size_t>(layers_) + 1, false);
   if (!options.dense) return;
@@ -75,8 +76,9 @@ bool autocasts(at::DeviceType device) {
 bool Connections::defers(at::TensorList older) const {
   if (older.empty() || !at::GradMode::is_enabled()) return false;
   const at::DeviceType device = older[0].device().type();
+  const bool cast = autocasts(device) && older[0].scalar_type() != at::kDouble;
   const at::ScalarType dtype =
-      autocasts(device) ? at::autocast::get_autocast_dtype(device) : older[0].scalar_type();
+      cast ? at::autocast::get_autocast_dtype(device) : older[0].scalar_type();
   const bool fast = older[0].is_cuda() && (dtype == at::kBFloat16 || dtype == at::kHalf) &&
                     older[0].size(-1) % 8 == 0;
   return fast || options.flush_interval.has_value();
@@ -162,18 +164,21 @@ std::vector<int64_t> versions(at::TensorList tensors) {
 
 History::History(const Connections& connections, const at::Tensor& x0)
     : connections_(&connections), hiddens_(connections.joins_.size()) {
-  const at::DeviceType device = x0.device().type();
-  const bool cast = connections.options.residual_dtype == "autocast" && autocasts(device) &&
-                    x0.scalar_type() != at::kDouble;
-  join(cast ? x0.to(at::autocast::get_autocast_dtype(device)) : x0);
+  join(x0);
 }
 
 // Makes X_count the newest hidden state, and adds it to the history if any aggregation reads it
 // without being the one that follows.
 void History::join(at::Tensor x) {
   const Connections& c = *connections_;
-  if (c.options.residual_dtype == "float32" && !c.plan.empty() && autocasts(x.device().type())) {
-    x = x.to((*c.dense_bs)[0].scalar_type());
+  const std::optional<std::string>& kept = c.options.residual_dtype;
+  const at::DeviceType device = x.device().type();
+  if (kept && autocasts(device) && x.scalar_type() != at::kDouble) {
+    if (*kept == "autocast") {
+      x = x.to(at::autocast::get_autocast_dtype(device));
+    } else if (!c.plan.empty()) {
+      x = x.to((*c.dense_bs)[0].scalar_type());
+    }
   }
   if (c.joins_[static_cast<size_t>(count_)]) {
     Norm norm = c.source_norms->at(count_);
@@ -199,10 +204,11 @@ std::vector<at::Tensor> History::streams(const std::vector<Norm>& norms) {
   if (multiway && c.plan.contains(count_)) {
     streams_ = aggregate(norms);
   } else {
-    streams_ = {c.plan.contains(count_) ? aggregate({})[0] : std::move(newest_)};
-    if (multiway) streams_.resize(kWays.size(), streams_[0]);
-    if (!norms.empty()) streams_ = normed(streams_, norms);
+    std::vector<at::Tensor> made = {c.plan.contains(count_) ? aggregate({})[0] : newest_};
+    if (multiway) made.resize(kWays.size(), made[0]);
+    streams_ = norms.empty() ? std::move(made) : normed(made, norms);
   }
+  newest_.reset();
   versions_ = versions(streams_);
   return streams_;
 }
@@ -230,8 +236,10 @@ at::Tensor History::result() {
   TORCH_CHECK(count_ == connections_->layers_ && streams_.empty(),
               "result() came before the output of block ", count_, " of ", connections_->layers_,
               " was appended");
+  at::Tensor y = connections_->plan.contains(count_) ? aggregate({})[0] : newest_;
   ended_ = true;
-  return connections_->plan.contains(count_) ? aggregate({})[0] : std::move(newest_);
+  newest_.reset();
+  return y;
 }
 
 std::vector<at::Tensor> History::aggregate(const std::vector<Norm>& norms) {
@@ -256,7 +264,7 @@ std::vector<at::Tensor> History::aggregate(const std::vector<Norm>& norms) {
     sources = std::move(older);
     for (size_t k = 0; k < layers.size(); ++k) deferrals_[layers[k]] = std::move(opened[k]);
   }
-  sources.push_back(std::move(newest_));
+  sources.push_back(newest_);
   auto [mixed, handed_on] = c.dynamic_dense->ptr<DepthAggregationImpl>(n)->forward(
       sources, (*c.dense_bs)[n], norms, deferrals_[count_]);
   deferrals_.erase(count_);

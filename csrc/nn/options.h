@@ -10,12 +10,12 @@
 namespace muddformer {
 
 /// Which hidden states are mixed into which streams, and how; the same fields with the same
-/// defaults as muddformer.ConnectionOptions in Python.
+/// defaults as muddformer.nn.ConnectionOptions in Python.
 ///
 /// Every user of it takes checked().
 struct ConnectionOptions {
-  /// false: no connections at all; of the fields below multiway and residual_dtype alone have an
-  /// effect then.
+  /// false: no connections at all; of the fields below multiway (of a stack), gelu_approximate (of
+  /// a model) and residual_dtype still count.
   bool dense = true;
   /// Connection weights depend on the token; false: the static prior alone.
   bool dynamic = true;
@@ -42,15 +42,15 @@ struct ConnectionOptions {
   bool round64 = true;
   /// Soft bound of the connection weights, cap * tanh(A / cap). Left out: no bound.
   std::optional<double> cap = std::nullopt;
-  /// "none" (erf form) or "tanh", in the generators.
+  /// "none" (erf form) or "tanh", in the generators and in a model's feed-forward networks.
   std::string gelu_approximate = "none";
   /// Aggregations that add to the gradients of older hidden states together, see flush_groups().
   /// Left out: on CUDA in bfloat16 and float16 the groups that move the fewest bytes; 1: none.
   std::optional<int64_t> flush_interval = std::nullopt;
-  /// The dtype of the hidden states under autocast; outside it has no effect. "autocast": X_0 is
-  /// cast to autocast's dtype before the blocks. "float32": the history has the dtype of the
-  /// parameters and aggregations run with autocast off. Left out: X_0 is as it came, and
-  /// aggregations cast the history to autocast's dtype.
+  /// dtype of the hidden states, and so of the residual stream, under autocast: "autocast", the one
+  /// that autocast has, or "float32", that of the connections' parameters, with which the history
+  /// takes twice the memory and its time. Left out: autocast's with connections, what the blocks
+  /// get and return without. Outside autocast it has no effect.
   std::optional<std::string> residual_dtype = std::nullopt;
 
   bool operator==(const ConnectionOptions&) const = default;

@@ -1,4 +1,4 @@
-// What the aggregation's launches on CUDA are given, out of tensors.
+// What the launches of operators on CUDA are given, out of tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -32,7 +32,7 @@ size_t most_kept() {
   constexpr size_t kDefault = 256, kMost = size_t{1} << 20;
   const char* const given = std::getenv(kName);
   size_t mebibytes = kDefault;
-  if (given != nullptr) {
+  if (given != nullptr && *given != '\0') {
     const std::string_view text = given;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), mebibytes);
     TORCH_CHECK_VALUE(
