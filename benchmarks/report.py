@@ -46,6 +46,7 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTAL
 
 # ---- training steps ---------------------------------------------------------------------------------------------
 FORMS = {"mudd": "MUDD", "prepost": "MUDD, PrePostDANorm", "2x2": "MUDD, k x p = 2 x 2"}
+STEP_FILES = ("h200_train_step", "h100_train_step")  # of equal runs the later file's counts
 RUNS = {
     "compile": "whole model compiled",
     "block": "every block compiled",
@@ -74,13 +75,14 @@ def step_line(run: dict[str, Row], method: str, short: bool) -> Line:
 
 
 def steps(hows: Sequence[str], short: bool = False) -> str:
-    rows = read("h100_train_step")
+    """A line for each size and form; the short table has those alone that were measured beside both twins."""
+    rows = [row for name in STEP_FILES for row in read(name)]
     runs = step_runs(rows)
     lines = []
     for size in latest((r for r in rows if not r["method"].startswith("plain")), "model", "batch"):
         for method in (f"{form}-{how}" for how in hows for form in FORMS):
             run = step_run(runs, size, method)
-            if run and run[method]["status"] == "ok":
+            if run and run[method]["status"] == "ok" and (fair_twin(run, method.rpartition("-")[2]) or not short):
                 lines.append(step_line(run, method, short))
     head = ["layers x width, batch", "model", *(f"{name}: ms, GiB" for name in ("plain", "plain16", "ours"))]
     head += ["throughput", "memory"]
