@@ -1,4 +1,4 @@
-"""Models spread over two processes, on the CPU or two GPUs: DDP and FSDP2 train as one process does."""
+"""Models spread over two processes, on the CPU or two GPUs: DDP, FSDP1 and FSDP2 train as one process does."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import muddformer
 from helpers.models import make, scramble, some_ids
+from muddformer.models.layers import Block
 
 PROCESSES = 2
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < PROCESSES, reason="needs two CUDA devices")
@@ -41,8 +43,23 @@ def work(rank: int, folder: str, name: str, kind: str, backend: str) -> None:
     if kind == "ddp":
         train(nn.parallel.DistributedDataParallel(model), ids)
         model.save_pretrained(f"{folder}/rank{rank}")
+    elif kind == "fsdp1":  # with its defaults: one flat parameter a block, which the block alone may use
+        wrapped = FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy({Block}), device_id=device)
+        train(wrapped, ids)
+        with torch.no_grad():
+            wrapped.eval()(ids)
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            state = {name.replace("_fsdp_wrapped_module.", ""): p.clone() for name, p in wrapped.named_parameters()}
+        if rank == 0:
+            whole = make(name)
+            whole.load_state_dict(state)
+            whole.save_pretrained(f"{folder}/rank0")
     else:
         mesh = init_device_mesh(device.type, (PROCESSES,))
+        if kind == "fsdp2-compiled-checkpointed":
+            model.gradient_checkpointing = True
+            for layer in model.layers:
+                layer.compile(backend="aot_eager")
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -54,8 +71,17 @@ def work(rank: int, folder: str, name: str, kind: str, backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=[pytest.mark.cuda, two_gpus])])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["default", "pre-post"])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("default", "ddp"),
+        ("default", "fsdp1"),
+        ("default", "fsdp2"),
+        ("default", "fsdp2-compiled-checkpointed"),
+        ("pre-post", "ddp"),
+        ("pre-post", "fsdp2"),
+    ],
+)
 def test_trains_as_one_process_does(tmp_path: Path, name: str, kind: str, backend: str) -> None:
     torch.multiprocessing.spawn(work, (str(tmp_path), name, kind, backend), nprocs=PROCESSES)
     torch.manual_seed(0)
