@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import muddformer
+from helpers.cpp_program import cmake
 from helpers.paths import ROOT
 from muddformer import _C, utils
 from muddformer.errors import MissingPackage, require
@@ -66,3 +67,36 @@ def test_source_folder_uses_the_installed_library() -> None:
 def test_missing_package_says_how_to_install_it():
     with pytest.raises(MissingPackage, match=r'no_such_package.*pip install "muddformer\[train\]"'):
         require("no_such_package.part")
+
+
+def test_import_loads_no_compiler_and_no_sharded_tensors() -> None:
+    """They take longer to import than all of ours; torch imports them when they are used."""
+    slow = "('torch._dynamo', 'torch._inductor', 'torch.distributed.tensor', 'torch.distributed.fsdp')"
+    code = f"import sys, torch; before = set(sys.modules); import muddformer; print([m for m in {slow} "
+    code += "if m in set(sys.modules) - before])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_source_distribution_is_whole(tmp_path: Path) -> None:
+    """It has all of the sources, and CMake finds in it what it names."""
+    made_by_builds = {"__pycache__", "include", "lib", "share"}
+    files = ["CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "MANIFEST.in"]
+    for folder in ("csrc", "muddformer", "tests", "docs", "benchmarks", "examples"):
+        found = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file())
+        files += [str(path) for path in found if not made_by_builds & {*path.parts} and path.suffix != ".so"]
+    for name in files:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+    made = subprocess.run(command, cwd=tmp_path / "tree", capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    assert [name for name in files if not (folder / name).is_file()] == []
+    torch_folder = Path(torch.__file__).parent
+    options = ["-DMUDDFORMER_CUDA=OFF", "-DMUDDFORMER_PYTHON=ON", f"-DMUDDFORMER_TORCH_DIR={torch_folder}"]
+    configure = [cmake(), "-S", str(folder), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={sys.executable}"]
+    run = subprocess.run([*configure, *options], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
