@@ -252,3 +252,8 @@ def test_demo_writes_its_results(capsys, config, tmp_path, monkeypatch):
     assert "| MUDD |" in output and "| MUDD |" in (tmp_path / "demo" / "report.md").read_text()
     assert "Held-out loss" in output
     fails(capsys, ["demo", "--output", str(tmp_path / "demo"), "--minutes", "0", *options], "--minutes")
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"muddformer {muddformer.__version__}\n"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from muddformer._library import __version__
 from muddformer.cli import demo, generate, info, train
 from muddformer.errors import Diverged, InputError
 
@@ -63,6 +64,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="muddformer", description="Multiway Dynamic Dense (MUDD) models: train, generate, compare.")
+    parser.add_argument("--version", action="version", version=f"muddformer {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = commands.add_parser(

@@ -44,9 +44,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The JSON object in ``config.json``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such directory or file.
         ValueError: naming the file and what is wrong with it.
     """
+    if not directory.exists():
+        raise FileNotFoundError(
+            f"{directory / CONFIG_NAME}: no such file, nor its directory. Nothing is fetched here: download a model "
+            "first, for example with huggingface_hub.snapshot_download, and give its directory"
+        )
     return read_json(directory / CONFIG_NAME, _LARGEST_CONFIG)
 
 

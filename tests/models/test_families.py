@@ -130,3 +130,8 @@ def test_wrappers_name_the_model_inside(tmp_path: Path) -> None:
     assert muddformer.generate(compiled, ids, max_new_tokens=2).shape == (1, 6)
     with pytest.raises(TypeError, match=r"model must be a MUDDFormer, got Linear$"):
         muddformer.save_pretrained(nn.Linear(2, 2), tmp_path)
+
+
+def test_names_of_a_hub_are_no_directories() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nor its directory. Nothing is fetched here: download a model first"):
+        muddformer.from_pretrained("somebody/some-model")
