@@ -122,7 +122,8 @@ def train_all(runs: list[Run], devices: list[str], settings: tuple, deadline: fl
     at_work: dict[multiprocessing.connection.Connection, Run | None] = {}
     for device in devices:
         ours, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, device, settings), daemon=True).start()
+        arguments = (theirs, device, settings, torch.get_num_threads())  # as many: equal losses to the bit
+        context.Process(target=_serve, args=arguments, daemon=True).start()
         theirs.close()
         at_work[ours] = None
         _hand_out(ours, at_work, waiting, deadline)
@@ -159,8 +160,9 @@ def _hand_out(
     connection.send(run)
 
 
-def _serve(connection: multiprocessing.connection.Connection, device: str, settings: tuple) -> None:
+def _serve(connection: multiprocessing.connection.Connection, device: str, settings: tuple, threads: int) -> None:
     """A process of one GPU: trains what it is sent until it is sent None."""
+    torch.set_num_threads(threads)
     train = None
     while (run := connection.recv()) is not None:
         try:
