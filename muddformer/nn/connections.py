@@ -222,12 +222,12 @@ class BlockHistory:
 
     def check_unchanged(self) -> None:
         """Refuses what a block did that wrote into its streams or into X_i."""
-        given, self._given = self._given, []
-        if _versions(given) != self._versions:
+        if _versions(self._given) != self._versions:
             raise RuntimeError(
                 f"block {self._turn.index} changes its input in place, but later blocks read this hidden state too: "
                 "write x = x + f(x) instead of x += f(x)"
             )
+        self._given, self._versions = [], []  # not kept for a checkpoint, which may keep this object
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -87,7 +87,7 @@ import os, sys
 import torch
 from muddformer import ops
 
-for value in ["", "-1", "1.5", "lots", "12 ", "0x10", str(2**20 + 1), "9" * 30]:
+for value in ["-1", "1.5", "lots", "12 ", "0x10", str(2**20 + 1), "9" * 30]:
     os.environ["MUDDFORMER_CPU_CACHE_MIB"] = value
     try:
         ops.depth_aggregate([torch.ones(2, 8)], torch.ones(2, 1, 1))

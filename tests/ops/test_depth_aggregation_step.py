@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -301,7 +300,7 @@ def test_norms_as_one_object() -> None:
         assert torch.equal(y, z)
     for field in ({"add_newest": True}, {"pre_weight": torch.ones(64)}, {"post_weight": torch.ones(64)}):
         with pytest.raises(ValueError, match=f"norms: expected none of .*, got {next(iter(field))}"):
-            ops.depth_aggregation_step(**kwargs, norms=dataclasses.replace(norms, **field))
+            ops.depth_aggregation_step(**kwargs, norms=norms._replace(**field))
 
 
 def test_fuses_step(device: torch.device) -> None:
