@@ -257,3 +257,25 @@ def test_demo_writes_its_results(capsys, config, tmp_path, monkeypatch):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"muddformer {muddformer.__version__}\n"
+
+
+def test_inspect(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["inspect", str(run), "--tokens", "64", "--output", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "first token" in output and len(output.splitlines()) == 3
+    pictures = {"weights.png", "similarities.png", "sinks.png", "norms.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"inspection.json", *pictures}
+    values = json.loads((tmp_path / "inspection.json").read_text())
+    assert values["tokens"] == 64 and len(values["norms"]) == 1 and len(values["history_rms"]) == 3
+
+
+def test_inspect_a_checkpoint(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    checkpoint, text = next((run / "checkpoints").iterdir()), tmp_path / "some.txt"
+    fails(capsys, ["inspect", str(checkpoint)], "--text")
+    fails(capsys, ["inspect", str(checkpoint), "--text", str(text)], "some.txt")
+    text.write_text("q")
+    fails(capsys, ["inspect", str(checkpoint), "--text", str(text)], "too few")
+    text.write_text("the query, the key and the value " * 9)
+    assert main(["inspect", str(checkpoint), "--text", str(text), "--output", str(tmp_path / "out")]) == 0

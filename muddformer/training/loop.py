@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._files import FileLock, read_json, write_atomically
 from ..errors import Diverged, InputError
+from ..inference.inspection import inspect_model
 from ..inference.loading import find_checkpoints, find_device, load_model
 from ..models import Pretrained
 from .data import Batches, held_out_batches, prepare_corpus
@@ -144,6 +145,8 @@ class Trainer:
                     if evaluate:
                         val_loss = rows[-1].val_loss = self.evaluate()
                         _check_finite(rows, self.checkpoint)
+                        if board is not None and train.log_connections:
+                            board.write_inspection(inspect_model(self.model, [self.held_out[0][0][:1]]), self.step)
                 finally:
                     metrics.write(rows)
                     if board is not None:

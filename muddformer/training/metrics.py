@@ -17,6 +17,7 @@ import torch
 
 from .._files import write_atomically
 from ..errors import InputError, require
+from ..inference.inspection import Inspection
 
 __all__ = ["MetricsFile", "Progress", "Row", "TensorBoard", "peak_memory_mib", "read_metrics", "say"]
 
@@ -138,6 +139,18 @@ class TensorBoard:
             for name, value in dataclasses.asdict(row).items():
                 if name not in ("step", "tokens") and value is not None:
                     self._writer.add_scalar(name, value, row.step)
+
+    def write_inspection(self, inspection: Inspection, step: int) -> None:
+        """Adds what the connections do: norms of the hidden states X_i, attention to the first token by block, and by
+        aggregation and way the sum of the absolute mean weights of all sources but the newest.
+        """
+        scalars = {f"history_rms/X_{i}": x for i, x in enumerate(inspection.history_rms.tolist())}
+        scalars |= {f"first_token/block_{i}": x for i, x in enumerate(inspection.sinks.mean(1).tolist())}
+        for i, means in inspection.weight_means.items():
+            older = means[:, :-1].abs().sum(1).tolist()
+            scalars |= {f"older_sources/{i}_{way}": x for way, x in zip(inspection.ways[i], older, strict=True)}
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes and closes the event file."""

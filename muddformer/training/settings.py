@@ -67,6 +67,7 @@ class TrainSettings:
     checkpoint_every: int = _option(500, "updates between two checkpoints", least=1)
     keep_last: int = _option(2, "checkpoints kept", least=1)
     tensorboard: bool = _option(True, "write the metrics for TensorBoard too")
+    log_connections: bool = _option(False, "show TensorBoard what the connections do, at every evaluation")
 
 
 @dataclass(frozen=True)

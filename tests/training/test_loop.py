@@ -68,14 +68,16 @@ def test_bfloat16(make_settings, tmp_path):
 
 def test_tensorboard(make_settings, tmp_path):
     pytest.importorskip("tensorboard")
-    loop.Trainer(make_settings(steps=4, tensorboard=True), tmp_path / "run").fit()
+    settings = make_settings(steps=4, tensorboard=True, log_connections=True)
+    loop.Trainer(settings, tmp_path / "run").fit()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([row.loss for row in rows])
-    assert [event.step for event in events.Scalars("val_loss")] == [4]
+    for name in ("val_loss", "history_rms/X_2", "first_token/block_1", "older_sources/1_q"):
+        assert [event.step for event in events.Scalars(name)] == [4]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
