@@ -1,6 +1,7 @@
 """Files of a checkpoint: a directory with ``model.safetensors`` (or shards and their index) and ``config.json``.
 
-Nothing is pickled, nothing is fetched. Files are not trusted: everything they claim is checked before it is used.
+``pytorch_model.bin``, or its shards and index, is read where there is no safetensors file. Nothing is pickled by us,
+nothing is fetched. Files are not trusted: everything they claim is checked before it is used.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .._files import read_json, write_atomically
+from .stored import DTYPES, StoredTensor, open_tensors
 
-__all__ = ["CONFIG_NAME", "check_tensors", "open_weights", "read_config", "write_checkpoint"]
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "check_tensors",
+    "find_weights",
+    "listed_tensors",
+    "open_weights",
+    "read_config",
+    "write_checkpoint",
+]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+PICKLE_NAME = "pytorch_model.bin"
 
-_DTYPES = {"F64", "F32", "F16", "BF16"}
 _LARGEST_CONFIG = 2**20
 _LARGEST_INDEX = 2**26
 
@@ -55,40 +64,66 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(directory / CONFIG_NAME, _LARGEST_CONFIG)
 
 
+def find_weights(directory: Path) -> tuple[Path, dict[str, list[str] | None]]:
+    """The file that lists the tensors of a checkpoint directory, and the files in it that have them.
+
+    Returns:
+        ``model.safetensors``, or the index of its shards, or else the same of ``pytorch_model.bin``; and by the name of
+        each file with tensors the names that the index gives it, None without an index.
+
+    Raises:
+        ValueError: naming the index and what is wrong with it.
+    """
+    for name in (WEIGHTS_NAME, PICKLE_NAME):
+        index = directory / f"{name}.index.json"
+        if not (directory / name).exists() and index.exists():
+            return index, _shards(index, Path(name).suffix)
+        if (directory / name).exists():
+            return directory / name, {name: None}
+    return directory / WEIGHTS_NAME, {WEIGHTS_NAME: None}
+
+
 @contextmanager
-def open_weights(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The file that lists the tensors of a checkpoint directory, and the open safetensors file of every tensor."""
-    index = directory / INDEX_NAME
-    single = not index.exists() or (directory / WEIGHTS_NAME).exists()
+def open_weights(directory: Path) -> Iterator[tuple[Path, dict[str, StoredTensor]]]:
+    """The file that lists the tensors of a checkpoint directory, and every tensor in its open file."""
+    index, files = find_weights(directory)
     with ExitStack() as stack:
-        if single:
-            file = stack.enter_context(_open(directory / WEIGHTS_NAME))
-            yield directory / WEIGHTS_NAME, dict.fromkeys(file.keys(), file)
-            return
-        files: dict[str, Any] = {}
         tensors = {}
-        for name, shard in _shards(index).items():
-            if shard not in files:
-                files[shard] = stack.enter_context(_open(directory / shard))
-            if name not in files[shard].keys():  # noqa: SIM118  (a safetensors file is no mapping)
-                raise ValueError(f"{index}: {name} is said to be in {shard}, which does not have it")
-            tensors[name] = files[shard]
+        for file, names in files.items():
+            there = stack.enter_context(open_tensors(directory / file))
+            tensors.update(listed_tensors(index, file, names, there))
         yield index, tensors
 
 
-def _shards(index: Path) -> dict[str, str]:
-    """The checked ``weight_map`` of an index: tensor names to file names in the index's own directory."""
-    shards = read_json(index, _LARGEST_INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
+def listed_tensors(
+    index: Path, file: str, names: list[str] | None, there: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Those tensors of a file that its index names, all of them without an index.
+
+    Raises:
+        ValueError: if the file lacks one.
+    """
+    for name in names or ():
+        if name not in there:
+            raise ValueError(f"{index}: {name} is said to be in {file}, which does not have it")
+    return there if names is None else {name: there[name] for name in names}
+
+
+def _shards(index: Path, suffix: str) -> dict[str, list[str] | None]:
+    """The checked ``weight_map`` of an index, by file names in the index's own directory."""
+    weight_map = read_json(index, _LARGEST_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map of tensor names to file names")
-    for shard in shards.values():
-        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & {"/", "\\", ":", "\0"}
+    files: dict[str, list[str] | None] = {}
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file.endswith(suffix) and not set(file) & {"/", "\\", ":", "\0"}
         if not plain:
-            raise ValueError(f"{index}: weight_map must name .safetensors files beside it, got {shard!r}")
-    return shards
+            raise ValueError(f"{index}: weight_map must name {suffix} files beside it, got {file!r}")
+        files.setdefault(file, []).append(name)
+    return files
 
 
-def check_tensors(path: Path, expected: Mapping[str, list[int]], tensors: Mapping[str, Any]) -> None:
+def check_tensors(path: Path, expected: Mapping[str, list[int]], tensors: Mapping[str, StoredTensor]) -> None:
     """Checks names, shapes and dtypes, from the headers alone.
 
     Args:
@@ -107,21 +142,8 @@ def check_tensors(path: Path, expected: Mapping[str, list[int]], tensors: Mappin
             listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
             raise ValueError(f"{path}: {len(names)} {problem} tensor(s) for this configuration: {listed}")
     for name, shape in expected.items():
-        entry = tensors[name].get_slice(name)
-        if list(entry.get_shape()) != shape:
-            raise ValueError(f"{path}: {name} must have shape {shape}, got {list(entry.get_shape())}")
-        if entry.get_dtype() not in _DTYPES:
-            raise ValueError(f"{path}: {name} must be of one of {', '.join(sorted(_DTYPES))}, got {entry.get_dtype()}")
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """A safetensors file whose header the library has checked."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
-    with file:
-        yield file
+        entry = tensors[name]
+        if entry.shape != shape:
+            raise ValueError(f"{path}: {name} must have shape {shape}, got {entry.shape}")
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{path}: {name} must be of one of {', '.join(sorted(DTYPES))}, got {entry.dtype}")

@@ -76,11 +76,12 @@ def save_pretrained(model: Pretrained, directory: str | os.PathLike[str]) -> Non
 def from_pretrained(
     directory: str | os.PathLike[str], *, device: Any = None, dtype: torch.dtype | None = None
 ) -> Pretrained:
-    """The model of a checkpoint directory: one of :func:`save_pretrained`, or of the public release as safetensors.
+    """The model of a checkpoint directory: one of :func:`save_pretrained`, or of the public release.
 
     Args:
         directory: holds ``config.json`` with the fields of :class:`muddformer.MUDDFormerConfig` or the public
-            release's keys, and ``model.safetensors`` or ``model.safetensors.index.json`` with the shards that it names.
+            release's keys, and ``model.safetensors`` or ``model.safetensors.index.json`` with the shards that it names,
+            or else ``pytorch_model.bin`` or its index and shards: a pickle with more than tensors is refused unread.
         device: where the parameters are put. None: the CPU.
         dtype: of the parameters. None: as they are stored.
 

@@ -97,9 +97,10 @@ class Pretrained(nn.Module):
             except RuntimeError as error:  # sizes whose product overflows
                 raise ValueError(f"{directory / CONFIG_NAME}: no model has these sizes: {error}") from error
             check_tensors(path, model._stored_shapes(tensors), tensors)
-            # A copy: what safetensors returns may be a view of the mapped file.
+            # A copy: what is read may be a view of the mapped file.
             state = {
-                name: file.get_tensor(name).to(device or "cpu", dtype, copy=True) for name, file in tensors.items()
+                name: tensor.read().to(device or "cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
             }
         model._check_stored(path, state)
         model.load_state_dict(state, assign=True)
