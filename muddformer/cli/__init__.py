@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from muddformer._library import __version__
-from muddformer.cli import demo, generate, info, inspect, train
+from muddformer.cli import convert, demo, generate, info, inspect, train
 from muddformer.errors import Diverged, InputError
 
 __all__ = ["main"]
 
-COMMANDS = {"train": train, "generate": generate, "inspect": inspect, "info": info, "demo": demo}
+COMMANDS = {"train": train, "generate": generate, "inspect": inspect, "info": info, "convert": convert, "demo": demo}
 """Modules with ``HELP``, ``add_options(parser)`` and ``run(options)``, which returns the exit code."""
 
 

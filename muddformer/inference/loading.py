@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import InputError
 from ..models import Pretrained, from_pretrained
 
-__all__ = ["checkpoint_name", "find_checkpoints", "find_device", "load_model", "resolve_checkpoint"]
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = [
+    "check_vocabulary",
+    "checkpoint_name",
+    "find_checkpoints",
+    "find_device",
+    "load_model",
+    "resolve_checkpoint",
+]
 
 _NAME = re.compile(r"step-\d{8,}")
 
@@ -25,6 +36,20 @@ def load_model(folder: Path) -> Pretrained:
         return from_pretrained(folder)
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"cannot load a model from {str(folder)!r}: {error}") from error
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:
+    """Refuses a tokenizer of a checkpoint folder that makes ids which its model does not have.
+
+    Raises:
+        InputError: naming both sizes.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise InputError(
+            f"{str(folder / 'tokenizer.json')!r} has token ids up to {largest}, but the model's vocab_size is "
+            f"{vocab_size}: they do not belong together"
+        )
 
 
 def find_device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .generate import generate_stream
-from .loading import find_device, load_model, resolve_checkpoint
+from .loading import check_vocabulary, find_device, load_model, resolve_checkpoint
 from .tokenizer import SEPARATOR, StreamDecoder, load_tokenizer
 
 __all__ = ["stream_text", "stream_tokens"]
@@ -44,6 +44,7 @@ def stream_text(
     folder = resolve_checkpoint(checkpoint)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     model = load_model(folder).to(find_device(device)).eval()
+    check_vocabulary(tokenizer, model.config.vocab_size, folder)
     decoder = StreamDecoder(tokenizer)
     end = tokenizer.token_to_id(SEPARATOR)
     ids = tokenizer.encode(prompt).ids or [0 if end is None else end]

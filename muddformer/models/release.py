@@ -7,7 +7,7 @@ from typing import Any
 
 from .._checks import check_keys
 
-__all__ = ["PRESETS", "fields_of", "is_official"]
+__all__ = ["PRESETS", "fields_of", "is_official", "keys_of"]
 
 PRESETS = {
     name: dict(zip(("model_type", "n_layer", "dim", "n_head", "intermediate_size"), values, strict=True))
@@ -45,6 +45,11 @@ _IGNORED = {
     "pad_token_id", "bos_token_id", "eos_token_id", "architectures", "auto_map", "dtype", "torch_dtype",
     "transformers_version", "_name_or_path", "use_cache",
 }  # fmt: skip
+# Fields that the release has no key for: written, and read, under our names.
+_OURS = {
+    "norm", "feed_forward", "causal", "ffn_reallocation", "initializer_range", "ways", "source_stride", "block_stride",
+    "window", "pre_norm", "post_norm", "cap", "gelu_approximate", "flush_interval", "residual_dtype",
+}  # fmt: skip
 
 
 def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: for an unknown key, or a value that is not supported here.
     """
-    known = _DEFAULTS.keys() | _RENAMED | _IGNORED | {"window_size", "window_type"}
+    known = _DEFAULTS.keys() | _RENAMED | _IGNORED | _OURS | {"window_size", "window_type"}
     check_keys(values, known, "the public release")
     for name in ("window_size", "window_type"):
         if values.get(name) is not None:
@@ -71,6 +76,24 @@ def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
         "multiway": dense_type != "l",
         "separate_norms": values.get("sepln", True),
         **{name: values.get(name, default) for name, default in _DEFAULTS.items()},
+        **{name: values[name] for name in _OURS if name in values},
+    }
+
+
+def keys_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The release's keys for all fields of a :class:`muddformer.MUDDFormerConfig`: :func:`fields_of` takes them back.
+
+    What the release has no key for keeps our name.
+    """
+    return {
+        "model_type": fields["model_type"],
+        **{name: fields[name] for name in _DEFAULTS},
+        "n_local_heads": fields["n_kv_heads"],
+        "head_dim": fields["dim"] // fields["n_head"],
+        "dynamic_dense": fields["dynamic"],
+        "dense_type": "qkvr" if fields["multiway"] else "l",
+        "sepln": fields["separate_norms"],
+        **{name: fields[name] for name in sorted(_OURS)},
     }
 
 

@@ -6,8 +6,11 @@ weights, which refuses anything that would run code before it runs.
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-__all__ = ["DTYPES", "StoredTensor", "open_tensors"]
+from .._files import write_atomically
+
+__all__ = ["DTYPES", "DTYPE_NAMES", "StoredTensor", "open_tensors", "write_tensors"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes of weights by the names that safetensors has for them."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BYTES_AT_ONCE = 2**24
 
 
 class StoredTensor(NamedTuple):
@@ -38,6 +44,16 @@ class StoredTensor(NamedTuple):
     shape: list[int]
     dtype: str
     read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of its values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def map(self, take: Callable[[Tensor], Tensor]) -> StoredTensor:
+        """What ``take`` makes of its values when they are read; its shape is found on the meta device."""
+        shape = list(take(torch.empty(self.shape, device="meta")).shape)
+        return StoredTensor(shape, self.dtype, lambda: take(self.read()))
 
 
 @contextmanager
@@ -65,6 +81,48 @@ def open_tensors(path: Path) -> Iterator[dict[str, StoredTensor]]:
         }
 
 
+def write_tensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
+    """Writes a safetensors file of tensors that are read one at a time, when it is their turn.
+
+    The library's own function needs all of them in memory. The file appears under its name only when it is complete.
+
+    Args:
+        path: the file.
+        tensors: what is written, of dtypes in :data:`DTYPES`.
+        advance: called with the number of bytes that were written, now and then.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    order = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].itemsize)  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb", buffering=0) as file:
+            for part in (struct.pack("<Q", len(text)), text):
+                _write_all(file, memoryview(part))
+            for name in order:
+                value = tensors[name].read().contiguous()
+                data = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+                for start in range(0, len(data), _BYTES_AT_ONCE):
+                    part = data[start : start + _BYTES_AT_ONCE]
+                    _write_all(file, part)
+                    advance(len(part))
+
+    write_atomically(path, write)
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    while len(data):  # an unbuffered file may take less than it is given
+        data = data[file.write(data) :]
+
+
 def _unpickled(path: Path) -> Mapping[str, Any]:
     # Only the zip files that torch.save has made since version 1.6 can be mapped.
     try:
@@ -88,4 +146,4 @@ def _stored(path: Path, name: str, value: Any) -> StoredTensor:
     if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
         raise ValueError(f"{path}: {name} must be an ordinary tensor with values, got {type(value).__name__}")
     value = value.detach()
-    return StoredTensor(list(value.shape), _NAMES.get(value.dtype, str(value.dtype)), lambda: value)
+    return StoredTensor(list(value.shape), DTYPE_NAMES.get(value.dtype, str(value.dtype)), lambda: value)
