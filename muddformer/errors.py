@@ -20,8 +20,8 @@ class Diverged(RuntimeError):
     """The loss or the gradient norm became NaN or infinite; the last good checkpoint is kept. Exit code 1."""
 
 
-def require(module: str) -> ModuleType:
-    """Imports an optional module.
+def require(module: str, extra: str = "train") -> ModuleType:
+    """Imports an optional module, which ``pip install "muddformer[EXTRA]"`` brings.
 
     Raises:
         MissingPackage: with the command that installs it.
@@ -30,5 +30,5 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        message = f'{package} is needed here and cannot be imported ({error}): pip install "muddformer[train]"'
+        message = f'{package} is needed here and cannot be imported ({error}): pip install "muddformer[{extra}]"'
         raise MissingPackage(message) from error

@@ -66,7 +66,7 @@ def fails(capsys, arguments, *words):
 # -------------------------------------------------------------------------------------------------------------- usage
 
 
-@pytest.mark.parametrize("command", ["", "train", "generate", "info", "convert", "demo"])
+@pytest.mark.parametrize("command", ["", "train", "generate", "eval", "info", "convert", "demo"])
 def test_help(capsys, command):
     assert main([*command.split(), "--help"]) == 0
     output = capsys.readouterr().out

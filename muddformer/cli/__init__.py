@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from muddformer._library import __version__
-from muddformer.cli import convert, demo, generate, info, inspect, train
+from muddformer.cli import convert, demo, eval, generate, info, inspect, train
 from muddformer.errors import Diverged, InputError
 
 __all__ = ["main"]
 
-COMMANDS = {"train": train, "generate": generate, "inspect": inspect, "info": info, "convert": convert, "demo": demo}
+_MODULES = (train, generate, inspect, info, convert, eval, demo)
+COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 """Modules with ``HELP``, ``add_options(parser)`` and ``run(options)``, which returns the exit code."""
 
 

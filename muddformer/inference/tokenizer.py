@@ -12,10 +12,20 @@ from ..errors import InputError, require
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["SEPARATOR", "StreamDecoder", "load_tokenizer", "parse_tokenizer", "train_tokenizer"]
+__all__ = [
+    "SEPARATOR",
+    "StreamDecoder",
+    "end_token",
+    "first_token",
+    "load_tokenizer",
+    "parse_tokenizer",
+    "train_tokenizer",
+]
 
 SEPARATOR = "<|endoftext|>"
 """Special token that ends a document."""
+_FIRST = (SEPARATOR, "<|begin_of_text|>", "<s>", "<bos>")
+_LAST = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -62,6 +72,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"cannot read tokenizer {str(path)!r}: {error.strerror}") from error
     except (InputError, UnicodeDecodeError) as error:
         raise InputError(f"{str(path)!r} is broken: {error}") from error
+
+
+def first_token(tokenizer: Tokenizer) -> int | None:
+    """The token that a text comes after: what the tokenizer itself puts first, or else one of the usual names."""
+    own = tokenizer.encode("").ids
+    known = [*own[:1], *(tokenizer.token_to_id(name) for name in _FIRST)]
+    return next((token for token in known if token is not None), None)
+
+
+def end_token(tokenizer: Tokenizer) -> int | None:
+    """The token that ends a text, by the usual names."""
+    return next((token for token in map(tokenizer.token_to_id, _LAST) if token is not None), None)
 
 
 class StreamDecoder:

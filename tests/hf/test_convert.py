@@ -18,6 +18,8 @@ from muddformer.models.convert import convert
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = torch.arange(20)[None] % 61
 FOREIGN = {
