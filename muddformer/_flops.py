@@ -1,6 +1,7 @@
 """What the operators count for in torch.utils.flop_counter: two for every multiplication with an addition.
 
-N: tokens; D: model width; S: sources; C: ways; K: hidden width of the generator. Norms, GELU and additions do not
+N: tokens; D: model width; S: sources; C: ways; K: hidden width of the generator;
+V: classes of a head. Norms, GELU and additions do not
 count, as those of PyTorch's own operators do not.
 """
 
@@ -69,3 +70,11 @@ def _step(hiddens: Sequence[_Shape], w1: Any, w2: Any, prior: _Shape, *_: Any, *
     tokens = math.prod(hiddens[0][:-1])
     made = 0 if w1 is None else _generating(hiddens[-1], w1, w2)
     return made + 2 * tokens * math.prod(prior) * hiddens[0][-1]
+
+
+@register_flop_formula(_ops.linear_cross_entropy_losses)
+def _losses(hidden: _Shape, weight: _Shape, *args: Any, **kwargs: Any) -> int:
+    # N * V * D for the logits, and as many for each of the gradients of hidden states and head.
+    kwargs.pop("out_shape", None)
+    wanted = kwargs.get("wanted", args[-1])
+    return 2 * math.prod(hidden) * weight[0] * (1 + sum(wanted[:2]))

@@ -85,3 +85,27 @@ def deferred_flush(
         sum((w[..., j, None] * dv for w, dv in terms), start=torch.zeros_like(terms[0][1]) if g is None else g)
         for j, g in enumerate(grad_hiddens)
     ]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """cross_entropy(hidden weight^T + bias) + z_loss * logsumexp(logits)^2; ``chunk`` changes nothing."""
+    logits = F.linear(hidden, weight, bias).reshape(-1, weight.shape[0])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    flat = targets.flatten().long()
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
+    counts = flat != ignore_index
+    losses = F.cross_entropy(logits, flat, **options) + z_loss * logits.logsumexp(-1).square() * counts
+    if reduction == "none":
+        return losses.view(targets.shape)
+    return losses.sum() / (counts.sum().clamp_min(1) if reduction == "mean" else 1)

@@ -6,6 +6,8 @@
 #include <tuple>
 #include <utility>
 
+#include "../ops/linear_cross_entropy/linear_cross_entropy.h"
+
 namespace muddformer {
 
 namespace {
@@ -96,11 +98,10 @@ at::Tensor MUDDFormerImpl::forward(const at::Tensor& input_ids, const at::Tensor
     history.append(layers->ptr<BlockImpl>(i)->forward(history, tables, mask, cache));
   }
   const at::Tensor x = norm->forward(history.result());
-  at::Tensor logits = output ? output->forward(x) : at::linear(x, tok_embeddings->weight);
-  if (!targets.defined()) return logits;
-  logits = logits.flatten(0, 1);
-  return at::cross_entropy_loss(logits.to(c10::promoteTypes(logits.scalar_type(), at::kFloat)),
-                                targets.flatten().to(at::kLong));
+  if (targets.defined()) {
+    return linear_cross_entropy(x, output ? output->weight : tok_embeddings->weight, targets);
+  }
+  return output ? output->forward(x) : at::linear(x, tok_embeddings->weight);
 }
 
 at::Tensor MUDDFormerImpl::embed(const at::Tensor& input_ids) {

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..nn import MUDDStack, RMSNorm
+from ..nn.norm import plain_parameters
 from .config import MUDDFormerConfig
 from .kv_cache import KVCache
 from .layers import Block, RotaryEmbedding, make_norm
@@ -111,11 +113,7 @@ class MUDDFormer(MUDDStack, Pretrained):
             positions, mask = cache.advance(length)
             blocks = {"rotary": self.rotary(length, positions), "mask": mask, "cache": cache}
         x = self.norm(super().forward(x, **blocks))
-        logits = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
-        if targets is None:
-            return logits
-        logits = logits.flatten(0, 1)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten().long())
+        return self._logits(x) if targets is None else self._loss(x, targets)
 
     def plain_twin(self) -> MUDDFormer:
         """The plain Transformer with copies of this model's weights, without its connections.
@@ -170,6 +168,16 @@ class MUDDFormer(MUDDStack, Pretrained):
                 f"input_ids must be from 0 to vocab_size - 1 = {self.config.vocab_size - 1}, "
                 f"got {input_ids.min().item()} to {input_ids.max().item()}"
             ) from error
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+
+    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        head = plain_parameters(self.tok_embeddings if self.output is None else self.output, nn.Embedding, nn.Linear)
+        if head is not None:
+            return ops.linear_cross_entropy(x, head[0], targets, head[1])
+        logits = self._logits(x).flatten(0, 1)  # of a head that has to be called
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten().long())
 
     def _check_ids(self, name: str, ids: Any) -> None:
         if not isinstance(ids, Tensor):

@@ -140,3 +140,69 @@ def weights_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Weight
         wide.prior = make(4, 3, like=torch.float32)
         wide.options["scale"] = make(32, like=torch.float32)
         yield wide
+
+
+@dataclass
+class CrossEntropySample:
+    """Arguments of linear_cross_entropy."""
+
+    name: str
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None = None
+    options: dict = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that have gradients."""
+        return [self.hidden, self.weight, *([] if self.bias is None else [self.bias])]
+
+    def detached(self, dtype: torch.dtype | None = None) -> CrossEntropySample:
+        """Leaves that require gradients."""
+        tensors = [t.detach().to(dtype or t.dtype).requires_grad_() for t in self.tensors()]
+        return CrossEntropySample(
+            self.name, *tensors[:2], self.targets, tensors[2] if len(tensors) == 3 else None, self.options
+        )
+
+
+def cross_entropy_samples(device: torch.device, dtype: torch.dtype) -> Iterator[CrossEntropySample]:
+    """Every option, chunks that do not divide the tokens, odd numbers of classes, ignored targets, every layout."""
+
+    def sample(
+        name: str, leading: tuple[int, ...], width: int, classes: int, bias: bool = False, **options
+    ) -> CrossEntropySample:
+        def make(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
+
+        targets = torch.randint(classes, leading, device=device)
+        hidden, weight = make(*leading, width), make(classes, width) / width**0.5
+        return CrossEntropySample(name, hidden, weight, targets, make(classes) if bias else None, options)
+
+    yield sample("plain", (2, 3), 24, 40)
+    yield sample("ones", (1,), 1, 1)
+    yield sample("one-token", (), 16, 9)
+    yield sample("no-tokens", (2, 0), 16, 9)
+    yield sample("chunks", (3, 5), 24, 61, chunk=4)
+    yield sample("sum", (7,), 16, 33, True, reduction="sum", chunk=3)
+    yield sample("none", (2, 7), 16, 40, True, reduction="none", chunk=5)
+    yield sample("smoothing", (2, 5), 17, 50, label_smoothing=0.1, chunk=7)
+    yield sample("z-loss", (11,), 32, 1000, z_loss=1e-2)
+    everything = sample("everything", (4, 9), 40, 77, True, label_smoothing=0.2, z_loss=1e-3, ignore_index=5, chunk=10)
+    everything.targets[0, :] = everything.targets[2, 3] = 5
+    yield everything
+    ignored = sample("all-ignored", (2, 3), 24, 40, True, z_loss=1e-2)
+    ignored.targets.fill_(-100)
+    yield ignored
+    sliced = sample("strided", (6, 24), 16, 48, chunk=9)
+    sliced.hidden, sliced.targets = sliced.hidden[:, ::2, 3:11], sliced.targets[:, 1::2].int()
+    sliced.weight = sliced.weight[::2, ::2]
+    sliced.targets %= 24
+    yield sliced
+    turned = sample("transposed", (5, 4), 16, 40)
+    turned.hidden, turned.weight = turned.hidden.transpose(0, 1), turned.weight[:16, :16].t()
+    turned.targets = turned.targets.t() % 16
+    yield turned
+    if dtype in (torch.bfloat16, torch.float16):
+        wide = sample("float32-head", (3, 4), 32, 56, True, chunk=5)
+        wide.weight, wide.bias = wide.weight.float() / 3, wide.bias.float() / 3
+        yield wide

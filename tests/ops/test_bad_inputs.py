@@ -59,6 +59,27 @@ def weights_backward_arguments() -> dict[str, Any]:
     }
 
 
+def cross_entropy_arguments() -> dict[str, Any]:
+    return {
+        "hidden": randn(*LEADING, WIDTH),
+        "weight": randn(HIDDEN, WIDTH),
+        "targets": torch.zeros(LEADING, dtype=torch.int64),
+        "bias": randn(HIDDEN),
+        "reduction": "mean",
+        "ignore_index": -100,
+        "label_smoothing": 0.1,
+        "z_loss": 1e-3,
+        "chunk": 3,
+    }
+
+
+def losses_arguments() -> dict[str, Any]:
+    given = cross_entropy_arguments()
+    tensors = {name: given[name] for name in ("hidden", "weight", "targets", "bias")}
+    options = {name: given[name] for name in ("ignore_index", "label_smoothing", "z_loss", "chunk")}
+    return {**tensors, "grad_losses": randn(*LEADING), **options, "wanted": (True,) * 3}
+
+
 def wrong_tensors(like: Tensor) -> Iterator[tuple[str, Any]]:
     """What may stand where a tensor of one shape, dtype and device is expected."""
     shape = like.shape
@@ -95,6 +116,11 @@ OPTIONS = {
     "gelu_approximate": ["erf", "", "Tanh", "none ", None, 1, True],
     "cap": [0.0, -1.0, float("nan"), float("inf"), "ten", [1.0]],
     "wanted": ["all", None, 1.0],
+    "reduction": ["average", "", "Mean", None, 1],
+    "ignore_index": [1.5, "none", None],
+    "label_smoothing": [-0.1, 1.1, float("nan"), "some", None],
+    "z_loss": [-1e-3, float("nan"), float("inf"), "some", None],
+    "chunk": [0, -1, 1.5, "all"],
 }
 
 
@@ -108,16 +134,26 @@ def cases() -> Iterator[Any]:
         ("connection_weights_chained", weights_arguments),
         ("connection_weights_forward", weights_arguments),
         ("connection_weights_backward", weights_backward_arguments),
+        ("linear_cross_entropy", cross_entropy_arguments),
+        ("linear_cross_entropy_losses", losses_arguments),
     ]
     # Optional arguments aside: any number of ways, any leading shape.
     valid = {(f"depth_aggregate{c}", "weights", f"size2{n}") for c in ("", "_chained") for n in ("+1", "-1")}
     leading = ("size0+1", "size0-1", "size1+1", "size1-1", "one-dimension-more", "one-dimension-less")
     valid |= {(f"connection_weights{c}", "x", label) for c in ("", "_chained", "_forward") for label in leading}
+    valid |= {("linear_cross_entropy", "hidden", "float64")}  # a float32 head goes with any hidden states
+    for op in ("linear_cross_entropy", "linear_cross_entropy_losses"):
+        valid |= {(op, "targets", dtype) for dtype in ("int64", "int32")}
+        valid |= {(op, "hidden", dtype) for dtype in ("bfloat16", "float16")}
     for op, arguments in tables:
         for name, value in arguments().items():
             if isinstance(value, Tensor):
                 for label, wrong in wrong_tensors(value):
-                    if (label == "none" and name in ("scale", "grad_x")) or (op, name, label) in valid:
+                    if (label == "none" and name in ("scale", "grad_x", "bias", "grad_losses")) or (
+                        op,
+                        name,
+                        label,
+                    ) in valid:
                         continue
                     yield pytest.param(op, {**arguments(), name: wrong}, id=f"{op}-{name}-{label}")
             elif isinstance(value, list):
@@ -202,4 +238,23 @@ def test_messages_of_depth_aggregate(change: Callable, message: str) -> None:
 def test_messages_of_connection_weights(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         ops.connection_weights(**{**weights_arguments(), **change})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": randn(16, 9)}, "weight: expected shape [V, D] with V >= 1 and D = 8 of hidden, got [16, 9]"),
+        ({"targets": torch.zeros(2, 4, dtype=torch.long)}, "targets: expected shape [2, 5] of hidden without D"),
+        ({"targets": torch.zeros(2, 5)}, "targets: expected dtype int64 or int32, got Float"),
+        ({"bias": randn(15)}, "bias: expected shape [V] with V = 16 of weight, got [15]"),
+        ({"reduction": "average"}, "reduction: expected 'mean', 'sum' or 'none', got 'average'"),
+        ({"label_smoothing": 2.0}, "label_smoothing: expected a number from 0 to 1, got 2"),
+        ({"z_loss": -1.0}, "z_loss: expected a finite number >= 0, got -1"),
+        ({"chunk": 0}, "chunk: expected at least 1 token or None, got 0"),
+    ],
+)
+def test_messages_of_linear_cross_entropy(change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        ops.linear_cross_entropy(**{**cross_entropy_arguments(), **change})
     assert message in str(error.value)

@@ -27,11 +27,12 @@ def everything(tensors: list[Tensor]) -> list[Tensor]:
     weights = ops.connection_weights(hiddens[-1], w1, w2, prior)
     streams, handed_on = ops.depth_aggregate_chained(hiddens, weights)
     normed, _ = ops.depth_aggregate_norm_chained(handed_on, weights, norms)
-    grads = torch.autograd.grad(sum(y.square().mean() for y in [*streams, *normed]), leaves)
+    loss = ops.linear_cross_entropy(handed_on[0], w1, torch.arange(15, device=w1.device).view(3, 5), chunk=4)
+    grads = torch.autograd.grad(loss + sum(y.square().mean() for y in [*streams, *normed]), leaves)
     with torch.no_grad():
         step = ops.depth_aggregation_step(hiddens, w1, w2, prior, norm="rms", norm_weights=norms)
         flushed = torch.ops.muddformer.deferred_flush(list(hiddens[:-1]), list(streams), [weights])
-    results = [weights, *streams, *normed, *grads, *step, *flushed]
+    results = [weights, loss, *streams, *normed, *grads, *step, *flushed]
     assert all(t.isfinite().all() for t in results)
     return results
 
