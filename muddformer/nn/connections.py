@@ -181,11 +181,12 @@ class BlockHistory:
     for the backward. It calls :meth:`streams` once.
 
     Attributes:
+        turn: what the streams are made of.
         hiddens: after :meth:`streams` the sources, handed on.
     """
 
     def __init__(self, turn: Turn) -> None:
-        self._turn = turn
+        self.turn = turn
         self._given: list[Tensor] = []
         self._versions: list[int] = []
         self.hiddens: list[Tensor] | None = None
@@ -205,13 +206,15 @@ class BlockHistory:
             RuntimeError: if they were made already, or are made without gradients in a forward that records them.
             ValueError: for a wrong number of norms.
         """
-        turn = self._turn
+        turn = self.turn
         if not torch.compiler.is_compiling():
             _check_turn(turn, again=self.hiddens is not None)
         if turn.aggregation is None:
             if norms is not None and len(norms) != turn.copies:
                 raise ValueError(f"norms must have {turn.copies} entries, got {len(norms)}")
-            streams = [x if norm is None else norm(x) for norm in norms or [None] * turn.copies]
+            norms = norms or [None] * turn.copies
+            made = {norm: x if norm is None else norm(x) for norm in dict.fromkeys(norms)}  # each norm once
+            streams = [made[norm] for norm in norms]
             self.hiddens = []
         else:
             with _without_autocast(x) if turn.wide else nullcontext():
@@ -222,9 +225,10 @@ class BlockHistory:
 
     def check_unchanged(self) -> None:
         """Refuses what a block did that wrote into its streams or into X_i."""
-        if _versions(self._given) != self._versions:
+        # None are known of streams that were made in a compiled graph, which may end before this.
+        if self._versions and _versions(self._given) not in (self._versions, []):
             raise RuntimeError(
-                f"block {self._turn.index} changes its input in place, but later blocks read this hidden state too: "
+                f"block {self.turn.index} changes its input in place, but later blocks read this hidden state too: "
                 "write x = x + f(x) instead of x += f(x)"
             )
         self._given, self._versions = [], []  # not kept for a checkpoint, which may keep this object

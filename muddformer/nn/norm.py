@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import StreamNorms
 
-__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype", "plain_parameters"]
+__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype", "plain_parameters", "register_norm"]
 
 _ORDINARY = (Tensor, nn.Parameter)
 
@@ -46,6 +46,21 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps:g}"
+
+
+# The norms that operators can make, by class: their kind, and what they call their epsilon.
+_NORMS: dict[type[nn.Module], tuple[str, str]] = {RMSNorm: ("rms", "eps"), nn.LayerNorm: ("layer", "eps")}
+
+
+def register_norm(cls: type[nn.Module], kind: str, eps: str = "eps") -> None:
+    """Says that operators can make the norms of a class instead of calling them.
+
+    Args:
+        cls: the class; subclasses do not count. Its weight (and bias) are [D].
+        kind: the formula, ``"rms"`` as in :class:`RMSNorm` or ``"layer"`` as in torch.nn.LayerNorm.
+        eps: name of the attribute that is added to the mean square.
+    """
+    _NORMS[cls] = kind, eps
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -84,8 +99,9 @@ def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms
         x: a hidden state [..., D].
 
     Returns:
-        None if the operators cannot take them. They can if all are RMSNorm or all LayerNorm, plain ones
-        (:func:`plain_parameters`), of one eps and with parameters [D] of one dtype, that of ``x`` or float32.
+        None if the operators cannot take them. They can if all are RMSNorm or all LayerNorm, or of a class that
+        was registered as such (:func:`register_norm`), plain ones (:func:`plain_parameters`), of one eps and with
+        parameters [D] of one dtype, that of ``x`` or float32.
     """
     device, shape, dtype, autocast = x.device, x.shape[-1:], x.dtype, autocast_dtype(x) is not None
     weights: list[Tensor | None] = []
@@ -96,11 +112,12 @@ def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms
             weights.append(None)
             biases.append(None)
             continue
-        parameters = plain_parameters(norm, RMSNorm, nn.LayerNorm)
+        parameters = plain_parameters(norm, *_NORMS)
         if parameters is None:
             return None
         weight, bias = parameters
-        own = ("rms" if type(norm) is RMSNorm else "layer", norm.eps, weight.dtype)
+        formula, epsilon = _NORMS[type(norm)]
+        own = formula, getattr(norm, epsilon), weight.dtype
         if weight.shape != shape or weight.device != device or own != (common or own):
             return None
         if not autocast and own[2] not in (dtype, torch.float32):

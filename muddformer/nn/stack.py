@@ -14,7 +14,7 @@ from .connections import BlockHistory, Connections, Turn
 from .norm import as_stream_norms
 from .options import ConnectionOptions
 
-__all__ = ["MUDDStack"]
+__all__ = ["MUDDStack", "call_block"]
 
 
 class MUDDStack(Connections):
@@ -89,27 +89,8 @@ class MUDDStack(Connections):
         """
         history = self.begin(x)
         for layer in self.layers:
-            history.advance(*self._checkpointed(self._block, layer, history.turn(), history.newest, args, kwargs))
+            history.advance(*self._checkpointed(call_block, layer, history.turn(), history.newest, args, kwargs))
         return history.result()
-
-    def _block(
-        self, layer: nn.Module, turn: Turn, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """A block and the aggregation that makes its streams: X_(i+1), and the sources, handed on."""
-        history = BlockHistory(turn)
-        pulls = self.options.multiway and getattr(layer, "pulls_streams", False)
-        if pulls and _pulls_itself(layer, x):
-            given, kwargs = [x], {**kwargs, "history": history}
-        elif pulls:
-            norms = _whole_norms(layer, x)
-            given, kwargs = history.streams(x, norms), {**kwargs, "normed": norms is not None}
-        else:
-            given = history.streams(x)
-        y = layer(*given, *args, **kwargs)
-        if history.hiddens is None:
-            raise RuntimeError(f"block {turn.index} has pulls_streams, but did not call history.streams()")
-        history.check_unchanged()
-        return y, history.hiddens
 
     def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
         # The aggregation is computed again too: that is one read of the history, and the streams need not be kept.
@@ -119,6 +100,40 @@ class MUDDStack(Connections):
             options = {} if self.checkpoint_context_fn is None else {"context_fn": self.checkpoint_context_fn}
             return checkpoint(function, *args, use_reentrant=False, **options)
         return function(*args)
+
+
+def call_block(
+    block: nn.Module, turn: Turn, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """A block and the aggregation that makes its streams.
+
+    Args:
+        block: of one stream or of four; it may make them itself, see :class:`MUDDStack`. One that makes them in a
+            compiled region, which must leave the history that it is given as it is, makes them by a
+            :class:`BlockHistory` of its own and returns what this returns.
+        turn: :meth:`History.turn` of the block.
+        x: X_i [..., D], the newest hidden state.
+        args, kwargs: what else the block is called with.
+
+    Returns:
+        What :meth:`History.advance` takes: X_(i+1), and the sources, handed on.
+    """
+    history = BlockHistory(turn)
+    pulls = turn.copies > 1 and getattr(block, "pulls_streams", False)
+    if pulls and _pulls_itself(block, x):
+        given, kwargs = [x], {**kwargs, "history": history}
+    elif pulls:
+        norms = _whole_norms(block, x)
+        given, kwargs = history.streams(x, norms), {**kwargs, "normed": norms is not None}
+    else:
+        given = history.streams(x)
+    y = block(*given, *args, **kwargs)
+    if history.hiddens is None and isinstance(y, tuple):
+        return y
+    if history.hiddens is None:
+        raise RuntimeError(f"block {turn.index} has pulls_streams, but did not call history.streams()")
+    history.check_unchanged()
+    return y, history.hiddens
 
 
 def _whole_norms(block: nn.Module, x: Tensor) -> Sequence[nn.Module | None] | None:
