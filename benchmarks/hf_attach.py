@@ -3,8 +3,9 @@
 Forward, loss, backward and fused AdamW. Models: plain (as transformers makes it), plain16 (its residual stream in
 bfloat16, as an attached model has it; under autocast alone) and attached. Runs: eager, block (torch.compile of every
 decoder layer), compile (of the whole model). Precisions: autocast (bfloat16 over float32 parameters) and bfloat16
-(parameters too). The ratio is to the faster one of the plain models that ran the same way before it; bound_rmw and bound_deferred
-are what the bytes of the connections, at the speed of a copy, allow at best (benchmarks/training.py has the formulas).
+(parameters too). The ratio is to the faster one of the plain models that ran the same way before it; bound_rmw and
+bound_deferred are what the bytes of the connections, at the speed of a copy, allow at best (benchmarks/training.py has
+the formulas).
 
     python benchmarks/hf_attach.py --model 16x2048:4 --csv benchmarks/results/h100_hf_attach.csv
 """
@@ -31,7 +32,7 @@ PRECISIONS = ("autocast", "bfloat16")
 
 
 def make_model(form: str, precision: str, shape: Shape, device: torch.device) -> PreTrainedModel:
-    """As Qwen3-1.7B is at a width of 2048: heads of 128, two of queries to one of keys, feed-forward of three widths."""
+    """Like Qwen3-1.7B, but for layers: heads of 128, two of queries to one of keys, feed-forward of three widths."""
     heads = max(1, shape.width // 128)
     torch.manual_seed(0)
     with torch.device(device):

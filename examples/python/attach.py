@@ -1,4 +1,4 @@
-"""Gives a model of transformers MUDD connections, trains it, saves it and reads it again (pip install muddformer[hf])."""
+"""Gives a model of transformers MUDD connections, trains it, saves it, reads it again (pip install muddformer[hf])."""
 
 import tempfile
 

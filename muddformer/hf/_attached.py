@@ -26,7 +26,7 @@ from ..nn import BlockHistory, Connections, History
 from ..nn.norm import plain_parameters
 from ..nn.stack import call_block
 
-__all__ = ["AttachedAttention", "AttachedLayer", "AttachedModel", "Family", "StandIn", "give_class"]
+__all__ = ["AttachedAttention", "AttachedLayer", "AttachedModel", "Family", "StandIn", "give_class", "has_own_forward"]
 
 
 class Family(NamedTuple):
@@ -113,7 +113,7 @@ class AttachedLayer(Mixin):
     def forward(
         self, *streams: Any, history: BlockHistory | None = None, normed: bool | None = None, **kwargs: Any
     ) -> Any:
-        """The next hidden state, from one stream and the history, or from four streams."""
+        """What the layer returns, from one stream and the history, or from four streams."""
         if history is not None and torch.compiler.is_compiling() and self.gradient_checkpointing:
             # A checkpointed region of a graph must not write into the history.
             history = BlockHistory(history.turn)
@@ -124,7 +124,7 @@ class AttachedLayer(Mixin):
             return self.origin.forward(self, *streams, **kwargs)
         return self._of_streams(streams, normed, kwargs)
 
-    def _of_streams(self, streams: Sequence[Tensor], normed: bool, kwargs: dict[str, Any]) -> Tensor:
+    def _of_streams(self, streams: Sequence[Tensor], normed: bool, kwargs: dict[str, Any]) -> Any:
         *inputs, residual = streams
         if not normed:
             inputs = [norm(x) for norm, x in zip(self.stream_norms, inputs, strict=False)]
@@ -163,17 +163,23 @@ class Passage:
         self.connections = connections
         self.history: History | None = None
 
-    def __call__(self, layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def __call__(self, layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer with the aggregation before it, and after the last one the result.
 
         Args:
             x: what the model gives the layer: the embedding output, then what this returned the time before.
+
+        Returns:
+            What the layer returns, a hidden state or a tuple that begins with it.
         """
         if self.history is None:
             self.history = self.connections.begin(x)
         history = self.history
-        history.advance(*call_block(layer, history.turn(), history.newest, args, kwargs))
-        return history.result() if history.index == self.connections.num_blocks else history.newest
+        y, hiddens = call_block(layer, history.turn(), history.newest, args, kwargs)
+        y, rest = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
+        history.advance(y, hiddens)
+        y = history.result() if history.index == self.connections.num_blocks else history.newest
+        return y if rest is None else (y, *rest)
 
 
 class Step(StandIn):
@@ -182,13 +188,20 @@ class Step(StandIn):
     def __init__(self, layer: nn.Module, passage: Passage) -> None:
         super().__init__(layer, _passage=passage)
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._passage(self._module, hidden_states, args, kwargs)
 
 
 def give_class(module: nn.Module, mixin: type[Mixin], family: Family) -> None:
     """Makes a module one of its own class with ``mixin`` in front, of the same name."""
+    module.__dict__.pop("forward", None)  # its own class's, see has_own_forward()
     module.__class__ = _mixed(mixin, type(module), family)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's, which transformers may leave in a module that it has recorded."""
+    forward = module.__dict__.get("forward")
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
 @functools.cache

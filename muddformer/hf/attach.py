@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..nn import ConnectionOptions, Connections
 from ..nn.norm import register_norm
-from ._attached import AttachedAttention, AttachedLayer, AttachedModel, Family, give_class
+from ._attached import AttachedAttention, AttachedLayer, AttachedModel, Family, give_class, has_own_forward
 
 __all__ = ["FAMILIES", "attach", "load_attached"]
 
@@ -171,7 +171,7 @@ def _missing_parts(base: nn.Module, family: Family) -> list[str]:
 def _check_unwrapped(model: PreTrainedModel, base: PreTrainedModel, family: Family) -> None:
     layers = list(base.layers)
     for module in (base, *layers, *(getattr(layer, family.attention, None) for layer in layers)):
-        ours = type(module).__module__.startswith("transformers.") and "forward" not in module.__dict__
+        ours = type(module).__module__.startswith("transformers.") and has_own_forward(module)
         compiled = getattr(module, "_compiled_call_impl", None) is not None
         if not ours or compiled or (module in layers and not isinstance(module, GradientCheckpointingLayer)):
             raise ValueError(

@@ -128,9 +128,9 @@ def call_block(
     else:
         given = history.streams(x)
     y = block(*given, *args, **kwargs)
-    if history.hiddens is None and isinstance(y, tuple):
-        return y
     if history.hiddens is None:
+        if isinstance(y, tuple) and len(y) == 2 and isinstance(y[1], list):
+            return y
         raise RuntimeError(f"block {turn.index} has pulls_streams, but did not call history.streams()")
     history.check_unchanged()
     return y, history.hiddens
