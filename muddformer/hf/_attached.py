@@ -237,7 +237,7 @@ def _project_fused(projection: nn.Module, streams: Sequence[Tensor], heads: int,
     Returns:
         [..., heads * 3 * E].
     """
-    parameters = plain_parameters(projection, nn.Linear)
+    parameters = plain_parameters(projection, hidden_states, nn.Linear)
     if parameters is None:  # an adapter, a quantised layer: it makes all three of each stream
         parts = [projection(x).unflatten(-1, (heads, 3, -1))[..., way, :] for way, x in enumerate(streams)]
     else:

@@ -37,7 +37,8 @@ def generate(
         temperature: 0 or None: the likeliest token; otherwise drawn from ``softmax(logits / temperature)``.
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the likeliest tokens that together reach this probability only, in (0, 1].
-        seed: makes the draws repeatable. None: torch's global generator.
+        seed: makes the draws repeatable. None: torch's global generator. In tensor parallelism all devices need one,
+            the same, to draw the same tokens.
         eos_token_id: a sequence that reaches this token repeats it; all at it end the generation.
         cuda_graph: whether the steps after the first are replays of one captured CUDA graph, which spares the host most
             of its work. None: on CUDA where it is known to work and pays (an unchanged :class:`muddformer.MUDDFormer`
@@ -97,6 +98,8 @@ def generate_stream(
     if eos_token_id is not None:
         check_integer("eos_token_id", eos_token_id, config.vocab_size - 1, low=0)
     generator = None
+    if seed is None and not greedy and _draws_together(model):
+        raise ValueError("seed must be given in tensor parallelism, so that all devices draw the same tokens, got None")
     if seed is not None:
         generator = torch.Generator(input_ids.device).manual_seed(check_integer("seed", seed, 2**63 - 1, low=0))
 
@@ -129,13 +132,21 @@ def _decode(
     for i in range(max_new_tokens):
         if i == 1 and cuda_graph and not torch.is_autocast_enabled("cuda"):
             step = GraphedStep(step, cache, fresh)
-        fresh = choose(step(fresh)[:, -1]).to(input_ids.dtype)
+        logits = step(fresh)[:, -1]
+        if hasattr(logits, "full_tensor"):  # a DTensor
+            logits = logits.full_tensor()
+        fresh = choose(logits).to(input_ids.dtype)
         if eos_token_id is not None:
             fresh = fresh.masked_fill(ended, eos_token_id)
             ended = fresh == eos_token_id
         yield fresh
         if eos_token_id is not None and bool(ended.all()):
             return
+
+
+def _draws_together(model: nn.Module) -> bool:
+    """Whether parameters are DTensors that FSDP2 does not gather: processes share every token."""
+    return not hasattr(model, "unshard") and any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def _check_prompt(vocab_size: int, input_ids: Any) -> None:

@@ -21,7 +21,8 @@ class KVCache:
     """Keys and values of all blocks, allocated once: [L, B, key/value heads, length, head width] each.
 
     Shapes do not depend on how many tokens are in the cache, and the next position is kept on the device. Give it to
-    ``model(input_ids, cache=cache)``, first with the prompt, then with what follows. Without gradients only.
+    ``model(input_ids, cache=cache)``, first with the prompt, then with what follows. Without gradients only. Memory is
+    taken with the first keys, and for as many heads as they have: in tensor parallelism those of one device.
 
     Args:
         config: the model's configuration.
@@ -30,8 +31,12 @@ class KVCache:
         device, dtype: of the model's parameters.
 
     Attributes:
+        batch_size: number of sequences B.
         used: number of tokens that are in the cache.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(
         self,
@@ -46,21 +51,15 @@ class KVCache:
             raise ValueError(
                 "config must have causal=True, or later positions would see earlier ones change, got False"
             )
-        check_integer("batch_size", batch_size)
+        self.batch_size = check_integer("batch_size", batch_size)
         check_integer("length", length, config.block_size)
-        shape = (config.n_layer, batch_size, config.n_kv_heads, length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        self._blocks = config.n_layer
+        self._dtype = dtype
         self.used = 0
         self._next = torch.zeros(1, device=device, dtype=torch.int64)
         self._slots = torch.arange(length, device=device)
         self._positions = self._slots
         self._prompt = True
-
-    @property
-    def batch_size(self) -> int:
-        """Number of sequences B."""
-        return self.keys.shape[1]
 
     def advance(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Makes room for ``count`` tokens.
@@ -89,6 +88,11 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values [B, heads, count, head width] of one block; returns the ones to attend to."""
+        if self._prompt and layer == 0:
+            shape = (self._blocks, *k.shape[:2], len(self._slots), k.shape[3])
+            with torch.inference_mode(False):  # what comes later may be without it
+                self.keys = torch.zeros(shape, device=k.device, dtype=self._dtype)
+                self.values = torch.zeros_like(self.keys)
         keys, values = self.keys[layer], self.values[layer]
         keys.index_copy_(2, self._positions, k.to(keys.dtype))
         values.index_copy_(2, self._positions, v.to(values.dtype))

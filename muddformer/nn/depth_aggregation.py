@@ -175,7 +175,7 @@ class DepthAggregation(nn.Module):
             here on.
         """
         if self.dynamic:
-            generator = self._generator()
+            generator = self._generator(x)
             if generator is None:
                 return self._call_generator(x, prior), x
             w1, w2, scale = generator
@@ -192,14 +192,14 @@ class DepthAggregation(nn.Module):
         a = a + prior.to(a.dtype)
         return a if self.cap is None else self.cap * torch.tanh(a / self.cap)
 
-    def _generator(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def _generator(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """W1, W2 and the norm's weight, if the operators may read them instead of calling the modules."""
-        w1, w2 = plain_parameters(self.w1, nn.Linear), plain_parameters(self.w2, nn.Linear)
+        w1, w2 = plain_parameters(self.w1, x, nn.Linear), plain_parameters(self.w2, x, nn.Linear)
         if w1 is None or w2 is None or w1[1] is not None or w2[1] is not None:
             return None
         if self.norm is None:
             return w1[0], w2[0], None
-        norm = plain_parameters(self.norm, RMSNorm)
+        norm = plain_parameters(self.norm, x, RMSNorm)
         return None if norm is None else (w1[0], w2[0], norm[0])
 
     def _mix(
@@ -231,7 +231,7 @@ class DepthAggregation(nn.Module):
             return False
         if type(self).connection_weights is not DepthAggregation.connection_weights:
             return False
-        if self.dynamic and self._generator() is None:
+        if self.dynamic and self._generator(newest) is None:
             return False
         if torch.compiler.is_exporting():  # the number of tokens is to stay open
             return False

@@ -71,13 +71,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def plain_parameters(module: nn.Module, *types: type[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+def plain_parameters(module: nn.Module, x: Tensor, *types: type[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a module that an operator may read instead of calling it, the bias None where it is left out.
+
+    Args:
+        x: another tensor that the operator takes, such as the hidden state.
+        types: the classes whose formula the operator knows.
 
     Returns:
         None if the module has to be called: it is of none of these very classes, has hooks or another ``forward``, or
-        parameters that are no ordinary tensors (an adapter, a quantised or a parametrised module, one whose weights are
-        sharded over devices).
+        parameters that are neither ordinary tensors nor of the class of ``x`` (an adapter, a quantised or a
+        parametrised module, one whose weights are sharded over devices).
     """
     if type(module) not in types or "forward" in module.__dict__:
         return None
@@ -86,7 +90,8 @@ def plain_parameters(module: nn.Module, *types: type[nn.Module]) -> tuple[Tensor
     # Not by getattr, which takes long. FSDP1 puts tensors in the places of parameters.
     parameters = module._parameters if "weight" in module._parameters else module.__dict__
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) not in _ORDINARY or (bias is not None and type(bias) not in _ORDINARY):
+    known = (*_ORDINARY, type(x))
+    if type(weight) not in known or (bias is not None and type(bias) not in known):
         return None
     return weight, bias
 
@@ -112,7 +117,7 @@ def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms
             weights.append(None)
             biases.append(None)
             continue
-        parameters = plain_parameters(norm, *_NORMS)
+        parameters = plain_parameters(norm, x, *_NORMS)
         if parameters is None:
             return None
         weight, bias = parameters
