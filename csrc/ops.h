@@ -6,4 +6,5 @@
 #include "ops/depth_aggregate/depth_aggregate.h"
 #include "ops/depth_aggregate_norm/depth_aggregate_norm.h"
 #include "ops/depth_aggregation_step/depth_aggregation_step.h"
+#include "ops/linear/linear.h"
 #include "ops/linear_cross_entropy/linear_cross_entropy.h"

@@ -72,6 +72,17 @@ def _step(hiddens: Sequence[_Shape], w1: Any, w2: Any, prior: _Shape, *_: Any, *
     return made + 2 * tokens * math.prod(prior) * hiddens[0][-1]
 
 
+@register_flop_formula(_ops.linear_forward)
+def _linear(x: _Shape, weight: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+@register_flop_formula(_ops.linear_backward)
+def _linear_backward(grad: Any, x: _Shape, weight: _Shape, *args: Any, **kwargs: Any) -> int:
+    kwargs.pop("out_shape", None)
+    return 2 * math.prod(x) * weight[0] * sum(kwargs.get("wanted", args[-1])[:2])
+
+
 @register_flop_formula(_ops.linear_cross_entropy_losses)
 def _losses(hidden: _Shape, weight: _Shape, *args: Any, **kwargs: Any) -> int:
     # N * V * D for the logits, and as many for each of the gradients of hidden states and head.

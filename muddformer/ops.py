@@ -33,6 +33,7 @@ __all__ = [
     "depth_aggregation_step",
     "fuses_norms",
     "fuses_step",
+    "linear",
     "linear_cross_entropy",
 ]
 
@@ -377,6 +378,28 @@ def fuses_step(newest: Tensor) -> bool:
     """
     most = _step_tokens(newest.device, newest.dtype)  # a constant to torch.compile: the number of tokens may be open
     return most > 0 and newest.numel() <= most * newest.shape[-1]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """A linear layer with what belongs to it: ``x weight^T + bias + residual``.
+
+    On CUDA the residual is added in the epilogue of the product, and the gradient of a float32 weight comes straight
+    from operands of 16 bits, without having been rounded to 16 bits in between.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], of the dtype of ``x`` or float32: then it is cast for the product (under autocast once a
+            forward, as autocast does it for all).
+        bias: [out], likewise; None: none.
+        residual: [..., out], of the dtype of ``x`` or float32; None: none. Its gradient is that of the result.
+
+    Returns:
+        [..., out], of the dtype of ``x``, or float32 beside a float32 residual.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.muddformer.linear(x, weight, bias, residual)
 
 
 def linear_cross_entropy(

@@ -87,6 +87,12 @@ def deferred_flush(
     ]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x weight^T + bias + residual."""
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y if residual is None else residual + y
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

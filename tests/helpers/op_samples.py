@@ -206,3 +206,53 @@ def cross_entropy_samples(device: torch.device, dtype: torch.dtype) -> Iterator[
         wide = sample("float32-head", (3, 4), 32, 56, True, chunk=5)
         wide.weight, wide.bias = wide.weight.float() / 3, wide.bias.float() / 3
         yield wide
+
+
+@dataclass
+class LinearSample:
+    """Arguments of linear."""
+
+    name: str
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [t for t in self.arguments() if t is not None]
+
+    def arguments(self) -> list[Tensor | None]:
+        """In the order of the schema."""
+        return [self.x, self.weight, self.bias, self.residual]
+
+    def detached(self, dtype: torch.dtype | None = None) -> LinearSample:
+        """Leaves that require gradients."""
+        leaves = (t if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in self.arguments())
+        return LinearSample(self.name, *leaves)
+
+
+def linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[LinearSample]:
+    """With and without bias and residual, ones and odd sizes, no tokens, every layout, float32 beside 16 bits."""
+
+    def make(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float64).to(like)
+
+    yield LinearSample("plain", make(2, 3, 24), make(40, 24) / 5)
+    yield LinearSample("bias", make(7, 16), make(33, 16) / 4, make(33))
+    yield LinearSample("residual", make(2, 9, 32), make(64, 32) / 6, None, make(2, 9, 64))
+    yield LinearSample("everything", make(2, 8, 64), make(48, 64) / 8, make(48), make(2, 8, 48))
+    yield LinearSample("odd", make(5, 13), make(7, 13) / 4, make(7), make(5, 7))
+    yield LinearSample("ones", make(1, 1), make(1, 1), make(1), make(1, 1))
+    yield LinearSample("one-token", make(16), make(24, 16) / 4, None, make(24))
+    yield LinearSample("no-tokens", make(2, 0, 16), make(24, 16), make(24), make(2, 0, 24))
+    sliced = [make(6, 12, 48)[:, ::2, 8:40], make(128, 64)[::2, ::2] / 6, make(128)[::2], make(6, 12, 64)[:, 1::2]]
+    yield LinearSample("strided", *sliced)
+    turned = [make(5, 4, 16).transpose(0, 1), make(16, 40).t() / 4, make(1).expand(40), make(40).expand(4, 5, 40)]
+    yield LinearSample("transposed", *turned)
+    if dtype in (torch.bfloat16, torch.float16):
+        wide = torch.float32
+        yield LinearSample(
+            "float32-parameters", make(3, 8, 32), make(56, 32, like=wide) / 6, make(56, like=wide), make(3, 8, 56)
+        )
+        yield LinearSample("float32-residual", make(3, 8, 32), make(56, 32) / 6, None, make(3, 8, 56, like=wide))

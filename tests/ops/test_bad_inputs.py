@@ -80,6 +80,21 @@ def losses_arguments() -> dict[str, Any]:
     return {**tensors, "grad_losses": randn(*LEADING), **options, "wanted": (True,) * 3}
 
 
+def linear_arguments() -> dict[str, Any]:
+    return {
+        "x": randn(*LEADING, WIDTH),
+        "weight": randn(HIDDEN, WIDTH),
+        "bias": randn(HIDDEN),
+        "residual": randn(*LEADING, HIDDEN),
+    }
+
+
+def linear_backward_arguments() -> dict[str, Any]:
+    given = linear_arguments()
+    options = {"dtype": torch.float32, "wanted": (True,) * 3}
+    return {"grad": given["residual"], "x": given["x"], "weight": given["weight"], **options}
+
+
 def wrong_tensors(like: Tensor) -> Iterator[tuple[str, Any]]:
     """What may stand where a tensor of one shape, dtype and device is expected."""
     shape = like.shape
@@ -121,6 +136,7 @@ OPTIONS = {
     "label_smoothing": [-0.1, 1.1, float("nan"), "some", None],
     "z_loss": [-1e-3, float("nan"), float("inf"), "some", None],
     "chunk": [0, -1, 1.5, "all"],
+    "dtype": [torch.float64, torch.int64, torch.bfloat16, "float32", None],
 }
 
 
@@ -134,6 +150,9 @@ def cases() -> Iterator[Any]:
         ("connection_weights_chained", weights_arguments),
         ("connection_weights_forward", weights_arguments),
         ("connection_weights_backward", weights_backward_arguments),
+        ("linear", linear_arguments),
+        ("linear_forward", linear_arguments),
+        ("linear_backward", linear_backward_arguments),
         ("linear_cross_entropy", cross_entropy_arguments),
         ("linear_cross_entropy_losses", losses_arguments),
     ]
@@ -142,6 +161,7 @@ def cases() -> Iterator[Any]:
     leading = ("size0+1", "size0-1", "size1+1", "size1-1", "one-dimension-more", "one-dimension-less")
     valid |= {(f"connection_weights{c}", "x", label) for c in ("", "_chained", "_forward") for label in leading}
     valid |= {("linear_cross_entropy", "hidden", "float64")}  # a float32 head goes with any hidden states
+    valid |= {("linear", "x", dtype) for dtype in ("float64", "bfloat16", "float16")}  # and a float32 weight
     for op in ("linear_cross_entropy", "linear_cross_entropy_losses"):
         valid |= {(op, "targets", dtype) for dtype in ("int64", "int32")}
         valid |= {(op, "hidden", dtype) for dtype in ("bfloat16", "float16")}
@@ -149,7 +169,7 @@ def cases() -> Iterator[Any]:
         for name, value in arguments().items():
             if isinstance(value, Tensor):
                 for label, wrong in wrong_tensors(value):
-                    if (label == "none" and name in ("scale", "grad_x", "bias", "grad_losses")) or (
+                    if (label == "none" and name in ("scale", "grad_x", "bias", "grad_losses", "residual")) or (
                         op,
                         name,
                         label,

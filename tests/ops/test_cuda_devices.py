@@ -28,6 +28,7 @@ def everything(tensors: list[Tensor]) -> list[Tensor]:
     streams, handed_on = ops.depth_aggregate_chained(hiddens, weights)
     normed, _ = ops.depth_aggregate_norm_chained(handed_on, weights, norms)
     loss = ops.linear_cross_entropy(handed_on[0], w1, torch.arange(15, device=w1.device).view(3, 5), chunk=4)
+    loss = loss + ops.linear(ops.linear(handed_on[1], w1), w2, residual=streams[0][..., :20]).square().mean()
     grads = torch.autograd.grad(loss + sum(y.square().mean() for y in [*streams, *normed]), leaves)
     with torch.no_grad():
         step = ops.depth_aggregation_step(hiddens, w1, w2, prior, norm="rms", norm_weights=norms)
