@@ -81,6 +81,33 @@ def operators(mesh: DeviceMesh, _: Path) -> None:
 
 
 @check
+def linear_layers_and_the_loss(mesh: DeviceMesh, _: Path) -> None:
+    torch.manual_seed(0)
+    x, targets = torch.randn(3, 5, 8), torch.randint(12, (3, 5))
+    targets[0, 1:4] = -100
+    parameters = [torch.randn(*shape) for shape in ((8, 8), (8,), (12, 8), (12,))]
+    for reduction in ("mean", "none"):
+
+        def loss(x: Tensor, targets: Tensor, *parameters: Tensor, reduction: str = reduction) -> Tensor:
+            w, b, head, bias = parameters
+            losses = ops.linear_cross_entropy(ops.linear(x, w, b, residual=x), head, targets, bias, reduction=reduction)
+            return (losses * losses).sum()
+
+        leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+        expected = loss(leaves[0], targets, *leaves[1:])
+        expected.backward()
+        for placement in (Replicate(), Shard(0), Shard(1)):
+            own = [
+                distribute_tensor(x, mesh, [placement]),
+                *(distribute_tensor(p, mesh, [Replicate()]) for p in parameters),
+            ]
+            own = [t.requires_grad_() for t in own]
+            together = loss(own[0], distribute_tensor(targets, mesh, [placement]), *own[1:])
+            together.backward()
+            assert_near([together, *(t.grad for t in own)], [expected, *(t.grad for t in leaves)])
+
+
+@check
 def operators_whose_arguments_are_spread_differently(mesh: DeviceMesh, _: Path) -> None:
     hiddens, weights = [torch.randn(4, 6, 8, device="cpu") for _ in range(3)], torch.randn(4, 6, 2, 3)
     for x in (*hiddens, weights):

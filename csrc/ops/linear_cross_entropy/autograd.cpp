@@ -70,7 +70,7 @@ struct SummedLoss : torch::autograd::Function<SummedLoss> {
     for (size_t i = 0; i < kDifferentiable; ++i) {
       if (!ctx->needs_input_grad(i)) continue;
       // One pass and one rounding, and the factor is not rounded.
-      result[i] = at::empty_symint(kept[i].sym_sizes(), kept[i].options().dtype(dtype_of(ctx, i)));
+      result[i] = at::empty_like(kept[i], kept[i].options().dtype(dtype_of(ctx, i)));
       at::mul_out(result[i], kept[i], grads[0]);
     }
     return result;
