@@ -5,7 +5,7 @@ from pkgutil import extend_path
 # Started in the source folder, Python finds that folder first: the compiled part is in the installed package.
 __path__ = extend_path(__path__, __name__)
 
-from muddformer import _flops, _sharding, nn, ops, utils  # noqa: F401  (the first two register formulas and rules)
+from muddformer import _flops, _onnx, _sharding, _tracing, nn, ops, utils  # noqa: F401  (those with _ register rules)
 from muddformer._library import __version__
 from muddformer.inference import generate, generate_stream
 from muddformer.models import MUDDFormer, MUDDFormerConfig, build_model, from_pretrained, save_pretrained

@@ -7,10 +7,7 @@ torch.distributed.tensor takes long to import, so the rules are registered when 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  (loads libmuddformer, which registers the operators)
+from ._imports import when_imported
 
 __all__: list[str] = []
 
@@ -31,12 +29,14 @@ class Rule(NamedTuple):
         local: arguments and results that stay what one process made for its own tokens.
         results: what the results are: the argument that each is the gradient of, a name in ``local``, or None for one
             of tokens; empty: all are of tokens.
+        plain: whether parameters may be plain tensors, which count as replicated.
     """
 
     tokens: str
     whole: tuple[str, ...] = ()
     local: tuple[str, ...] = ()
     results: tuple[str | None, ...] = ()
+    plain: bool = True
 
 
 _GENERATOR = ("w1", "w2", "prior", "scale")
@@ -52,6 +52,10 @@ RULES = {
     "depth_aggregate_norm_forward": Rule("hiddens", _NORMS, ("statistics",), (None, None, None, "statistics")),
     "depth_aggregate_norm_backward": Rule(
         "hiddens", _NORMS, ("statistics",), results=("hiddens", "weights", *_NORMS, None)
+    ),
+    # Its gradients, made in the forward, are multiplied by that of the loss, a DTensor.
+    "linear_cross_entropy_losses": Rule(
+        "hidden", ("weight", "bias"), results=(None, "hidden", "weight", "bias"), plain=False
     ),
     "depth_aggregation_step": Rule("hiddens", (*_GENERATOR, "norm_weights", "norm_biases")),
     "linear_backward": Rule("x", ("weight",), results=("x", "weight", "weight")),
@@ -96,6 +100,13 @@ class _Spread:
                 f"{tokens[0][0]}: expected a DTensor, as {next(iter(mesh_of))} is one, got a plain tensor: "
                 "DTensor.from_local(x, mesh, placements) says which of the tokens it has"
             )
+        for name in () if rule.plain else rule.whole:
+            for label, x in _tensors(name, arguments.get(name)):
+                if not self.is_spread(x):
+                    raise ValueError(
+                        f"{label}: expected a DTensor, as {tokens[0][0]} is one, got a plain tensor: "
+                        "distribute_tensor(x, mesh, [Replicate()]) makes one of it"
+                    )
         self.leading = reference.shape[:-1]
         self.placements = list(self.whole)
         for name, value in arguments.items():
@@ -196,30 +207,4 @@ def register(module: ModuleType) -> None:
         torch.library.register_torch_dispatch(f"muddformer::{name}", module.DTensor, dispatch)
 
 
-class Waiting(MetaPathFinder):
-    """Calls a function with a module as soon as that has been imported."""
-
-    def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
-        self.name, self.function = name, function
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                self.function(module)
-
-            spec.loader.exec_module = exec_module
-        return spec
-
-
-_NAME = "torch.distributed.tensor"
-if _NAME in sys.modules:
-    register(sys.modules[_NAME])
-else:
-    sys.meta_path.insert(0, Waiting(_NAME, register))
+when_imported("torch.distributed.tensor", register)

@@ -48,12 +48,15 @@ def work(rank: int, folder: str, name: str, kind: str, backend: str) -> None:
         train(wrapped, ids)
         with torch.no_grad():
             wrapped.eval()(ids)
-        with FullyShardedDataParallel.summon_full_params(wrapped):
-            state = {name.replace("_fsdp_wrapped_module.", ""): p.clone() for name, p in wrapped.named_parameters()}
-        if rank == 0:
-            whole = make(name)
-            whole.load_state_dict(state)
-            whole.save_pretrained(f"{folder}/rank0")
+        kept = FullyShardedDataParallel(make(name).to(device), use_orig_params=True, device_id=device)
+        for sharded in (wrapped, kept):
+            with pytest.raises(ValueError, match=r"model must be whole to be saved, .*summon_full_params"):
+                sharded.save_pretrained(f"{folder}/rank0")
+        with pytest.raises(TypeError, match=r"pass the model inside, .*summon_full_params"):
+            muddformer.save_pretrained(wrapped, f"{folder}/rank0")
+        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+            if rank == 0:
+                wrapped.module.save_pretrained(f"{folder}/rank0")
     else:
         mesh = init_device_mesh(device.type, (PROCESSES,))
         if kind == "fsdp2-compiled-checkpointed":

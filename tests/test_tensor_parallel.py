@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import traceback
@@ -21,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import muddformer
 from helpers.models import make, scramble, some_ids
 from muddformer import MUDDFormer, _sharding, ops
+from muddformer._imports import when_imported
 from muddformer.distributed import distribute_connections, tensor_parallel
 from muddformer.nn import MUDDStack
 
@@ -43,8 +45,8 @@ def assert_near(actual: Sequence[Tensor | None], expected: Sequence[Tensor | Non
             torch.testing.assert_close(whole(a), b, rtol=1e-3, atol=1e-4)
 
 
-def layer(hiddens: list[Tensor], parameters: list[Tensor], deferred: bool) -> Tensor:
-    """Every operator that has gradients, once."""
+def layer(hiddens: list[Tensor], parameters: list[Tensor], deferred: bool, head: bool) -> Tensor:
+    """Every operator that has gradients, once; head: the loss, which wants parameters as DTensors, too."""
     w1, w2, prior, scale, norm, pre, post = parameters
     deferral = None
     if deferred:
@@ -54,7 +56,12 @@ def layer(hiddens: list[Tensor], parameters: list[Tensor], deferred: bool) -> Te
     norms = ops.StreamNorms([norm, None], add_newest=True, pre_weight=pre, post_weight=post)
     streams, hiddens = ops.depth_aggregate_norm_chained([*hiddens[:-1], x], weights, norms, deferral=deferral)
     more, hiddens = ops.depth_aggregate_chained(hiddens, ops.connection_weights(streams[0], w1, w2, prior))
-    return sum((y * y).sum() for y in (*streams, *more, *ops.depth_aggregate(hiddens, weights)))
+    loss = sum((y * y).sum() for y in (*streams, *more, *ops.depth_aggregate(hiddens, weights)))
+    if not head:
+        return loss
+    targets = torch.arange(hiddens[0].shape[:-1].numel()).view(hiddens[0].shape[:-1]) % len(w1)
+    losses = ops.linear_cross_entropy(streams[1], w1, targets, reduction="none", z_loss=0.1)
+    return loss + ops.linear_cross_entropy(streams[0], w1, targets, reduction="sum") + losses.square().sum()
 
 
 @check
@@ -64,16 +71,16 @@ def operators(mesh: DeviceMesh, _: Path) -> None:
         hiddens = [torch.randn(3, length, 8) for _ in range(3)]
         parameters = [torch.randn(*shape) for shape in ((12, 8), (6, 12), (2, 3), (8,), (8,), (8,), (8,))]
         for deferred in (False, True):
-            leaves = [x.clone().requires_grad_() for x in (*hiddens, *parameters)]
-            loss = layer(leaves[:3], leaves[3:], deferred)
-            loss.backward()
-            for placement in (Replicate(), Shard(0), Shard(1)):
-                for plain in (False, True):  # parameters that are plain tensors count as replicated
+            for plain in (False, True):  # parameters that are plain tensors count as replicated
+                leaves = [x.clone().requires_grad_() for x in (*hiddens, *parameters)]
+                loss = layer(leaves[:3], leaves[3:], deferred, head=not plain)
+                loss.backward()
+                for placement in (Replicate(), Shard(0), Shard(1)):
                     own = [distribute_tensor(x, mesh, [placement]).requires_grad_() for x in hiddens]
                     own += [x.clone() if plain else distribute_tensor(x, mesh, [Replicate()]) for x in parameters]
                     for x in own[3:]:
                         x.requires_grad_()
-                    together = layer(own[:3], own[3:], deferred)
+                    together = layer(own[:3], own[3:], deferred, head=not plain)
                     together.backward()
                     assert_near([together, *(x.grad for x in own)], [loss, *(x.grad for x in leaves)])
                     assert all(x.grad.placements == (placement,) for x in own[:3])
@@ -150,6 +157,8 @@ def what_cannot_be_shared_is_refused(mesh: DeviceMesh, _: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ops.depth_aggregate([x], w)
+    with pytest.raises(ValueError, match=r"weight: expected a DTensor, as hidden is one, .*: distribute_tensor"):
+        ops.linear_cross_entropy(hidden, torch.ones(5, 8), torch.zeros(8, dtype=torch.int64))
     config = make().config
     for model, bad_mesh, message in (
         (nn.Linear(2, 2), mesh, "model must be a MUDDFormer, got Linear"),
@@ -318,14 +327,16 @@ def test_two_processes(outcomes: Path, name: str) -> None:
 def test_rules_wait_for_what_takes_long_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imported_late.py").write_text("value = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    given = []
-    finder = _sharding.Waiting("imported_late", lambda module: given.append(module.value))
-    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
-    __import__("json")
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    given, finders = [], len(sys.meta_path)
+    when_imported("imported_late", lambda module: given.append(module.value))
+    importlib.import_module("json")
     assert given == []
-    __import__("imported_late")
+    importlib.import_module("imported_late")
     assert given == [3]
-    assert finder not in sys.meta_path
+    assert len(sys.meta_path) == finders
+    when_imported("imported_late", lambda module: given.append(module.value))
+    assert given == [3, 3]
 
 
 def test_every_operator_has_a_rule() -> None:

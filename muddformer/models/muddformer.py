@@ -174,7 +174,7 @@ class MUDDFormer(MUDDStack, Pretrained):
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         head = self.tok_embeddings if self.output is None else self.output
-        head = plain_parameters(head, targets, nn.Embedding, nn.Linear)
+        head = plain_parameters(head, x, nn.Embedding, nn.Linear)
         if head is not None:
             return ops.linear_cross_entropy(x, head[0], targets, head[1])
         logits = self._logits(x).flatten(0, 1)  # of a head that has to be called

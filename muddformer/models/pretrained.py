@@ -15,6 +15,8 @@ from .checkpoint import CONFIG_NAME, check_tensors, open_weights, read_config, w
 
 __all__ = ["Pretrained", "not_a_model"]
 
+_WHOLE = "under FullyShardedDataParallel.summon_full_params(model, writeback=False), in the first process"
+
 
 class Pretrained(nn.Module):
     """Base class of models that are saved as, and read from, a checkpoint directory.
@@ -69,6 +71,12 @@ class Pretrained(nn.Module):
     def _check_saveable(self, state: Mapping[str, Any]) -> None:
         """Refuses a model whose parts were replaced: quantised, or with adapters that are not merged."""
         expected = type(self)(self.config, device="meta").state_dict()
+        for name, value in state.items():
+            if name.endswith("_flat_param") or (name in expected and value.shape != expected[name].shape):
+                raise ValueError(
+                    f"model must be whole to be saved, but {name} has shape {list(value.shape)}: save a part of "
+                    f"FullyShardedDataParallel {_WHOLE}"
+                )
         for name in (*(state.keys() - expected.keys()), *(expected.keys() - state.keys())):
             raise ValueError(
                 f"model must have the parts of its configuration to be saved, but {name} is "
@@ -139,4 +147,6 @@ def not_a_model(model: Any) -> TypeError:
     if isinstance(model, nn.Module):
         inner = next((name for name, module in model.named_modules() if isinstance(module, Pretrained)), None)
     hint = f": pass the model inside, model.{inner}" if inner else ""
+    if inner and "_fsdp_wrapped_module" in inner:
+        hint += f", to save it {_WHOLE}"
     return TypeError(f"model must be a MUDDFormer, got {type(model).__name__}{hint}")

@@ -138,7 +138,7 @@ class Connections(nn.Module):
 
     def _defers(self, older: Sequence[Tensor]) -> bool:
         """Whether a group of aggregations defers the gradients of these hidden states."""
-        if not older or not torch.is_grad_enabled():
+        if not older or not torch.is_grad_enabled() or torch.jit.is_tracing():
             return False
         if self.options.flush_interval is not None:
             return True

@@ -141,7 +141,9 @@ class DepthAggregation(nn.Module):
             raise ValueError("prior must be given to a DepthAggregation that was made with prior=False")
         way_norms = norms if ways is None else [norms[WAYS.index(way)] for way in ways]
         newest = hiddens[-1]
-        step, fuses = self._takes_one_step(newest), ops.fuses_norms(newest, self.sources, self.num_ways)
+        step = self._takes_one_step(newest)
+        # A trace is the same with and without gradients (muddformer/_tracing.py), for which norms are called.
+        fuses = ops.fuses_norms(newest, self.sources, self.num_ways) and not torch.jit.is_tracing()
         kinds = as_stream_norms(way_norms, newest) if step or fuses else None
         if step and kinds is not None:
             # The hidden states that are handed on are in autocast's dtype: each is cast once.
@@ -233,7 +235,7 @@ class DepthAggregation(nn.Module):
             return False
         if self.dynamic and self._generator(newest) is None:
             return False
-        if torch.compiler.is_exporting():  # the number of tokens is to stay open
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the number of tokens is to stay open
             return False
         return ops.fuses_step(newest)
 

@@ -1,0 +1,42 @@
+"""Waiting for modules that take too long to import here, and that most programs do without."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+__all__ = ["when_imported"]
+
+
+def when_imported(name: str, function: Callable[[ModuleType], None]) -> None:
+    """Calls a function with a module: at once if it has been imported, else as soon as somebody does."""
+    if name in sys.modules:
+        function(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Waiting(name, function))
+
+
+class _Waiting(MetaPathFinder):
+    """Finds nothing itself, but sees what is imported."""
+
+    def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
+        self.name, self.function = name, function
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.function(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
