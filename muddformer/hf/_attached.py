@@ -54,7 +54,8 @@ class StandIn:
     forward = None  # transformers compares a layer's forward with its own to see whether a subclass wraps it
 
     def __init__(self, module: nn.Module, **replaced: Any) -> None:
-        self.__dict__.update(replaced, _module=module)
+        for name, value in {**replaced, "_module": module}.items():
+            object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
