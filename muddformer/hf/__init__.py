@@ -1,5 +1,9 @@
 """MUDD connections in transformers (``pip install muddformer[hf]``)."""
 
-from .attach import attach, load_attached
+from ..errors import require
+
+require("transformers", "hf")
+
+from .attach import attach, load_attached  # noqa: E402
 
 __all__ = ["attach", "load_attached"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import PreTrainedModel
 
+from helpers.paths import PACKAGE
 from muddformer import MUDDFormerConfig, build_model
 from muddformer.hf import attach, load_attached
 from muddformer.nn import ConnectionOptions
@@ -85,14 +89,25 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **toleran
         torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PACKAGE}
 EXACT = {"rtol": 0, "atol": 0}
 
 
-@every_family
 @pytest.mark.parametrize(
-    "fields",
-    [{}, {"multiway": False}, {"block_stride": 2, "ways": "qr"}, {"pre_norm": True, "post_norm": "residual"}],
-    ids=["multiway", "one way", "strided", "prepost"],
+    ("family", "fields"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *(
+            (family, fields)
+            for family in ("Qwen3", "GPTNeoX")
+            for fields in (
+                {"multiway": False},
+                {"block_stride": 2, "ways": "qr"},
+                {"pre_norm": True, "post_norm": "residual"},
+            )
+        ),
+    ],
+    ids=str,
 )
 @torch.no_grad()
 def test_fresh_connections_change_no_bit(family: str, fields: dict[str, object]) -> None:
@@ -237,8 +252,9 @@ def test_compiled() -> None:
     torch._dynamo.reset()
 
 
-@every_family
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("family", "cache"), [*((family, "dynamic") for family in FAMILIES), ("Qwen3", "static"), ("GPTNeoX", "static")]
+)
 @torch.no_grad()
 def test_generation_is_that_of_whole_forwards(family: str, cache: str) -> None:
     model, ids = attached(family), tokens(length=5)
@@ -268,7 +284,7 @@ def test_saved_and_loaded(family: str, tmp_path) -> None:
     assert type(loaded) is type(model) and loaded.config.muddformer == model.config.muddformer
     assert loaded.base_model.connections.options == ConnectionOptions(multiway=True, source_stride=2)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    half, info = load_attached(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    half, info = load_attached(tmp_path, dtype=torch.bfloat16, device_map="cpu", output_loading_info=True)
     assert not info["missing_keys"] and {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert_same(gradients(loaded, ids), gradients(model, ids), **EXACT)
 
@@ -349,7 +365,7 @@ def test_trainer(tmp_path) -> None:
     assert torch.equal(loaded(tokens()).logits, model.eval()(tokens()).logits)
 
 
-@every_family
+@two_families
 def test_bfloat16_and_autocast(family: str) -> None:
     model, ids = make(family), tokens()
     half = copy.deepcopy(model).to(torch.bfloat16)
@@ -385,6 +401,16 @@ def test_cuda(family: str, dtype: torch.dtype) -> None:
     for name, value in expected.items():
         error = (found[name].cpu().float() - value).norm() / value.norm().clamp(min=1e-3)
         assert error < (1e-3 if dtype == torch.float32 else 0.1), name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cache", ["dynamic", "static"])  # the static one compiles the decoding step
+@torch.no_grad()
+def test_cuda_generation(cache: str) -> None:
+    model, ids = attached("Qwen3"), tokens(length=5)
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache}
+    made = copy.deepcopy(model).cuda().generate(ids.cuda(), **options)
+    assert torch.equal(made.cpu(), model.generate(ids, **options))
 
 
 @pytest.mark.parametrize(
@@ -441,3 +467,17 @@ def test_options_as_a_whole_and_a_base_model() -> None:
     assert not isinstance(connections, MUDDStack)
     assert (connections.options.multiway, connections.options.dynamic, connections.options.window) == (False, False, 2)
     assert base(tokens()).last_hidden_state.shape == (2, 10, SIZES["hidden_size"])
+
+
+def test_other_heads() -> None:
+    config = transformers.LlamaConfig(**SIZES, **GROUPED, num_labels=3)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    before = model(tokens()).logits
+    assert torch.equal(attach(model)(tokens()).logits, before)
+
+
+def test_without_transformers() -> None:
+    lines = "import sys; sys.modules['transformers'] = None; import muddformer.hf"
+    done = subprocess.run([sys.executable, "-c", lines], env=ENVIRONMENT, capture_output=True, text=True)
+    assert "transformers is needed here and cannot be imported" in done.stderr
+    assert 'pip install "muddformer[hf]"' in done.stderr
