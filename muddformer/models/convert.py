@@ -197,10 +197,7 @@ def _fit(
     """The tensors of a model of this configuration, checked; with fresh connections if there is a seed for them."""
     model_class = FAMILIES[config.model_type].model
     model_class._check_count(index, config, len(tensors))
-    try:
-        model = model_class(config, device="meta")
-    except RuntimeError as error:  # sizes whose product overflows
-        raise ValueError(f"{source / CONFIG_NAME}: no model has these sizes: {error}") from error
+    model = model_class.skeleton(config, source / CONFIG_NAME)
     expected = model._stored_shapes(tensors)
     if seed is not None:
         tensors = _split_norms(tensors, expected)

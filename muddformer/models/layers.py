@@ -33,14 +33,18 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.base = config.rope_base
         self.shape = (config.block_size, config.rotary_dim // 2)
-        self.register_buffer("cos", torch.empty(self.shape, device=device, dtype=torch.float32), persistent=False)
-        self.register_buffer("sin", torch.empty_like(self.cos), persistent=False)
+        for name in ("cos", "sin"):
+            table = torch.empty(self.shape, device=device, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self, device: Any = None) -> None:
         """Makes the tables, on another device if one is given."""
         positions, half = self.shape
-        device = self.cos.device if device is None else device
+        device = self.cos.device if device is None else torch.device(device)
+        if device.type == "meta":  # where arithmetic would import torch's compiler
+            self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+            return
         frequencies = 1.0 / self.base ** (torch.arange(half, device=device, dtype=torch.float32) / half)
         angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * frequencies
         self.cos, self.sin = angles.cos(), angles.sin()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from .checkpoint import CONFIG_NAME, check_tensors, open_weights, read_config, write_checkpoint
@@ -70,7 +71,7 @@ class Pretrained(nn.Module):
 
     def _check_saveable(self, state: Mapping[str, Any]) -> None:
         """Refuses a model whose parts were replaced: quantised, or with adapters that are not merged."""
-        expected = type(self)(self.config, device="meta").state_dict()
+        expected = self.skeleton(self.config).state_dict()
         for name, value in state.items():
             if name.endswith("_flat_param") or (name in expected and value.shape != expected[name].shape):
                 raise ValueError(
@@ -100,10 +101,7 @@ class Pretrained(nn.Module):
         config = cls.load_config(directory)
         with open_weights(directory) as (path, tensors):
             cls._check_count(path, config, len(tensors))
-            try:
-                model = cls(config, device="meta")
-            except RuntimeError as error:  # sizes whose product overflows
-                raise ValueError(f"{directory / CONFIG_NAME}: no model has these sizes: {error}") from error
+            model = cls.skeleton(config, directory / CONFIG_NAME)
             check_tensors(path, model._stored_shapes(tensors), tensors)
             # A copy: what is read may be a view of the mapped file.
             state = {
@@ -113,6 +111,23 @@ class Pretrained(nn.Module):
         model._check_stored(path, state)
         model.load_state_dict(state, assign=True)
         return model
+
+    @classmethod
+    def skeleton(cls, config: Any, source: Any = "config") -> Self:
+        """A model on the meta device.
+
+        Args:
+            config: its configuration.
+            source: where that is from, for the message.
+
+        Raises:
+            ValueError: for sizes whose product overflows.
+        """
+        try:
+            with _Unfilled():
+                return cls(config, device="meta")
+        except RuntimeError as error:
+            raise ValueError(f"{source}: no model has these sizes: {error}") from error
 
     @classmethod
     def load_config(cls, directory: str | os.PathLike[str]) -> Any:
@@ -139,6 +154,14 @@ class Pretrained(nn.Module):
 
     def _check_stored(self, path: Path, state: dict[str, Tensor]) -> None:
         """Checks values that must agree, and takes out of ``state`` what is stored but not loaded."""
+
+
+class _Unfilled(TorchFunctionMode):
+    """Draws no initial values, which on the meta device would do nothing but import torch's compiler, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
 def not_a_model(model: Any) -> TypeError:

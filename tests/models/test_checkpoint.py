@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from helpers.models import make
+from helpers.paths import PACKAGE
 from muddformer import MUDDFormer
 from muddformer.models import from_pretrained, load_config, save_pretrained
 
@@ -59,6 +62,14 @@ def test_loaded_model_does_not_need_the_file(directory: Path) -> None:
     expected = model(IDS)
     (directory / "model.safetensors").write_bytes(b"")
     assert torch.equal(model(IDS), expected)
+
+
+def test_loading_does_not_import_the_compiler(directory: Path) -> None:
+    """Arithmetic and random numbers on the meta device, where a model is made first, would: that takes seconds."""
+    program = "import sys, muddformer; model = muddformer.from_pretrained(sys.argv[1]); "
+    program += "assert model.rotary.cos[1].min() < 1; assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program, str(directory)], env={**os.environ, "PYTHONPATH": PACKAGE})
+    assert done.returncode == 0
 
 
 def test_failed_save_leaves_the_old_files(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,127 @@
+"""Converting a checkpoint beside copying its file: time and peak memory.
+
+A pytorch_model.bin of MUDDFormer-2.8B's shape, random bfloat16, is made in a scratch folder and converted to ours.
+The floor is shutil.copyfile of the same file to the same disk. Both read a file that is not in memory and end when what
+they wrote is on the disk; they take turns, and medians count. The conversion runs in a process of its own, whose clock
+starts when Python and torch are loaded and whose peak memory is its largest resident set, pages of the mapped file
+included.
+
+    python benchmarks/convert.py --folder /scratch --csv benchmarks/results/cpu_convert.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from common import write_rows
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from muddformer import MUDDFormerConfig, build_model
+from muddformer.models import release
+from muddformer.models.convert import convert
+from muddformer.training.metrics import peak_memory_mib
+
+
+def make_checkpoint(folder: Path, preset: str) -> None:
+    """A directory as the release has it, without ever holding the weights in memory."""
+    config = MUDDFormerConfig.preset(preset, use_qk_norm=True)
+    (folder / "config.json").write_text(json.dumps(release.keys_of(config.to_dict())))
+    path = folder / "pytorch_model.bin"
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        model = build_model(config, device="cpu", dtype=torch.bfloat16)
+        torch.save(dict(model.state_dict()), path)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        state = torch.load(path, mmap=True, weights_only=True)
+    for value in state.values():
+        value.normal_(std=0.02)
+
+
+def forget(path: Path) -> None:
+    """Leaves no page of a file in memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_s(source: Path, target: Path) -> float:
+    """Seconds to copy a file onto the disk."""
+    begin = time.perf_counter()
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return time.perf_counter() - begin
+
+
+def convert_apart(source: Path, target: Path, pipe: Connection) -> None:
+    """Sends the seconds of a conversion and the peak memory before and after it, in MiB."""
+    before, begin = peak_memory_mib(torch.device("cpu")), time.perf_counter()
+    convert(source, target, max_shard_bytes=10**12)
+    pipe.send((time.perf_counter() - begin, before, peak_memory_mib(torch.device("cpu"))))
+
+
+def measure(source: Path, scratch: Path) -> tuple[float, float, float]:
+    """Seconds and memory of one conversion in a process of its own."""
+    here, there = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=convert_apart, args=(source, scratch / "out", there))
+    process.start()
+    process.join()
+    result = here.recv()
+    shutil.rmtree(scratch / "out")
+    return result
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--folder", type=Path, help="where the scratch folder is made: the disk that is measured")
+    p.add_argument("--preset", default="MUDDFormer-2.8B", help="shape of the checkpoint")
+    p.add_argument("--turns", type=int, default=3)
+    p.add_argument("--csv", type=Path, help="file to append the row to")
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        scratch = Path(name)
+        (scratch / "in").mkdir()
+        make_checkpoint(scratch / "in", args.preset)
+        source = scratch / "in" / "pytorch_model.bin"
+        copies, conversions, peaks = [], [], []
+        for _ in range(args.turns):
+            forget(source)
+            copies.append(copy_s(source, scratch / "copy"))
+            (scratch / "copy").unlink()
+            forget(source)
+            seconds, before, peak = measure(scratch / "in", scratch)
+            conversions.append(seconds)
+            peaks.append(peak)
+            print(
+                f"copy {copies[-1]:.2f} s, convert {seconds:.2f} s, peak {peak:.0f} MiB, {before:.0f} before",
+                flush=True,
+            )
+        size = source.stat().st_size
+    copied, converted, peak = statistics.median(copies), statistics.median(conversions), max(peaks)
+    row = {
+        "preset": args.preset,
+        "source": "pytorch_model.bin",
+        "gb": round(size / 1e9, 3),
+        "copy_s": round(copied, 2),
+        "convert_s": round(converted, 2),
+        "ratio": round(converted / copied, 3),
+        "peak_mib": round(peak),
+        "peak_of_shard": round(peak * 2**20 / size, 3),
+        "turns": args.turns,
+    }
+    print(row)
+    write_rows([row], args.csv, torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main()
