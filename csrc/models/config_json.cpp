@@ -109,6 +109,11 @@ const std::set<std::string> kSame = {"block_size",
                                      "dense",
                                      "expand_last",
                                      "round64"};
+// Fields that the release has no key for: read under our names.
+const std::set<std::string> kOurs = {
+    "norm",      "feed_forward",  "causal",           "ffn_reallocation", "initializer_range",
+    "ways",      "source_stride", "block_stride",     "window",           "pre_norm",
+    "post_norm", "cap",           "gelu_approximate", "flush_interval",   "residual_dtype"};
 // Those that say how the release runs, not what it computes, or that are read one by one below. Its
 // head_dim is always overwritten by dim / n_head.
 const std::set<std::string> kOther = {"model_type",
@@ -144,6 +149,7 @@ MUDDFormerConfig config_from(const Json& values) {
 MUDDFormerConfig config_from_official(const Json& values) {
   std::set<std::string> known = kRenamed;
   known.insert(kSame.begin(), kSame.end());
+  known.insert(kOurs.begin(), kOurs.end());
   known.insert(kOther.begin(), kOther.end());
   check_keys(values, known, "the public release");
   for (const char* name : {"window_size", "window_type"}) {
@@ -153,8 +159,10 @@ MUDDFormerConfig config_from_official(const Json& values) {
   }
   // The same JSON with this library's names and the release's defaults.
   Json ours = {{"use_qk_norm", false}, {"expand_last", false}, {"round64", false}};
-  for (const std::string& name : kSame) {
-    if (values.contains(name)) ours[name] = values[name];
+  for (const auto* names : {&kSame, &kOurs}) {
+    for (const std::string& name : *names) {
+      if (values.contains(name)) ours[name] = values[name];
+    }
   }
   const bool pythia = has_value(values, "rotary_pct") ||
                       has_value(values, "use_parallel_residual") ||

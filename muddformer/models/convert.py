@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._checks import check_keys
 from .._files import FileLock, read_json, sync, write_atomically
@@ -28,7 +27,8 @@ from .config import MUDDFormerConfig
 from .families import FAMILIES, load_config
 from .foreign import FOREIGN, Foreign
 from .muddformer import MUDDFormer
-from .stored import DTYPE_NAMES, DTYPES, StoredTensor, open_tensors, write_tensors
+from .stored import DTYPE_NAMES, StoredTensor, open_tensors
+from .writing import write_tensors
 
 __all__ = ["LAYOUTS", "convert", "read_source_config"]
 
@@ -96,7 +96,7 @@ def convert(
             config = _with_connections(source, config, connections)
         tensors = _fit(source, files.index, config, tensors, None if connections is None else seed)
         if dtype is not None:
-            tensors = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+            tensors = {name: tensor._replace(dtype=DTYPE_NAMES[dtype]) for name, tensor in tensors.items()}
         settings = LAYOUTS[layout](config)
         plan = {"source": files.facts(), "config": settings, "dtype": str(dtype), "seed": seed, "most": max_shard_bytes}
         _write(source, target, _shards(tensors, max_shard_bytes), settings, plan, progress)
@@ -226,21 +226,7 @@ def _fresh_connections(model: MUDDFormer, seed: int, dtype: str) -> dict[str, St
         torch.manual_seed(seed)
         Connections.reset_parameters(model)
     values = {name: value for name, value in model.state_dict().items() if not value.is_meta}
-    return {
-        name: StoredTensor(list(value.shape), dtype, lambda value=value: value.to(DTYPES[dtype]))
-        for name, value in values.items()
-    }
-
-
-def _cast(name: str, tensor: StoredTensor, dtype: torch.dtype) -> StoredTensor:
-    def read() -> Tensor:
-        value = tensor.read()
-        cast = value.to(dtype)
-        if dtype == torch.float16 and not torch.equal(cast.isfinite(), value.isfinite()):
-            raise ValueError(f"dtype must hold the values, but those of {name} are too large for float16")
-        return cast
-
-    return StoredTensor(tensor.shape, DTYPE_NAMES[dtype], read)
+    return {name: StoredTensor(list(value.shape), dtype, lambda value=value: value) for name, value in values.items()}
 
 
 def _shards(tensors: Mapping[str, StoredTensor], most: int) -> dict[str, dict[str, StoredTensor]]:

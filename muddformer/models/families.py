@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checkpoint import read_config
+from .checkpoint import CONFIG_NAME, read_config
 from .config import FAMILY_DEFAULTS, MUDDFormerConfig
+from .foreign import FOREIGN
 from .muddformer import MUDDFormer
 from .pretrained import Pretrained, not_a_model
 
@@ -90,7 +91,7 @@ def from_pretrained(
         TypeError: for a wrong ``dtype``.
         ValueError: naming the file and what is wrong with it.
     """
-    return family_of(read_config(Path(directory))).model.from_pretrained(directory, device=device, dtype=dtype)
+    return _model_class(Path(directory)).from_pretrained(directory, device=device, dtype=dtype)
 
 
 def load_config(directory: str | os.PathLike[str]) -> Any:
@@ -100,4 +101,15 @@ def load_config(directory: str | os.PathLike[str]) -> Any:
         FileNotFoundError: if there is no ``config.json``.
         ValueError: naming the file and what is wrong with it.
     """
-    return family_of(read_config(Path(directory))).model.load_config(directory)
+    return _model_class(Path(directory)).load_config(directory)
+
+
+def _model_class(directory: Path) -> type[Pretrained]:
+    values = read_config(directory)
+    kind = values.get("model_type")
+    if isinstance(kind, str) and kind in FOREIGN:
+        raise ValueError(
+            f"{directory / CONFIG_NAME}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}: "
+            f"muddformer convert makes such a checkpoint of it"
+        )
+    return family_of(values).model

@@ -6,16 +6,13 @@ weights, which refuses anything that would run code before it runs.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._files import write_atomically
-
-__all__ = ["DTYPES", "DTYPE_NAMES", "StoredTensor", "open_tensors", "write_tensors"]
+__all__ = ["DTYPES", "DTYPE_NAMES", "StoredTensor", "open_tensors"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes of weights by the names that safetensors has for them."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BYTES_AT_ONCE = 2**24
 
 
 class StoredTensor(NamedTuple):
@@ -40,6 +34,7 @@ class StoredTensor(NamedTuple):
         shape: its shape.
         dtype: a key of :data:`DTYPES`, or the name of another dtype.
         read: gives its values on the CPU, as a view of the mapped file where that is possible: valid while it is open.
+            They may be of another dtype than they are to be written in.
     """
 
     shape: list[int]
@@ -80,74 +75,6 @@ def open_tensors(path: Path) -> Iterator[dict[str, StoredTensor]]:
             name: StoredTensor(list(part.get_shape()), part.get_dtype(), lambda name=name: file.get_tensor(name))
             for name, part in slices.items()
         }
-
-
-def write_tensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
-    """Writes a safetensors file of tensors that are read one at a time, when it is their turn.
-
-    The library's own function needs all of them in memory. The file appears under its name only when it is complete.
-
-    Args:
-        path: the file.
-        tensors: what is written, of dtypes in :data:`DTYPES`.
-        advance: called with the number of bytes that were written, now and then.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    order = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].itemsize)  # so that all are aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        begin, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb", buffering=0) as file:
-            for part in (struct.pack("<Q", len(text)), text):
-                _write_all(file, memoryview(part))
-            for name in order:
-                _write_values(file, tensors[name].read().contiguous(), advance)
-
-    write_atomically(path, write)
-
-
-def _write_values(file: Any, value: Tensor, advance: Callable[[int], None]) -> None:
-    """Appends a tensor's values. A view of a mapped file is copied by the kernel, and takes no memory of ours."""
-    place = _mapped_file(value)
-    data = memoryview(value.reshape(-1).view(torch.uint8).numpy())
-    with ExitStack() as stack:
-        source = stack.enter_context(Path(place[0]).open("rb")) if place else None
-        for start in range(0, len(data), _BYTES_AT_ONCE):
-            part = data[start : start + _BYTES_AT_ONCE]
-            sent = 0
-            while source and sent < len(part):
-                count = os.sendfile(file.fileno(), source.fileno(), place[1] + start + sent, len(part) - sent)
-                if count == 0:
-                    raise OSError(f"{place[0]}: ends before its tensors do")
-                sent += count
-            _write_all(file, part[sent:])
-            advance(len(part))
-
-
-def _mapped_file(value: Tensor) -> tuple[str, int] | None:
-    """The file, and the place in it, that a tensor's memory is mapped from, as far as Linux tells."""
-    address = value.data_ptr()
-    with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        for line in maps:
-            span, _, offset, _, inode, *path = line.rstrip("\n").split(maxsplit=5)
-            begin, end = (int(number, 16) for number in span.split("-"))
-            if begin <= address < end:
-                whole = path and address + value.nbytes <= end and os.stat(path[0]).st_ino == int(inode)
-                return (path[0], int(offset, 16) + address - begin) if whole else None
-    return None
-
-
-def _write_all(file: Any, data: memoryview) -> None:
-    while len(data):  # an unbuffered file may take less than it is given
-        data = data[file.write(data) :]
 
 
 def _unpickled(path: Path) -> Mapping[str, Any]:

@@ -146,6 +146,14 @@ TEST(Config, OfficialDefaultsAndFamilies) {
   EXPECT_TRUE(official(R"({"dense_type": "qkvm"})").multiway);
   EXPECT_FALSE(official(R"({"sepln": false})").separate_norms);
   EXPECT_FALSE(official(R"({"dynamic_dense": false})").dynamic);
+  const MUDDFormerConfig more = official(
+      R"({"dense_type": "qkvr", "pre_norm": true, "post_norm": "all", "window": 3, "cap": 10.0,
+          "ffn_reallocation": false, "residual_dtype": "float32", "norm": "layer"})");
+  EXPECT_TRUE(more.pre_norm && !more.ffn_reallocation);
+  EXPECT_EQ(more.post_norm, "all");
+  EXPECT_EQ(more.window, 3);
+  EXPECT_EQ(more.cap, 10.0);
+  EXPECT_EQ(more.norm, "layer");
   EXPECT_FALSE(MUDDFormerConfig::is_official_json(MUDDFormerConfig().to_json()));
   EXPECT_TRUE(MUDDFormerConfig::is_official_json(R"({"dense_type": "qkvr"})"));
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers.models import make, scramble
+from helpers.paths import PACKAGE
 from muddformer import MUDDFormer, from_pretrained
 from muddformer.models import convert as module
 from muddformer.models.convert import convert
@@ -143,6 +146,12 @@ def test_old_checkpoints_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(IDS), other(IDS).logits, rtol=0.05, atol=0.05)
 
 
+def test_loading_one_of_them_as_ours_says_how(tmp_path: Path) -> None:
+    other_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got 'llama': muddformer convert makes such a checkpoint of it"):
+        from_pretrained(tmp_path)
+
+
 REFUSED = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type must be 'default'.* got 'linear'"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type must be .* got 'llama3'"),
@@ -256,6 +265,32 @@ def test_tied_heads(tmp_path: Path) -> None:
     save_file({**state, "output.weight": state["tok_embeddings.weight"] + 1}, tmp_path / "a" / "model.safetensors")
     with pytest.raises(ValueError, match=r"output\.weight differs from tok_embeddings\.weight"):
         convert(tmp_path / "a", tmp_path / "c")
+
+
+MEMORY = """
+import torch
+from muddformer.models.convert import convert
+from muddformer.training.metrics import peak_memory_mib
+cpu = torch.device("cpu")
+for number, options in enumerate(({}, {"dtype": torch.bfloat16})):
+    before = peak_memory_mib(cpu)
+    convert("a", str(number), **options)
+    print(peak_memory_mib(cpu) - before)
+"""
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_memory(pickled: bool, tmp_path: Path) -> None:
+    """At most 1.2 times the largest shard, beside what is there when Python and torch are; of a plain copy far less."""
+    make("plain", n_layer=1, dim=256, vocab_size=2**16).save_pretrained(tmp_path / "a")
+    files = make_shards(tmp_path / "a", 3, pickled=pickled)
+    largest = max((tmp_path / "a" / file).stat().st_size for file in files) / 2**20
+    assert 60 < largest < 140
+    environment = {**os.environ, "PYTHONPATH": PACKAGE}
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    copied, cast = map(float, done.stdout.split())
+    assert copied < 0.5 * largest and copied + cast <= 1.2 * largest
+    assert the_same(from_pretrained(tmp_path / "0").state_dict(), from_pretrained(tmp_path / "a").state_dict())
 
 
 # ----------------------------------------------------------------------------------------------- interruption, refusals

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.models import VARIANTS
 from muddformer import MUDDFormerConfig, build_model
+from muddformer.models import release
 
 SMALL = {"n_layer": 2, "dim": 32, "n_head": 4, "vocab_size": 61, "intermediate_size": 256, "block_size": 24}
 
@@ -90,6 +92,14 @@ def test_official_keys() -> None:
         }
     )  # fmt: skip
     assert config == MUDDFormerConfig.preset("MUDDPythia-1.4B")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_official_keys_of_every_variant(variant: str) -> None:
+    """What the release has no key for keeps our name."""
+    config = MUDDFormerConfig(**SMALL | VARIANTS[variant])
+    keys = json.loads(json.dumps(release.keys_of(config.to_dict())))
+    assert MUDDFormerConfig.is_official(keys) and MUDDFormerConfig.read(keys) == config
 
 
 def test_official_defaults_and_families() -> None:
