@@ -1,8 +1,8 @@
 """Converting a checkpoint beside copying its file: time and peak memory.
 
 A pytorch_model.bin of MUDDFormer-2.8B's shape, random bfloat16, is made in a scratch folder and converted to ours.
-The floor is shutil.copyfile of the same file to the same disk. Both read a file that is not in memory and end when what
-they wrote is on the disk; they take turns, and medians count. The conversion runs in a process of its own, whose clock
+The floor is shutil.copyfile of the same file to the same disk. Both end when what they wrote is on the disk; they take
+turns, and medians count, with the file in memory and without. The conversion runs in a process of its own, whose clock
 starts when Python and torch are loaded and whose peak memory is its largest resident set, pages of the mapped file
 included.
 
@@ -54,6 +54,13 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def recall(path: Path) -> None:
+    """Has a file in memory, as far as there is room."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(2**24):
+            pass
+
+
 def copy_s(source: Path, target: Path) -> float:
     """Seconds to copy a file onto the disk."""
     begin = time.perf_counter()
@@ -81,6 +88,37 @@ def measure(source: Path, scratch: Path) -> tuple[float, float, float]:
     return result
 
 
+def measure_row(preset: str, scratch: Path, cold: bool, turns: int) -> dict[str, object]:
+    """Medians of a copy and a conversion in turns, of a file that is in memory or is not."""
+    source = scratch / "in" / "pytorch_model.bin"
+    prepare = forget if cold else recall
+    copies, conversions, peaks = [], [], []
+    for _ in range(turns):
+        prepare(source)
+        copies.append(copy_s(source, scratch / "copy"))
+        (scratch / "copy").unlink()
+        prepare(source)
+        seconds, before, peak = measure(scratch / "in", scratch)
+        conversions.append(seconds)
+        peaks.append(peak)
+        print(
+            f"copy {copies[-1]:.2f} s, convert {seconds:.2f} s, {before:.0f} MiB before, {peak:.0f} at most", flush=True
+        )
+    size, copied, converted = source.stat().st_size, statistics.median(copies), statistics.median(conversions)
+    return {
+        "preset": preset,
+        "source": source.name,
+        "in_memory": "no" if cold else "yes",
+        "gb": round(size / 1e9, 3),
+        "copy_s": round(copied, 2),
+        "convert_s": round(converted, 2),
+        "ratio": round(converted / copied, 3),
+        "peak_mib": round(max(peaks)),
+        "peak_of_shard": round(max(peaks) * 2**20 / size, 3),
+        "turns": turns,
+    }
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--folder", type=Path, help="where the scratch folder is made: the disk that is measured")
@@ -92,35 +130,8 @@ def main() -> None:
         scratch = Path(name)
         (scratch / "in").mkdir()
         make_checkpoint(scratch / "in", args.preset)
-        source = scratch / "in" / "pytorch_model.bin"
-        copies, conversions, peaks = [], [], []
-        for _ in range(args.turns):
-            forget(source)
-            copies.append(copy_s(source, scratch / "copy"))
-            (scratch / "copy").unlink()
-            forget(source)
-            seconds, before, peak = measure(scratch / "in", scratch)
-            conversions.append(seconds)
-            peaks.append(peak)
-            print(
-                f"copy {copies[-1]:.2f} s, convert {seconds:.2f} s, peak {peak:.0f} MiB, {before:.0f} before",
-                flush=True,
-            )
-        size = source.stat().st_size
-    copied, converted, peak = statistics.median(copies), statistics.median(conversions), max(peaks)
-    row = {
-        "preset": args.preset,
-        "source": "pytorch_model.bin",
-        "gb": round(size / 1e9, 3),
-        "copy_s": round(copied, 2),
-        "convert_s": round(converted, 2),
-        "ratio": round(converted / copied, 3),
-        "peak_mib": round(peak),
-        "peak_of_shard": round(peak * 2**20 / size, 3),
-        "turns": args.turns,
-    }
-    print(row)
-    write_rows([row], args.csv, torch.device("cpu"))
+        rows = [measure_row(args.preset, scratch, cold, args.turns) for cold in (True, False)]
+    write_rows(rows, args.csv, torch.device("cpu"))
 
 
 if __name__ == "__main__":
