@@ -134,7 +134,8 @@ const std::set<std::string> kOther = {"model_type",
                                       "torch_dtype",
                                       "transformers_version",
                                       "_name_or_path",
-                                      "use_cache"};
+                                      "use_cache",
+                                      "skip_logits"};
 
 }  // namespace
 

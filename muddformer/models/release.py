@@ -43,7 +43,7 @@ _PYTHIA = ("rotary_pct", "use_parallel_residual", "use_linear_bias")
 _IGNORED = {
     "model_type", "model", "head_dim", "is_training", "use_layer_cache", "stack_hidden", "use_gradient_checkpointing",
     "pad_token_id", "bos_token_id", "eos_token_id", "architectures", "auto_map", "dtype", "torch_dtype",
-    "transformers_version", "_name_or_path", "use_cache",
+    "transformers_version", "_name_or_path", "use_cache", "skip_logits",
 }  # fmt: skip
 # Fields that the release has no key for: written, and read, under our names.
 _OURS = {

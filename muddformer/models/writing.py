@@ -82,19 +82,20 @@ class _TensorFile:
             data = data[self._file.write(data) :]
 
     def append_tensor(self, name: str, tensor: StoredTensor) -> None:
-        """Appends a tensor's values. A view of a mapped file is copied by the kernel, and takes no memory of ours."""
+        """Appends a tensor's values. Those of a mapped file are read from there: pages of the mapping would stay."""
         values, dtype = tensor.read().contiguous().reshape(-1), DTYPES[tensor.dtype]
-        place = _mapped_file(values) if values.dtype == dtype else None
+        path, place = _mapped_file(values) or (None, 0)
         for part in values.split(_BYTES_AT_ONCE // dtype.itemsize):
             size = len(part) * dtype.itemsize
-            if place:
-                self._copy(*place, size)
-                place = place[0], place[1] + size
+            if path and part.dtype == dtype:
+                self._copy(path, place, size)
             else:
+                part = self._read(path, place, part) if path else part
                 cast = part.to(dtype)
                 if dtype == torch.float16 and not torch.equal(cast.isfinite(), part.isfinite()):
                     raise ValueError(f"dtype must hold the values, but those of {name} are too large for float16")
                 self.append(memoryview(cast.view(torch.uint8).numpy()))
+            place += part.nbytes
             self._advance(size)
         self._start_flush(tensor.nbytes)
 
@@ -104,14 +105,25 @@ class _TensorFile:
             self._flush.result()
 
     def _copy(self, path: str, place: int, size: int) -> None:
-        if path not in self._sources:
-            self._sources[path] = os.open(path, os.O_RDONLY)
-            self._stack.callback(os.close, self._sources[path])
+        """Appends a part of another file, which the kernel copies."""
         while size:
-            count = os.sendfile(self._file.fileno(), self._sources[path], place, size)
+            count = os.sendfile(self._file.fileno(), self._source(path), place, size)
             if count == 0:
                 raise OSError(f"{path}: ends before its tensors do")
             place, size = place + count, size - count
+
+    def _read(self, path: str, place: int, like: Tensor) -> Tensor:
+        """A copy of a part of a file that is mapped as ``like``."""
+        data = bytearray(os.pread(self._source(path), like.nbytes, place))
+        if len(data) != like.nbytes:
+            raise OSError(f"{path}: ends before its tensors do")
+        return torch.frombuffer(data, dtype=like.dtype)
+
+    def _source(self, path: str) -> int:
+        if path not in self._sources:
+            self._sources[path] = os.open(path, os.O_RDONLY)
+            self._stack.callback(os.close, self._sources[path])
+        return self._sources[path]
 
     def _start_flush(self, size: int) -> None:
         self._fresh += size

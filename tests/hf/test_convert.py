@@ -281,7 +281,7 @@ for number, options in enumerate(({}, {"dtype": torch.bfloat16})):
 
 @pytest.mark.parametrize("pickled", [True, False])
 def test_memory(pickled: bool, tmp_path: Path) -> None:
-    """At most 1.2 times the largest shard, beside what is there when Python and torch are; of a plain copy far less."""
+    """Beside Python and torch far less than a shard: parts of a tensor, and no pages of a mapping."""
     make("plain", n_layer=1, dim=256, vocab_size=2**16).save_pretrained(tmp_path / "a")
     files = make_shards(tmp_path / "a", 3, pickled=pickled)
     largest = max((tmp_path / "a" / file).stat().st_size for file in files) / 2**20
@@ -289,7 +289,7 @@ def test_memory(pickled: bool, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": PACKAGE}
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, env=environment, capture_output=True, text=True)
     copied, cast = map(float, done.stdout.split())
-    assert copied < 0.5 * largest and copied + cast <= 1.2 * largest
+    assert copied < 0.5 * largest and copied + cast < 0.75 * largest
     assert the_same(from_pretrained(tmp_path / "0").state_dict(), from_pretrained(tmp_path / "a").state_dict())
 
 
