@@ -18,6 +18,8 @@ from .kv_cache import KVCache
 
 __all__ = ["Attention", "Block", "FeedForward", "RotaryEmbedding", "apply_rotary"]
 
+Attend = Callable[["Attention", Tensor, Tensor, Tensor, Any], Tensor]
+
 
 class RotaryEmbedding(nn.Module):
     """Tables of the cosines and sines of rotary positions, float32 [block_size, rotary_dim / 2] each.
@@ -55,7 +57,12 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [length, rotary_dim / 2] of the positions from 0 on, or of ``positions`` [length]."""
+        """Cosines and sines [..., length, rotary_dim / 2] of the positions from 0 on, or of ``positions``.
+
+        Args:
+            length: number of positions.
+            positions: int64 [length], or [B, length] where sequences differ.
+        """
         if positions is not None:
             return self.cos[positions], self.sin[positions]
         return self.cos[:length], self.sin[:length]
@@ -69,13 +76,13 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [B, T, H, E].
-        cos, sin: float32 [T, half], half <= E / 2. The other E - 2 * half entries pass through.
+        cos, sin: float32 [T, half] or [B, T, half], half <= E / 2. The other E - 2 * half entries pass through.
 
     Returns:
         [B, T, H, E] in the dtype of ``x``; computed in float32 (float64 for float64).
     """
     half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b = x[..., :half], x[..., half : 2 * half]
     parts = [(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)]
     return torch.cat(parts if 2 * half == x.shape[-1] else [*parts, x[..., 2 * half :]], dim=-1)
@@ -112,14 +119,17 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Attends to this and earlier positions, or to all of them without ``causal``.
 
         Args:
             xq, xk, xv: normed streams [B, T, D]; they may be one tensor.
             rotary: cosines and sines of the T positions.
-            mask: bool [T, length of the cache], True where a query sees a key. None: causal among the T, or none.
-            cache: keys and values of earlier positions.
+            mask: bool [T, length of the cache], True where a query sees a key; or whatever ``attend`` takes. None:
+                causal among the T, or none.
+            cache: keys and values of earlier positions: a :class:`KVCache`, or what else has its ``update``.
+            attend: computes the attention in place of :func:`scaled_dot_product`.
 
         Returns:
             [B, T, D].
@@ -131,9 +141,25 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
-        causal = self.causal and mask is None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        return self.wo(y.transpose(1, 2).flatten(-2))
+        y = (attend or scaled_dot_product)(self, q, k, v, mask)
+        return self.wo(y.flatten(-2))
+
+
+def scaled_dot_product(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """What heads read: ``softmax(q k^T / sqrt(E)) v``.
+
+    Args:
+        attention: the module it belongs to.
+        q: [B, H, T, E].
+        k, v: [B, key/value heads, length, E].
+        mask: see :meth:`Attention.forward`.
+
+    Returns:
+        [B, T, H, E].
+    """
+    causal = attention.causal and mask is None
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=attention.grouped)
+    return y.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -199,6 +225,7 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        attend: Attend | None = None,
         history: BlockHistory | None = None,
         normed: bool = False,
     ) -> Tensor:
@@ -206,7 +233,7 @@ class Block(nn.Module):
 
         Args:
             streams: (xq, xk, xv, xr), or one stream x for all four, [B, T, D] each.
-            rotary, mask, cache: see :meth:`Attention.forward`.
+            rotary, mask, cache, attend: see :meth:`Attention.forward`.
             history: given with one stream, the newest hidden state: makes the four of it.
             normed: four streams have passed ``stream_norms`` already.
 
@@ -220,7 +247,7 @@ class Block(nn.Module):
             inputs = [self.attention_norm(residual)] * 3
         elif not normed:
             inputs = [norm(x) for norm, x in zip(self.stream_norms[:3], inputs or [residual] * 3, strict=True)]
-        x = residual + self.attention(*inputs, rotary, mask, cache)
+        x = residual + self.attention(*inputs, rotary, mask, cache, attend)
         return x + self.feed_forward(self.ffn_norm(residual if self.parallel else x))
 
 

@@ -11,17 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn import MUDDStack, RMSNorm
 from ..nn.norm import plain_parameters
+from .backbone import Backbone
 from .config import MUDDFormerConfig
 from .kv_cache import KVCache
-from .layers import Block, RotaryEmbedding, make_norm
 from .pretrained import Pretrained
 
 __all__ = ["MUDDFormer"]
 
 
-class MUDDFormer(MUDDStack, Pretrained):
+class MUDDFormer(Backbone, Pretrained):
     """MUDDFormer or MUDDPythia (``config.model_type``), or its plain twin (``config.dense=False``).
 
     ``X_0 = Embedding(ids)``, the blocks with MUDD connections (:class:`muddformer.nn.MUDDStack`), final norm, linear
@@ -35,43 +34,12 @@ class MUDDFormer(MUDDStack, Pretrained):
             raise TypeError(f"config must be a MUDDFormerConfig, got {type(config).__name__}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
-        factory = {"device": device, "dtype": dtype}
-        multiway = config.dense and config.multiway
-        layers = [
-            # Blocks that no aggregation stands before receive one stream and have one norm, as the first has.
-            Block(config, i, multiway and config.separate_norms and i > 0 and i % config.block_stride == 0, **factory)
-            for i in range(config.n_layer)
-        ]
-        super().__init__(layers, config.dim, config, eps=config.norm_eps, multiway=multiway, **factory)
+        super().__init__(config, device=device, dtype=dtype)
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, **factory)
-        self.rotary = RotaryEmbedding(config, device=device)
-        self.norm = make_norm(config, **factory)
         self.output = None
         if not config.tie_word_embeddings:
-            self.output = nn.Linear(config.dim, config.vocab_size, bias=False, **factory)
-        self.register_load_state_dict_post_hook(_place_rotary_tables)
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Gives all parameters their initial values: call it after ``to_empty`` of a model from the meta device.
-
-        Matrices and embeddings ~ Normal(0, ``initializer_range``), biases 0, norms 1; connections as
-        :class:`muddformer.nn.DepthAggregation` has it, so that a fresh model computes what its plain twin computes (but
-        for a pre-norm without post-norm, and a cap of at most 1). The connections come last: a model and its plain twin
-        draw equal values from equal seeds.
-        """
-        connections = {id(module) for module in self.dynamic_dense.modules()}
-        for module in self.modules():
-            if id(module) in connections:
-                continue
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (RMSNorm, nn.LayerNorm)):
-                module.reset_parameters()
-        super().reset_parameters()
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
         """Scores of the next token at every position, or their loss.
@@ -160,15 +128,6 @@ class MUDDFormer(MUDDStack, Pretrained):
                 f"{path}: output.weight differs from tok_embeddings.weight, but tie_word_embeddings is set"
             )
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        try:
-            return self.tok_embeddings(input_ids)
-        except IndexError as error:
-            raise IndexError(
-                f"input_ids must be from 0 to vocab_size - 1 = {self.config.vocab_size - 1}, "
-                f"got {input_ids.min().item()} to {input_ids.max().item()}"
-            ) from error
-
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
 
@@ -189,10 +148,3 @@ class MUDDFormer(MUDDStack, Pretrained):
             raise ValueError(f"{name} must be [batch, tokens], got shape {list(ids.shape)}")
         if ids.device != self.tok_embeddings.weight.device:
             raise ValueError(f"{name} must be on {self.tok_embeddings.weight.device}, like the model, got {ids.device}")
-
-
-def _place_rotary_tables(model: MUDDFormer, _: Any) -> None:
-    """The tables are not in a state dict: after ``load_state_dict(assign=True)`` on meta they follow the weights."""
-    device = model.tok_embeddings.weight.device
-    if model.rotary.cos.device != device:
-        model.rotary.reset_parameters(device)

@@ -103,7 +103,7 @@ class DepthAggregation(nn.Module):
         prior.zero_()
         if self.post_norms is None:
             # The bounded weight, not the prior, has to be one; a cap of at most 1 cannot reach it.
-            one = torch.tensor(1.0, dtype=torch.float64)
+            one = torch.tensor(1.0, dtype=torch.float64, device="cpu")  # also where the parameters are made on meta
             prior[:, -1] = self.cap * torch.atanh(one / self.cap).item() if self.cap and self.cap > 1 else 1.0
 
     def forward(
