@@ -109,6 +109,12 @@ class MUDDFormerConfig(PretrainedConfig):
         values = {name: getattr(self, name) for name in _RELEASE}
         return ModelConfig.from_official({"model_type": self.model_type, **values})
 
+    def to_dict(self) -> dict[str, Any]:
+        """All keys; without ``skip_logits``, which says how a model is run and is not saved."""
+        values = super().to_dict()
+        values.pop("skip_logits", None)
+        return values
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: every directory that is saved has the entry for ``trust_remote_code``."""

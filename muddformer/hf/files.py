@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .._files import write_atomically
-from ..models.checkpoint import open_weights
+from ..models.checkpoint import open_weights, read_config
 
 __all__ = ["check_directory", "write_entry"]
 
@@ -77,7 +77,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_directory(directory: Any, kwargs: dict[str, Any]) -> None:
-    """Refuses a local directory with missing shards, broken files, or pickles with more than tensors, unread.
+    """Refuses a local directory with missing shards, broken files, pickles with more than tensors (unread), or
+    another vocabulary than the configuration's.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and what is wrong with it.
@@ -89,5 +90,11 @@ def check_directory(directory: Any, kwargs: dict[str, Any]) -> None:
     directory = Path(directory, kwargs.get("subfolder") or "")
     if (directory / "adapter_config.json").exists():
         return
-    with open_weights(directory):
-        pass
+    with open_weights(directory) as (path, tensors):
+        expected = read_config(directory).get("vocab_size")
+        embedding = tensors.get("tok_embeddings.weight")
+        if embedding is None or kwargs.get("ignore_mismatched_sizes") or not isinstance(expected, int):
+            return
+        shape = [expected, *embedding.shape[1:]]
+        if embedding.shape != shape:
+            raise ValueError(f"{path}: tok_embeddings.weight must have shape {shape}, got {embedding.shape}")

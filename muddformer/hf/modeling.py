@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from .. import ops
 from ..models.backbone import Backbone
 from ..models.layers import RotaryEmbedding
-from ..nn import Connections, DepthAggregation, MUDDStack, RMSNorm
+from ..nn import MUDDStack, RMSNorm
 from ..nn.norm import plain_parameters
 from .attention import CACHE, Attend, LayerCache, make_mask
 from .configuration import MUDDFormerConfig, MUDDPythiaConfig
@@ -40,17 +40,6 @@ class PreTrained(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _input_embed_layer = "tok_embeddings"
-
-    def _init_weights(self, module: nn.Module) -> None:
-        # transformers guards torch.nn.init while it calls this: what was loaded stays.
-        if isinstance(module, RMSNorm | nn.LayerNorm | RotaryEmbedding | DepthAggregation):
-            module.reset_parameters()
-        elif isinstance(module, Connections):
-            for da, prior in zip(module.dynamic_dense, module.dense_bs, strict=True):
-                if not getattr(prior, "_is_hf_initialized", False):
-                    da.reset_prior(prior)
-        else:
-            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +80,20 @@ class MUDDFormerModel(Backbone, PreTrained):
             attention = layer.attention
             attention.config, attention.layer_idx, attention.is_causal = config, attention.index, config.causal
             attention.num_key_value_groups = config.n_head // config.n_local_heads
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers guards torch.nn.init while it calls this, so that what was loaded stays; and it calls it for
+        # modules with parameters or buffers of their own alone.
+        if module is self.dense_bs:
+            for da, prior in zip(self.dynamic_dense, module, strict=True):
+                if not getattr(prior, "_is_hf_initialized", False):
+                    da.reset_prior(prior)
+        elif isinstance(module, RMSNorm | nn.LayerNorm | RotaryEmbedding):
+            module.reset_parameters()
+        elif owner := next((da for da in self.dynamic_dense if any(module is part for part in da.children())), None):
+            owner.reset_parameters()
+        else:
+            super()._init_weights(module)
 
     @can_return_tuple
     def forward(
