@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import muddformer
-import muddformer.hf  # noqa: F401  (registers the classes)
+import muddformer.hf
 from helpers.models import make, scramble
 
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import muddformer
-from muddformer import hf
 from helpers.hf import small, tiny_tokenizer, twin
 from helpers.models import VARIANTS, make, scramble, some_ids
 from helpers.paths import TESTS
+from muddformer import hf
 
 GOLDEN = sorted((TESTS / "golden").glob("*.safetensors"))
 
@@ -207,7 +207,7 @@ def test_bad_directories(tmp_path: Path) -> None:
     for path in tmp_path.glob("*.safetensors*"):
         path.unlink()
     torch.save({"tok_embeddings.weight": Path("code")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
