@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FileLock", "read_json", "sync", "write_atomically"]
+from ._checks import shown
+
+__all__ = ["FileLock", "parse_json", "read_json", "sync", "write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -38,7 +41,7 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path, limit: int = 2**26) -> dict[str, Any]:
-    """The JSON object in a file of at most ``limit`` bytes.
+    """The JSON object in a file of at most ``limit`` bytes, as :func:`parse_json` reads it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -49,13 +52,63 @@ def read_json(path: Path, limit: int = 2**26) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > limit:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many, at most {limit} are read")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in a text that is not trusted, by the rules of the C++ library: UTF-8 without a byte order mark,
+    no key twice, no NaN, no number beyond float64, at most 16 levels of objects and arrays.
+
+    Raises:
+        ValueError: naming the file, which is ``path``, and what is wrong.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        hooks = {"parse_constant": _refused, "parse_float": _real, "parse_int": _integer}
+        values = json.loads(text.decode("utf-8"), object_pairs_hook=_object, **hooks)
+        _check_levels(values, 16)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise ValueError(f"{path}: not valid JSON: {shown(error, 300)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(values).__name__}")
     return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"it has the key {shown(twice)} twice in one object")
+    return values
+
+
+def _refused(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shown(text)} is out of range")
+    return value
+
+
+def _integer(text: str) -> int:
+    _real(text)
+    return int(text)
+
+
+def _check_levels(value: Any, levels: int) -> None:
+    """Refuses what is nested deeper, and text that is not Unicode: half of a surrogate pair."""
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, (dict, list)):
+        if not levels:
+            raise ValueError("it is nested more than 16 levels deep")
+        for item in value:
+            _check_levels(item, levels - 1)
+        for item in value.values() if isinstance(value, dict) else ():
+            _check_levels(item, levels - 1)
 
 
 class FileLock:

@@ -59,7 +59,6 @@ RULES = {
     ),
     "depth_aggregation_step": Rule("hiddens", (*_GENERATOR, "norm_weights", "norm_biases")),
     "linear_backward": Rule("x", ("weight",), results=("x", "weight", "weight")),
-    "linear_cross_entropy_losses": Rule("hidden", ("weight", "bias"), results=(None, "hidden", "weight", "bias")),
     "linear_forward": Rule("x", ("weight", "bias")),
 }
 

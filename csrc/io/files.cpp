@@ -10,9 +10,9 @@
 #include <atomic>
 #include <cerrno>
 #include <fstream>
-#include <set>
 #include <string>
 #include <system_error>
+#include <unordered_set>
 #include <vector>
 
 namespace muddformer {
@@ -20,33 +20,74 @@ namespace muddformer {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-nlohmann::json parse_json(std::string_view text, const std::string& name, int depth) {
-  // The library takes a zero byte for the end of the text.
-  TORCH_CHECK_VALUE(text.find('\0') == text.npos, name, ": not valid JSON: a zero byte");
-  std::vector<std::set<std::string>> keys(depth + 1);  // of the open object of every level
-  const auto check = [&](int level, json::parse_event_t event, json& value) {
-    switch (event) {
-      case json::parse_event_t::object_start:
-      case json::parse_event_t::array_start:
-        TORCH_CHECK_VALUE(level < depth, name, ": JSON is nested more than ", depth,
-                          " levels deep");
-        keys[level + 1].clear();
-        break;
-      case json::parse_event_t::key:
-        TORCH_CHECK_VALUE(keys[level].insert(value.get<std::string>()).second, name,
-                          ": JSON has the key ", value.dump(), " twice in one object");
-        break;
-      default:
-        break;
-    }
+namespace {
+
+constexpr size_t kDeepest = 16;
+
+// What the parser tells of a text, checked and not kept: json::parse has a callback for this too,
+// which makes it go through all members of an object at the end of each of them.
+class Checker : public json::json_sax_t {
+ public:
+  explicit Checker(const std::string& name) : name_(name) {}
+
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(number_integer_t) override { return true; }
+  bool number_unsigned(number_unsigned_t) override { return true; }
+  bool number_float(number_float_t, const string_t&) override { return true; }
+  bool string(string_t&) override { return true; }
+  bool binary(binary_t&) override { return true; }
+  bool start_object(size_t) override { return open(); }
+  bool end_object() override { return close(); }
+  bool start_array(size_t) override { return open(); }
+  bool end_array() override { return close(); }
+  bool key(string_t& value) override {
+    TORCH_CHECK_VALUE(keys_.back().insert(value).second, name_, ": JSON has the key ",
+                      shown(json(value)), " twice in one object");
     return true;
-  };
-  json values;
-  try {
-    values = json::parse(text, check);
-  } catch (const json::exception& error) {
-    C10_THROW_ERROR(ValueError, c10::str(name, ": not valid JSON: ", error.what()));
   }
+  bool parse_error(size_t, const std::string&, const json::exception& error) override {
+    C10_THROW_ERROR(ValueError,
+                    c10::str(name_, ": not valid JSON: ", shown_name(error.what(), 300)));
+  }
+
+ private:
+  bool open() {
+    TORCH_CHECK_VALUE(keys_.size() < kDeepest, name_, ": JSON is nested more than ", kDeepest,
+                      " levels deep");
+    keys_.emplace_back();
+    return true;
+  }
+  bool close() {
+    keys_.pop_back();
+    return true;
+  }
+
+  const std::string& name_;
+  std::vector<std::unordered_set<std::string>> keys_;  // of the objects and arrays that are open
+};
+
+}  // namespace
+
+std::string shown(const nlohmann::json& value) {
+  std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
+  if (value.is_string()) text.front() = text.back() = '\'';
+  return shown_name(text);
+}
+
+std::string shown_name(const std::string& name, size_t limit) {
+  if (name.size() <= limit) return name;
+  while (limit > 0 && (static_cast<unsigned char>(name[limit]) & 0xc0) == 0x80) --limit;  // UTF-8
+  return name.substr(0, limit) + "...";
+}
+
+nlohmann::json parse_json(std::string_view text, const std::string& name) {
+  // The library takes a zero byte for the end of the text, and passes over a byte order mark.
+  TORCH_CHECK_VALUE(text.find('\0') == text.npos, name, ": not valid JSON: a zero byte");
+  TORCH_CHECK_VALUE(!text.starts_with("\xef\xbb\xbf"), name, ": not valid JSON: a byte order mark");
+  Checker checker(name);
+  json::sax_parse(text, &checker);
+  json values = json::parse(text);
   TORCH_CHECK_VALUE(values.is_object(), name, ": must hold a JSON object, got ",
                     values.type_name());
   return values;

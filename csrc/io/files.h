@@ -13,9 +13,14 @@
 
 namespace muddformer {
 
-// Parses a JSON object that is not trusted: no duplicate keys, no more than `depth` levels of
-// objects and arrays. Throws c10::ValueError beginning with `name`, a path or what the text is.
-nlohmann::json parse_json(std::string_view text, const std::string& name, int depth = 16);
+// Parses a JSON object that is not trusted: no byte order mark, no duplicate keys, no more than 16
+// levels of objects and arrays. Takes time linear in the length of the text. Throws c10::ValueError
+// beginning with `name`, a path or what the text is. Python's read_json() takes the same texts.
+nlohmann::json parse_json(std::string_view text, const std::string& name);
+
+// A value, or a name out of a file, as an error shows it: not much of it.
+std::string shown(const nlohmann::json& value);
+std::string shown_name(const std::string& name, size_t limit = 100);
 
 // The number of bytes of a file. Throws c10::ValueError beginning with `path` if there is none.
 uint64_t size_of_file(const std::filesystem::path& path);

@@ -59,14 +59,14 @@ constexpr std::array kDtypes = {
 
 // One entry of the header, its offsets counted from the first value; `where` begins every message.
 SafetensorsEntry parse_entry(const json& value, const std::string& where) {
-  TORCH_CHECK_VALUE(value.is_object() && value.size() == 3 && value.contains("dtype") &&
-                        value.contains("shape") && value.contains("data_offsets"),
+  TORCH_CHECK_VALUE(value.is_object() && value.contains("dtype") && value.contains("shape") &&
+                        value.contains("data_offsets"),
                     where, "expected an object of dtype, shape and data_offsets");
   const json &dtype = value["dtype"], &shape = value["shape"], &offsets = value["data_offsets"];
 
   const auto* known = std::ranges::find_if(
       kDtypes, [&](const DtypeName& each) { return dtype.is_string() && dtype == each.name; });
-  TORCH_CHECK_VALUE(known != kDtypes.end(), where, "unknown dtype ", dtype.dump());
+  TORCH_CHECK_VALUE(known != kDtypes.end(), where, "unknown dtype ", shown(dtype));
   SafetensorsEntry entry{known->dtype, {}, 0, 0};
 
   // Counts the bytes as if no size were zero: strides are products of the other sizes.
@@ -75,7 +75,7 @@ SafetensorsEntry parse_entry(const json& value, const std::string& where) {
   bool empty = false;
   TORCH_CHECK_VALUE(shape.is_array(), where, "shape is no list");
   for (const json& size : shape) {
-    TORCH_CHECK_VALUE(size.is_number_unsigned(), where, "shape has the size ", size.dump());
+    TORCH_CHECK_VALUE(size.is_number_unsigned(), where, "shape has the size ", shown(size));
     const uint64_t count = size.get<uint64_t>();
     TORCH_CHECK_VALUE(count <= largest / bytes, where, "shape is too large");
     empty = empty || count == 0;
@@ -118,21 +118,22 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
   TORCH_CHECK_VALUE(length <= size - kLengthBytes, where, "its header claims ", length,
                     " bytes, the file has ", size);
   TORCH_CHECK_VALUE(data[kLengthBytes] == '{', where, "its header does not begin with {");
-  const json header = parse_json({data + kLengthBytes, length}, path.string(), 3);
+  const json header = parse_json({data + kLengthBytes, length}, path.string());
 
   const auto first = static_cast<int64_t>(kLengthBytes + length);
   std::vector<std::tuple<int64_t, int64_t, std::string>> ranges;
   for (const auto& [name, value] : header.items()) {
     if (name == kMetadata) {
+      if (value.is_null()) continue;
       TORCH_CHECK_VALUE(value.is_object(), where, kMetadata, " is no object");
       for (const auto& [key, text] : value.items()) {
-        TORCH_CHECK_VALUE(text.is_string(), where, kMetadata, " has no text for ", key);
+        TORCH_CHECK_VALUE(text.is_string(), where, kMetadata, " has no text for ", shown_name(key));
         metadata_[key] = text.get<std::string>();
       }
       continue;
     }
-    SafetensorsEntry entry = parse_entry(value, where + name + ": ");
-    TORCH_CHECK_VALUE(entry.end <= static_cast<int64_t>(size) - first, where, name,
+    SafetensorsEntry entry = parse_entry(value, where + shown_name(name) + ": ");
+    TORCH_CHECK_VALUE(entry.end <= static_cast<int64_t>(size) - first, where, shown_name(name),
                       ": its values end at byte ", entry.end, ", the file has ",
                       static_cast<int64_t>(size) - first, " of them");
     entry.begin += first;
@@ -144,8 +145,8 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
   std::ranges::sort(ranges);
   int64_t next = first;
   for (const auto& [begin, end, name] : ranges) {
-    TORCH_CHECK_VALUE(begin == next, where, name, ": its values begin at byte ", begin - first,
-                      ", those before it end at ", next - first);
+    TORCH_CHECK_VALUE(begin == next, where, shown_name(name), ": its values begin at byte ",
+                      begin - first, ", those before it end at ", next - first);
     next = end;
   }
   TORCH_CHECK_VALUE(next == static_cast<int64_t>(size), where, "no tensor has the last ",
@@ -154,13 +155,14 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
 
 at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   const auto found = entries_.find(name);
-  TORCH_CHECK_VALUE(found != entries_.end(), path_.string(), ": no tensor ", name);
+  TORCH_CHECK_VALUE(found != entries_.end(), path_.string(), ": no tensor ", shown_name(name));
   const SafetensorsEntry& entry = found->second;
   const auto* data = static_cast<const uint8_t*>(bytes_.const_data_ptr()) + entry.begin;
   if (entry.dtype == at::kBool) {
     const bool valid =
         std::all_of(data, data + (entry.end - entry.begin), [](uint8_t byte) { return byte <= 1; });
-    TORCH_CHECK_VALUE(valid, path_.string(), ": ", name, " has a bool that is neither 0 nor 1");
+    TORCH_CHECK_VALUE(valid, path_.string(), ": ", shown_name(name),
+                      " has a bool that is neither 0 nor 1");
   }
   if (reinterpret_cast<uintptr_t>(data) % c10::elementSize(entry.dtype) != 0) {
     at::Tensor copy = at::empty(entry.shape, entry.dtype);

@@ -41,10 +41,23 @@ std::string bytes_of(const std::string& token, const std::string& where) {
       symbol = ((symbol & 0x3f) << 6) | (static_cast<unsigned char>(token[++i]) & 0x3f);
     }
     TORCH_CHECK_VALUE(symbol < symbols.size() && symbols[symbol] >= 0, where, "the token ",
-                      json(token).dump(), " is not made of bytes");
+                      shown(json(token)), " is not made of bytes");
     bytes += static_cast<char>(symbols[symbol]);
   }
   return bytes;
+}
+
+// Other models, and BPE that marks the ends of words, write tokens that are not bytes.
+void check_model(const json& model, const std::string& where) {
+  const json type = model.value("type", json(model.contains("merges") ? "BPE" : "unknown"));
+  TORCH_CHECK_VALUE(type == "BPE", where, "its model is ", shown(type), ", expected 'BPE'");
+  TORCH_CHECK_VALUE(model.at("merges").is_array() && model.at("vocab").is_object(), where,
+                    "its model has no vocab or no merges");
+  for (const char* name : {"continuing_subword_prefix", "end_of_word_suffix"}) {
+    const json mark = model.value(name, json());
+    TORCH_CHECK_VALUE(mark.is_null() || mark == "", where, "its model has the ", name, " ",
+                      shown(mark));
+  }
 }
 
 }  // namespace
@@ -54,14 +67,15 @@ TokenDecoder::TokenDecoder(const std::filesystem::path& path) {
   const json values = read_json(path, kLargestTokenizer);
   const auto id_of = [&](const json& id) {
     TORCH_CHECK_VALUE(id.is_number_unsigned() && id.get<uint64_t>() <= kLargestId, where,
-                      "a token has the id ", id.dump());
+                      "a token has the id ", shown(id));
     return id.get<int64_t>();
   };
   try {
     const json& decoder = values.at("decoder");
     TORCH_CHECK_VALUE(decoder.is_object() && decoder.at("type") == "ByteLevel", where,
-                      "its decoder is ", decoder.dump());
-    for (const json& token : values.at("added_tokens")) {
+                      "its decoder is ", shown(decoder));
+    check_model(values.at("model"), where);
+    for (const json& token : values.value("added_tokens", json::array())) {
       const auto content = token.at("content").get<std::string>();
       const int64_t id = id_of(token.at("id"));
       added_[content] = id;
@@ -71,7 +85,7 @@ TokenDecoder::TokenDecoder(const std::filesystem::path& path) {
       if (!added_.contains(token)) bytes_[id_of(id)] = bytes_of(token, where);
     }
   } catch (const json::exception& error) {
-    TORCH_CHECK_VALUE(false, where, error.what());
+    TORCH_CHECK_VALUE(false, where, shown_name(error.what()));
   }
 }
 

@@ -25,7 +25,7 @@ class MUDDFORMER_API TokenDecoder {
  public:
   /// @param path of `tokenizer.json`.
   /// @throws c10::ValueError beginning with the path: no such file, not a tokenizer, or one that is
-  ///   not byte-level.
+  ///   not byte-level BPE.
   explicit TokenDecoder(const std::filesystem::path& path);
 
   /// The bytes of a token; none for an id that stands for no token. A character outside ASCII may

@@ -23,6 +23,7 @@ namespace fs = std::filesystem;
 
 constexpr const char* kConfigName = "config.json";
 constexpr const char* kWeightsName = "model.safetensors";
+constexpr const char* kPickleName = "pytorch_model.bin";
 constexpr const char* kIndexName = "model.safetensors.index.json";
 constexpr const char* kEmbedding = "tok_embeddings.weight";
 constexpr const char* kHead = "output.weight";
@@ -42,6 +43,9 @@ class Weights {
     path = directory / kIndexName;
     if (!is_file(path) || is_file(directory / kWeightsName)) {
       path = directory / kWeightsName;
+      TORCH_CHECK_VALUE(is_file(path) || !is_file(directory / kPickleName), path.string(),
+                        ": no such file, and ", kPickleName,
+                        " is read by Python alone: muddformer convert makes the one of the other");
       const SafetensorsFile& file = open(directory, kWeightsName);
       for (const auto& [name, entry] : file.entries()) tensors[name] = &file;
       return;
@@ -55,10 +59,10 @@ class Weights {
       TORCH_CHECK_VALUE(
           file_name.ends_with(".safetensors") &&
               file_name.find_first_of(std::string_view("/\\:\0", 4)) == std::string::npos,
-          path.string(), ": weight_map must name .safetensors files beside it, got ", shard.dump());
+          path.string(), ": weight_map must name .safetensors files beside it, got ", shown(shard));
       const SafetensorsFile& file = open(directory, file_name);
-      TORCH_CHECK_VALUE(file.entries().contains(name), path.string(), ": ", name,
-                        " is said to be in ", file_name, ", which does not have it");
+      TORCH_CHECK_VALUE(file.entries().contains(name), path.string(), ": ", shown_name(name),
+                        " is said to be in ", shown_name(file_name), ", which does not have it");
       tensors[name] = &file;
     }
   }
@@ -83,8 +87,8 @@ class Weights {
 
 void check_none(const std::vector<std::string>& names, const char* problem, const fs::path& path) {
   if (names.empty()) return;
-  std::string listed = names[0];
-  for (size_t i = 1; i < names.size() && i < 5; ++i) listed += ", " + names[i];
+  std::string listed = shown_name(names[0]);
+  for (size_t i = 1; i < names.size() && i < 5; ++i) listed += ", " + shown_name(names[i]);
   TORCH_CHECK_VALUE(false, path.string(), ": ", names.size(), " ", problem,
                     " tensor(s) for this configuration: ", listed, names.size() > 5 ? ", ..." : "");
 }
@@ -177,7 +181,8 @@ MUDDFormerConfig load_config(const fs::path& directory) {
   try {
     return is_official(values) ? config_from_official(values) : config_from(values);
   } catch (const c10::Error& error) {
-    C10_THROW_ERROR(ValueError, c10::str(path.string(), ": ", error.what_without_backtrace()));
+    C10_THROW_ERROR(ValueError,
+                    c10::str(path.string(), ": ", shown_name(error.what_without_backtrace(), 500)));
   }
 }
 

@@ -19,13 +19,6 @@ namespace {
 
 using Json = nlohmann::json;
 
-// A value as an error shows it; it may come from a file that holds anything.
-std::string shown(const Json& value) {
-  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
-  if (value.is_string()) text.front() = text.back() = '\'';
-  return text.size() <= 100 ? text : text.substr(0, 100).append("...");
-}
-
 void read(const char* name, const Json& value, std::string& field) {
   TORCH_CHECK_TYPE(value.is_string(), name, " must be a string, got ", shown(value));
   field = value.get<std::string>();
@@ -92,7 +85,7 @@ bool has_value(const Json& values, const char* name) {
 
 // Keys of the public release that have another name here.
 const std::set<std::string> kRenamed = {"n_local_heads", "dynamic_dense", "dense_type", "sepln"};
-// Those whose meaning is the same here.
+// Those whose meaning is the same here, and fields that it has no key for.
 const std::set<std::string> kSame = {"block_size",
                                      "vocab_size",
                                      "n_layer",

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._checks import shown
+from .._files import parse_json
 from ..errors import InputError, require
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def parse_tokenizer(text: str) -> Tokenizer:
     except InputError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower
-        raise InputError(f"not a tokenizer: {error}") from error
+        raise InputError(f"not a tokenizer: {shown(error, 300)}") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -67,10 +69,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         InputError: if the file is missing or broken.
     """
     try:
-        return parse_tokenizer(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        parse_json(text, path)  # by the rules of the C++ library: no key twice, no byte order mark
+        return parse_tokenizer(text.decode("utf-8"))
     except OSError as error:
         raise InputError(f"cannot read tokenizer {str(path)!r}: {error.strerror}") from error
-    except (InputError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{str(path)!r} is broken: {error}") from error
 
 
@@ -90,14 +94,14 @@ class StreamDecoder:
     """Turns token ids into text as they come. A character whose bytes are spread over tokens comes when it is complete.
 
     Raises:
-        InputError: if the tokenizer is not a byte-level one.
+        InputError: if the tokenizer is not a byte-level BPE.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        if not isinstance(tokenizer.decoder, require("tokenizers").decoders.ByteLevel):
-            raise InputError("text can be streamed with a byte-level tokenizer only")
         self._tokenizer = tokenizer
         self._verbatim = {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items()}
+        if problem := _not_byte_level(tokenizer, self._verbatim):
+            raise InputError(f"text can be streamed with a byte-level BPE tokenizer only, but {problem}")
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
@@ -110,6 +114,21 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left of an incomplete last character: U+FFFD, or nothing."""
         return self._decoder.decode(b"", final=True)
+
+
+def _not_byte_level(tokenizer: Tokenizer, verbatim: dict[int, str]) -> str:
+    """Why the tokens of a tokenizer are not the bytes of a text, or nothing."""
+    tokenizers, model = require("tokenizers"), tokenizer.model
+    if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
+        return f"its decoder is {shown(tokenizer.decoder)}"
+    if not isinstance(model, tokenizers.models.BPE):
+        return f"its model is a {type(model).__name__}"
+    if mark := model.continuing_subword_prefix or model.end_of_word_suffix:
+        return f"its tokens are marked with {shown(mark)}"
+    for token, number in tokenizer.get_vocab(with_added_tokens=False).items():
+        if number not in verbatim and not _BYTE_OF_SYMBOL.keys() >= set(token):
+            return f"the token {shown(token)} is not made of bytes"
+    return ""
 
 
 def _byte_symbols() -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._checks import shown, shown_name
 from .._files import read_json, write_atomically
 from .stored import DTYPES, StoredTensor, open_tensors
 
@@ -76,9 +77,9 @@ def find_weights(directory: Path) -> tuple[Path, dict[str, list[str] | None]]:
     """
     for name in (WEIGHTS_NAME, PICKLE_NAME):
         index = directory / f"{name}.index.json"
-        if not (directory / name).exists() and index.exists():
+        if not (directory / name).is_file() and index.is_file():
             return index, _shards(index, Path(name).suffix)
-        if (directory / name).exists():
+        if (directory / name).is_file():
             return directory / name, {name: None}
     return directory / WEIGHTS_NAME, {WEIGHTS_NAME: None}
 
@@ -105,7 +106,7 @@ def listed_tensors(
     """
     for name in names or ():
         if name not in there:
-            raise ValueError(f"{index}: {name} is said to be in {file}, which does not have it")
+            raise ValueError(f"{index}: {shown_name(name)} is said to be in {shown_name(file)}, which does not have it")
     return there if names is None else {name: there[name] for name in names}
 
 
@@ -118,7 +119,7 @@ def _shards(index: Path, suffix: str) -> dict[str, list[str] | None]:
     for name, file in weight_map.items():
         plain = isinstance(file, str) and file.endswith(suffix) and not set(file) & {"/", "\\", ":", "\0"}
         if not plain:
-            raise ValueError(f"{index}: weight_map must name {suffix} files beside it, got {file!r}")
+            raise ValueError(f"{index}: weight_map must name {suffix} files beside it, got {shown(file)}")
         files.setdefault(file, []).append(name)
     return files
 
@@ -139,7 +140,7 @@ def check_tensors(path: Path, expected: Mapping[str, list[int]], tensors: Mappin
         ("unknown", tensors.keys() - expected.keys()),
     ):
         if names:
-            listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            listed = ", ".join(map(shown_name, sorted(names)[:5])) + (", ..." if len(names) > 5 else "")
             raise ValueError(f"{path}: {len(names)} {problem} tensor(s) for this configuration: {listed}")
     for name, shape in expected.items():
         entry = tensors[name]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from .._checks import shown
 from .checkpoint import CONFIG_NAME, check_tensors, open_weights, read_config, write_checkpoint
 
 __all__ = ["Pretrained", "not_a_model"]
@@ -142,7 +143,7 @@ class Pretrained(nn.Module):
         try:
             return cls.config_class.read(values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{directory / CONFIG_NAME}: {error}") from error
+            raise ValueError(f"{directory / CONFIG_NAME}: {shown(error, 500)}") from error
 
     @classmethod
     def _check_count(cls, path: Path, config: Any, count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._checks import check_keys
+from .._checks import check_keys, shown
 
 __all__ = ["PRESETS", "fields_of", "is_official", "keys_of"]
 
@@ -62,12 +62,13 @@ def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
     check_keys(values, known, "the public release")
     for name in ("window_size", "window_type"):
         if values.get(name) is not None:
-            raise ValueError(f"{name} must be None (no sliding-window attention here), got {values[name]!r}")
+            raise ValueError(f"{name} must be None (no sliding-window attention here), got {shown(values[name])}")
     pythia_keys = any(values.get(name) is not None for name in _PYTHIA)
-    family = values.get("model_type") or values.get("model") or ("muddpythia" if pythia_keys else "muddformer")
+    families = [values[name] for name in ("model_type", "model") if values.get(name) is not None]
+    family = [*families, "muddpythia" if pythia_keys else "muddformer"][0]
     dense_type = values.get("dense_type", "qkvr")
     if dense_type not in ("qkvr", "qkvm", "l"):
-        raise ValueError(f"dense_type must be 'qkvr', 'qkvm' or 'l', got {dense_type!r}")
+        raise ValueError(f"dense_type must be 'qkvr', 'qkvm' or 'l', got {shown(dense_type)}")
     kv_heads = values.get("n_local_heads")
     return {
         "model_type": family,

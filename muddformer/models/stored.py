@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from .._checks import shown, shown_name
+from .._files import parse_json
 
 __all__ = ["DTYPES", "DTYPE_NAMES", "StoredTensor", "open_tensors"]
 
@@ -68,13 +72,26 @@ def open_tensors(path: Path) -> Iterator[dict[str, StoredTensor]]:
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
+        raise ValueError(f"{path}: not a complete safetensors file: {shown(error, 300)}") from error
+    _check_header(path)
     with file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
         yield {
             name: StoredTensor(list(part.get_shape()), part.get_dtype(), lambda name=name: file.get_tensor(name))
             for name, part in slices.items()
         }
+
+
+def _check_header(path: Path) -> None:
+    """Refuses what the library reads in one way of several, as the C++ library does: names twice, other forms."""
+    with path.open("rb") as file:
+        text = file.read(struct.unpack("<Q", file.read(8))[0])
+    where = f"{path}: not a complete safetensors file"
+    if not text.startswith(b"{"):
+        raise ValueError(f"{where}: its header does not begin with {{")
+    for name, entry in parse_json(text, path).items():
+        if not isinstance(entry, dict) and (name != "__metadata__" or entry is not None):
+            raise ValueError(f"{where}: {shown_name(name)}: expected an object of dtype, shape and data_offsets")
 
 
 def _unpickled(path: Path) -> Mapping[str, Any]:

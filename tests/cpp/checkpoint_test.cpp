@@ -192,7 +192,7 @@ TEST(Checkpoint, BadConfigurations) {
   expect(load("[]"), "config.json: must hold a JSON object, got array");
   expect(load(std::string(1 << 20, ' ') + whole), "bytes are too many");
   expect(load(std::string(100000, '[')), "nested more than 16 levels");
-  expect(load(edited("\"dim\": 16", "\"dim\": 16, \"dim\": 16")), "\"dim\" twice");
+  expect(load(edited("\"dim\": 16", "\"dim\": 16, \"dim\": 16")), "'dim' twice");
   expect(load(edited("\"dim\": 16", "\"dim\": 16, \"width\": 16")), "unknown key 'width'");
   expect(load(edited("\"dim\": 16", "\"dim\": \"16\"")), "dim must be an integer, got '16'");
   expect(load(edited("\"dim\": 16", "\"dim\": 1e400")), "not valid JSON");

@@ -243,7 +243,7 @@ TEST(ConfigErrors, TextThatIsNoObject) {
             std::string::npos);
   EXPECT_NE(error_of<c10::ValueError>([] {
               MUDDFormerConfig::from_json(R"({"dim": 32, "dim": 64})");
-            }).find("\"dim\" twice"),
+            }).find("'dim' twice"),
             std::string::npos);
   const std::string deep = "{\"dim\": " + std::string(100000, '[');
   EXPECT_NE(error_of<c10::ValueError>([&] { MUDDFormerConfig::from_json(deep); }).find("nested"),

@@ -15,7 +15,7 @@ using testing_files::write_bytes;
 const std::string kTokenizer =
     R"({"version":"1.0","added_tokens":[{"id":0,"content":"<|end|>","special":true}],)"
     R"("decoder":{"type":"ByteLevel","add_prefix_space":true},)"
-    R"("model":{"type":"BPE","vocab":{"<|end|>":0,"a":1,"\u0120b\u010a":2,"\u00c3":3,"\u00a9":4}}})";
+    R"("model":{"type":"BPE","merges":[],"vocab":{"<|end|>":0,"a":1,"\u0120b\u010a":2,"\u00c3":3,"\u00a9":4}}})";
 
 TEST(TokenDecoder, Decodes) {
   const Folder folder;
@@ -43,6 +43,9 @@ TEST(TokenDecoder, RefusesWhatIsNotByteLevel) {
     EXPECT_NE(message.find((folder / "t.json").string()), std::string::npos) << message;
   };
   expect(load("ByteLevel", "WordPiece"), "its decoder is");
+  expect(load("\"BPE\"", "\"WordLevel\""), "its model is 'WordLevel', expected 'BPE'");
+  expect(load("\"merges\":[]", "\"merges\":{}"), "no vocab or no merges");
+  expect(load("\"merges\"", "\"end_of_word_suffix\":\"</w>\",\"merges\""), "end_of_word_suffix");
   expect(load("\"a\":1", "\"\\u4e16\":1"), "is not made of bytes");
   expect(load("\"a\":1", "\"a b\":1"), "is not made of bytes");
   expect(load("\"a\":1", "\"a\":-1"), "a token has the id -1");
