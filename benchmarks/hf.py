@@ -1,0 +1,171 @@
+"""transformers' generate beside our own eager decoding, and a step of its Trainer beside our loop, of one model.
+
+Both sides run the same modules. Decoding: greedy, new tokens per second of one prompt, without torch.compile and CUDA
+graphs. Training: AdamW with torch's fused kernel, gradients clipped, one batch a step; a step is the time between the
+ends of two optimizer steps. Both sides in turns within one process, medians.
+
+    python benchmarks/hf.py --csv benchmarks/results/h100_hf.csv
+    python benchmarks/hf.py --layers 4 --dim 256 --vocab 2048 --length 128 --tokens 32    (on a CPU)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+from common import parser, write_rows
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import muddformer
+import muddformer.hf
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Any, device: torch.device) -> float:
+    synchronize(device)
+    begin = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def decoding(ours: nn.Module, theirs: nn.Module, args: Any, device: torch.device) -> list[dict]:
+    """Tokens per second of both, after a check that their tokens are equal."""
+    prompt = torch.randint(args.vocab, (1, 16), device=device)
+    new = {"max_new_tokens": args.tokens}
+
+    def own() -> Tensor:
+        return muddformer.generate(ours, prompt, temperature=0, cuda_graph=False, **new)
+
+    def foreign() -> Tensor:
+        return theirs.generate(prompt, do_sample=False, eos_token_id=None, pad_token_id=0, **new)
+
+    calls = {"ours": own, "transformers": foreign}
+    if device.type == "cpu" and not torch.equal(own(), foreign()):
+        raise RuntimeError("the tokens differ")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(args.turns + 1):
+        for name, call in calls.items():
+            taken = seconds_of(call, device)
+            if turn:
+                times[name].append(taken)
+    return rows("decode", "tokens_per_s", {name: args.tokens / statistics.median(t) for name, t in times.items()})
+
+
+class Clock(TrainerCallback):
+    """Times between the ends of optimizer steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize(self.device)
+        self.ends.append(time.perf_counter())
+
+
+def between(ends: list[float]) -> float:
+    """The median time of a step, without the first ones."""
+    return statistics.median(b - a for a, b in itertools.pairwise(ends[2:]))
+
+
+def step_of_trainer(model: nn.Module, data: list[dict[str, Tensor]], args: Any, device: torch.device) -> float:
+    clock = Clock(device)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch,
+            optim="adamw_torch_fused",
+            bf16=device.type == "cuda",
+            use_cpu=device.type == "cpu",
+            lr_scheduler_type="constant",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=device.type == "cuda",
+        )
+        Trainer(model=model, args=settings, train_dataset=data, callbacks=[clock]).train()
+    return between(clock.ends)
+
+
+def step_of_ours(model: nn.Module, data: list[dict[str, Tensor]], args: Any, device: torch.device) -> float:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+    ids = torch.stack([row["input_ids"] for row in data]).split(args.batch)
+    ends = []
+    for step in range(args.steps):
+        batch = ids[step % len(ids)].to(device)
+        cast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+        with cast:
+            loss = model(batch[:, :-1], targets=batch[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        ends.append(time.perf_counter())
+    return between(ends)
+
+
+def training(ours: nn.Module, theirs: nn.Module, args: Any, device: torch.device) -> list[dict]:
+    """Milliseconds of a step of both; Trainer makes one position more, which has no label."""
+    count = args.batch * args.steps
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(args.vocab, (count, args.length))]
+    times: dict[str, list[float]] = {"ours": [], "transformers": []}
+    for _ in range(args.turns):
+        times["ours"].append(step_of_ours(ours.train(), data, args, device))
+        times["transformers"].append(step_of_trainer(theirs.train(), data, args, device))
+    return rows("train_step", "ms", {name: 1e3 * statistics.median(t) for name, t in times.items()})
+
+
+def rows(figure: str, unit: str, values: dict[str, float]) -> list[dict]:
+    """A row for each side; ``speed`` is that of transformers over ours."""
+    speed = values["transformers"] / values["ours"]
+    speed = speed if unit == "tokens_per_s" else 1 / speed
+    print(f"{figure:<11}" + "".join(f" {name} {value:.2f} {unit}" for name, value in values.items()) + f"  {speed:.3f}")
+    return [
+        {"figure": figure, "method": name, "unit": unit, "value": round(value, 3), "speed": round(speed, 3)}
+        for name, value in values.items()
+    ]
+
+
+def main() -> None:
+    p = parser(__doc__.split("\n")[0])
+    p.add_argument("--layers", type=int, default=24, help="number of blocks")
+    p.add_argument("--dim", type=int, default=1024, help="model width D")
+    p.add_argument("--vocab", type=int, default=50304, help="vocabulary")
+    p.add_argument("--batch", type=int, default=4, help="sequences of a training step")
+    p.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    p.add_argument("--tokens", type=int, default=128, help="tokens to generate")
+    p.add_argument("--steps", type=int, default=10, help="training steps of a turn")
+    p.add_argument("--turns", type=int, default=3, help="turns of both sides")
+    args = p.parse_args()
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    sizes = {"n_layer": args.layers, "dim": args.dim, "n_head": args.dim // 64, "vocab_size": args.vocab}
+    config = muddformer.MUDDFormerConfig(**sizes, block_size=max(args.length, 16 + args.tokens))
+    ours = muddformer.build_model(config, device=device)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict())).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    shape = {"layers": args.layers, "D": args.dim, "batch": args.batch, "length": args.length}
+    found = training(ours, theirs, args, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    theirs.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        found += decoding(ours.to(dtype).eval(), theirs.to(dtype).eval(), args, device)
+    write_rows([{**shape, **row} for row in found], args.csv, device)
+
+
+if __name__ == "__main__":
+    main()
