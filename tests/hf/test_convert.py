@@ -13,13 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+pytest.importorskip("transformers")
+
+import transformers
+
+import muddformer.hf  # noqa: F401  (registers our models with transformers)
 from helpers.models import make, scramble
 from helpers.paths import PACKAGE
 from muddformer import MUDDFormer, from_pretrained
 from muddformer.models import convert as module
 from muddformer.models.convert import convert
-
-transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,6 +219,20 @@ def test_to_the_other_layout_and_back(variant: str, tmp_path: Path) -> None:
         loaded = from_pretrained(tmp_path / name)
         assert loaded.config == model.config and the_same(loaded.state_dict(), model.state_dict())
     assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "c" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("variant", ["default", "pythia", "pre-post-all", "mqa-tied", "plain"])
+@torch.no_grad()
+def test_transformers_reads_the_other_layout(variant: str, tmp_path: Path) -> None:
+    """And what it saves comes back."""
+    model = scramble(make(variant)).eval()
+    model.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", layout="hf", max_shard_bytes=30_000)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert type(other).__module__.startswith("muddformer.hf") and torch.equal(other(IDS).logits, model(IDS))
+    other.save_pretrained(tmp_path / "c", max_shard_size="30KB")
+    assert convert(tmp_path / "c", tmp_path / "d") == model.config
+    assert the_same(from_pretrained(tmp_path / "d").state_dict(), model.state_dict())
 
 
 def test_pickles_and_shards(tmp_path: Path) -> None:
