@@ -223,7 +223,7 @@ class MUDDFormer(MUDDFormerModel, GenerationMixin):
         logits = loss = None
         if skip_logits is None:
             skip_logits = self.config.skip_logits and self.training
-        head = plain_parameters(self.output, nn.Linear)
+        head = plain_parameters(self.output, x, nn.Linear)
         own_loss = not hasattr(self, "_loss_function")
         if labels is not None and skip_logits and head is not None and own_loss:
             loss = causal_loss(x, head, labels, **loss_kwargs)
