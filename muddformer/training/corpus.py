@@ -6,54 +6,67 @@ import fnmatch
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError
+from .text_files import is_text, read_texts
 
-__all__ = ["Document", "find_documents", "split_documents"]
+__all__ = ["Document", "find_documents", "split_documents", "told"]
 
-_PIECE_BYTES = 1 << 20
 _THIRD_PARTY = ("site-packages", "dist-packages", "__pycache__")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text file, or the bytes from ``start`` to ``end`` of one.
+    """A file of one or more texts, or its characters from ``start`` to ``end``.
 
     ``key`` is its path below the folder that was given, led by that folder's name: what the split goes by, so that it
-    does not depend on where the folder lies.
+    does not depend on where the folder lies. ``field`` is the one of a table that has the texts.
     """
 
     key: str
     path: Path
     start: int = 0
     end: int | None = None
+    field: str = "text"
 
     def chunks(self) -> Iterator[bytes]:
-        """Its bytes in pieces of whole lines, each of about a mebibyte unless a line is longer.
+        """The bytes of its file as they lie on the disk.
 
         Raises:
             InputError: if the file cannot be read.
         """
         try:
             with self.path.open("rb") as file:
-                file.seek(self.start)
-                left = (os.fstat(file.fileno()).st_size if self.end is None else self.end) - self.start
-                while left > 0 and (lines := file.readlines(min(_PIECE_BYTES, left))):
-                    chunk = b"".join(lines)[:left]
-                    left -= len(chunk)
+                while chunk := file.read(1 << 20):
                     yield chunk
         except OSError as error:
             raise InputError(f"cannot read {str(self.path)!r}: {error.strerror}") from error
 
-    def pieces(self) -> Iterator[str]:
-        """Its text in the same pieces; bytes that are not UTF-8 become U+FFFD."""
-        return (chunk.decode("utf-8", errors="replace") for chunk in self.chunks())
+    def pieces(self, misread: list[int] | None = None) -> Iterator[str | None]:
+        """Its text in pieces, and None after each whole text; see :func:`.text_files.read_texts`."""
+        place = 0
+        for piece in read_texts(self.path, self.field, [] if misread is None else misread):
+            if self.end is not None and place >= self.end:
+                break
+            if piece is None:
+                if place > self.start:
+                    yield None
+                continue
+            part = piece[max(0, self.start - place) : None if self.end is None else self.end - place]
+            place += len(piece)
+            if part:
+                yield part
+        else:
+            return
+        yield None
 
 
-def find_documents(paths: Sequence[str], pattern: str = "*") -> list[Document]:
+def find_documents(
+    paths: Sequence[str], pattern: str = "*", field: str = "text", left_out: dict[str, list[str]] | None = None
+) -> list[Document]:
     """The files to train on, in an order that depends on their keys alone.
 
     Args:
@@ -61,23 +74,26 @@ def find_documents(paths: Sequence[str], pattern: str = "*") -> list[Document]:
             whose name does not match ``pattern`` are left out, links to folders are not followed. Empty: the Python
             files of the running interpreter's standard library.
         pattern: shell pattern for the names of files in folders.
+        field: of tables, the one that has the texts.
+        left_out: gets the files that are left out, by the reason.
 
     Raises:
         InputError: if a path does not exist, is neither file nor folder, cannot be read, or if there is no text at all.
     """
+    left_out = {} if left_out is None else left_out
     documents: dict[Path, Document] = {}
     if not paths:
         root = Path(sysconfig.get_paths()["stdlib"])
-        documents = {path: Document(f"stdlib/{key}", path) for key, path in _walk(root, "*.py")}
+        documents = {path: Document(f"stdlib/{key}", path) for key, path in _walk(root, "*.py", {})}
     for given in paths:
         root = Path(given).expanduser()
         if root.is_dir():
             name = root.resolve().name
-            found = [Document(f"{name}/{key}", path) for key, path in _walk(root, pattern)]
+            found = [Document(f"{name}/{key}", path, field=field) for key, path in _walk(root, pattern, left_out)]
         elif root.is_file():
-            if _is_binary(root):
+            if not is_text(root):
                 raise InputError(f"{given!r} is not a text file: it has zero bytes")
-            found = [Document(root.name, root)] if root.stat().st_size else []
+            found = [Document(root.name, root, field=field)] if root.stat().st_size else []
         elif root.exists():
             raise InputError(f"{given!r} is neither a file nor a folder")
         else:
@@ -86,8 +102,17 @@ def find_documents(paths: Sequence[str], pattern: str = "*") -> list[Document]:
             documents.setdefault(document.path.resolve(), document)
     if not documents:
         places = ", ".join(repr(str(path)) for path in paths) or repr(str(root))
-        raise InputError(f"no text to train on in {places} (pattern {pattern!r})")
+        raise InputError(f"no text to train on in {places} (pattern {pattern!r}){told(left_out)}")
     return sorted(documents.values(), key=lambda document: (document.key, str(document.path)))
+
+
+def told(left_out: Mapping[str, Sequence[str]]) -> str:
+    """What was left out and why, as the end of a sentence."""
+    parts = []
+    for reason, names in left_out.items():
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        parts.append(f"{len(names):,} {reason} ({', '.join(names[:3])}{more})")
+    return "; left out: " + ", ".join(parts) if parts else ""
 
 
 def split_documents(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -114,35 +139,54 @@ def _place(document: Document) -> float:
 
 
 def _split_lines(document: Document, val_fraction: float) -> tuple[list[Document], list[Document]]:
-    with document.path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        cut = file.seek(int(size * (1 - val_fraction)))
-        cut += len(file.readline())
-    if cut >= size:  # the cut fell into the last line: part of it is held out
-        cut = int(size * (1 - val_fraction))
-    return [Document(document.key, document.path, 0, cut)], [Document(document.key, document.path, cut, size)]
+    size = sum(len(piece) for piece in document.pieces() if piece)
+    cut = share = int(size * (1 - val_fraction))
+    place = 0
+    for piece in document.pieces():  # to the end of the line, or of the text in a table, that the share ends in
+        if piece is None:
+            if place > share:
+                cut = place
+                break
+            continue
+        if place + len(piece) > share and (line := piece.find("\n", max(0, share - place)) + 1):
+            cut = place + line
+            break
+        place += len(piece)
+    if cut >= size:  # it is the last line: part of it is held out
+        cut = share
+    return [replace(document, end=cut)], [replace(document, start=cut)]
 
 
-def _walk(root: Path, pattern: str) -> Iterator[tuple[str, Path]]:
+def _walk(root: Path, pattern: str, left_out: dict[str, list[str]]) -> Iterator[tuple[str, Path]]:
     def fail(error: OSError) -> None:
         raise InputError(f"cannot read folder {error.filename!r}: {error.strerror}") from error
 
     for folder, folders, files in os.walk(root, onerror=fail):
         if "settings.json" in files and "checkpoints" in folders:  # a run of ours, which may be written right now
             folders[:] = []
+            left_out.setdefault("runs", []).append(folder)
             continue
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in _THIRD_PARTY]
-        for name in files:
+        kept = [name for name in folders if not name.startswith(".") and name not in _THIRD_PARTY]
+        for name in sorted({*folders} - {*kept}):
+            left_out.setdefault("hidden or third-party folders", []).append(Path(folder, name).name)
+        folders[:] = kept
+        for name in sorted(files):
             path = Path(folder, name)
-            if name.startswith(".") or not fnmatch.fnmatch(name, pattern) or not path.is_file():
-                continue
-            if path.stat().st_size and not _is_binary(path):
-                yield path.relative_to(root).as_posix(), path
+            key = path.relative_to(root).as_posix()
+            if reason := _reason(path, pattern):
+                left_out.setdefault(reason, []).append(key)
+            else:
+                yield key, path
 
 
-def _is_binary(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return b"\0" in file.read(8192)
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
+def _reason(path: Path, pattern: str) -> str:
+    """Why a file of a folder is left out, or nothing."""
+    if path.name.startswith("."):
+        return "hidden"
+    if not fnmatch.fnmatch(path.name, pattern):
+        return f"not named {pattern!r}"
+    if not path.is_file():
+        return "no files"
+    if not path.stat().st_size:
+        return "empty"
+    return "" if is_text(path) else "not text"

@@ -18,7 +18,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from ..errors import InputError, require
 from ..inference.tokenizer import SEPARATOR, parse_tokenizer, train_tokenizer
-from .corpus import Document, find_documents, split_documents
+from .corpus import Document, find_documents, split_documents, told
 from .settings import DataSettings
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Batches", "Corpus", "CorruptCache", "held_out_batches", "open_corpus", "prepare_corpus"]
 
-_FORMAT = 1
+_FORMAT = 2
 _SPLITS = ("train", "val")
 _FILES = ("tokenizer.json", "train.bin", "val.bin")
 _ITEMS_AT_ONCE = 64
+_SECONDS_BETWEEN_NEWS = 5.0
 
 
 class CorruptCache(InputError):
@@ -80,12 +82,13 @@ def prepare_corpus(settings: DataSettings, say: Callable[[str], None] = lambda t
     Raises:
         InputError: if there is no text, a file cannot be read, or the cache folder cannot be written.
     """
-    documents = find_documents(settings.paths, settings.pattern)
+    left_out: dict[str, list[str]] = {}
+    documents = find_documents(settings.paths, settings.pattern, settings.text_field, left_out)
     sources = _hash_sources(documents, settings)
     folder = _cache_root(settings) / sources[:20]
     if folder.exists():
         try:
-            return open_corpus(folder)
+            return _tell(open_corpus(folder), left_out, say)
         except CorruptCache as error:
             say(f"{error}; making it anew")
     say(f"tokenizing {len(documents)} files into {folder}")
@@ -94,11 +97,11 @@ def prepare_corpus(settings: DataSettings, say: Callable[[str], None] = lambda t
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as scratch:
             made = Path(scratch, "new")
             made.mkdir()
-            _tokenize(documents, settings, sources, made)
+            _tokenize(documents, settings, sources, made, say)
             _publish(made, folder, Path(scratch, "damaged"))
     except OSError as error:
         raise InputError(f"cannot write the token files to {str(folder.parent)!r} (data.cache_dir): {error}") from error
-    return open_corpus(folder)
+    return _tell(open_corpus(folder), left_out, say)
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -198,9 +201,24 @@ def _cache_root(settings: DataSettings) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muddformer"
 
 
+def _tell(corpus: Corpus, left_out: Mapping[str, Sequence[str]], say: Callable[[str], None]) -> Corpus:
+    """Says what was read, what was left out, and why."""
+    read = corpus.header["read"]
+    say(f"text: {read['files']:,} files, {read['bytes']:,} bytes of UTF-8{told(left_out)}")
+    if misread := read["misread"]:
+        names = sorted(misread, key=misread.__getitem__, reverse=True)
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+        say(
+            f"{len(names):,} files are not UTF-8 and have no byte order mark: {sum(misread.values()):,} places in them "
+            f"became U+FFFD ({listed}); convert them, with iconv for example, if they matter"
+        )
+    return corpus
+
+
 def _hash_sources(documents: Sequence[Document], settings: DataSettings) -> str:
     """Hash of all that the token files depend on: text, split, vocabulary, library and format."""
     made_by = [_FORMAT, sys.byteorder, require("tokenizers").__version__, settings.vocab_size, settings.val_fraction]
+    made_by.append(settings.text_field)
     total = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=16)
     for document in documents:
         total.update(document.key.encode("utf-8", errors="surrogateescape") + b"\0")
@@ -211,19 +229,56 @@ def _hash_sources(documents: Sequence[Document], settings: DataSettings) -> str:
     return total.hexdigest()
 
 
-def _tokenize(documents: Sequence[Document], settings: DataSettings, sources: str, folder: Path) -> None:
+def _tokenize(
+    documents: Sequence[Document], settings: DataSettings, sources: str, folder: Path, say: Callable[[str], None]
+) -> None:
     splits = dict(zip(_SPLITS, split_documents(documents, settings.val_fraction), strict=True))
-    training_text = (piece for document in splits["train"] for piece in document.pieces())
-    tokenizer = train_tokenizer(training_text, settings.vocab_size)
+    reading, misread = _Progress("reading for the tokenizer", say), {}
+    texts = (piece for piece in reading.over(_pieces(splits["train"], misread)) if piece)
+    tokenizer = train_tokenizer(texts, settings.vocab_size)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     header = {"format": _FORMAT, "sources": sources, "dtype": np.dtype(dtype).name, "documents": {}, "tokens": {}}
     header["vocab_size"] = tokenizer.get_vocab_size()
+    size = 0
     for split, chosen in splits.items():
         header["documents"][split] = len(chosen)
-        header["tokens"][split] = _write_tokens(folder / f"{split}.bin", chosen, tokenizer, dtype)
+        writing = _Progress(f"tokenizing {split}", say, reading.done if split == "train" else None)
+        pieces = writing.over(_pieces(chosen, misread))
+        header["tokens"][split] = _write_tokens(folder / f"{split}.bin", pieces, tokenizer, dtype)
+        size += writing.done
+    header["read"] = {"files": len(documents), "bytes": size, "misread": misread}
     header["checksums"] = {name: _checksum(folder / name) for name in _FILES}
     (folder / "header.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+
+
+def _pieces(documents: Sequence[Document], misread: dict[str, int]) -> Iterator[str | None]:
+    """The pieces of all documents, None after each text; counts by file what was not in its encoding."""
+    for document in documents:
+        counts: list[int] = []
+        yield from document.pieces(counts)
+        if counts:
+            misread[document.key] = sum(counts)
+
+
+class _Progress:
+    """Says every few seconds how many bytes of text, or how much of a known number of them, went by."""
+
+    def __init__(self, task: str, say: Callable[[str], None], total: int | None = None) -> None:
+        self.done, self._task, self._say, self._total = 0, task, say, total
+        self._told = time.monotonic()
+
+    def over(self, pieces: Iterable[str | None]) -> Iterator[str | None]:
+        """The same pieces, counted."""
+        for piece in pieces:
+            self.done += len(piece.encode()) if piece else 0
+            yield piece
+            if time.monotonic() - self._told >= _SECONDS_BETWEEN_NEWS:
+                self._told = time.monotonic()
+                self._say(f"{self._task}: {self.done / 1e6:,.0f} MB" + self._share())
+
+    def _share(self) -> str:
+        return f", {self.done / self._total:.0%}" if self._total else ""
 
 
 def _publish(made: Path, folder: Path, grave: Path) -> None:
@@ -240,15 +295,13 @@ def _publish(made: Path, folder: Path, grave: Path) -> None:
                 raise
 
 
-def _write_tokens(path: Path, documents: Sequence[Document], tokenizer: Tokenizer, dtype: type) -> int:
-    """Writes the ids of the documents and returns their number."""
-    end = object()
-    items = itertools.chain.from_iterable(itertools.chain(document.pieces(), [end]) for document in documents)
+def _write_tokens(path: Path, pieces: Iterator[str | None], tokenizer: Tokenizer, dtype: type) -> int:
+    """Writes the ids of the pieces, a separator for each None, and returns their number."""
     with path.open("wb") as file:
-        while batch := list(itertools.islice(items, _ITEMS_AT_ONCE)):
-            encodings = iter(tokenizer.encode_batch_fast([item for item in batch if item is not end]))
-            for item in batch:
-                ids = [tokenizer.token_to_id(SEPARATOR)] if item is end else next(encodings).ids
+        while batch := list(itertools.islice(pieces, _ITEMS_AT_ONCE)):
+            encodings = iter(tokenizer.encode_batch_fast([piece for piece in batch if piece is not None]))
+            for piece in batch:
+                ids = [tokenizer.token_to_id(SEPARATOR)] if piece is None else next(encodings).ids
                 file.write(np.array(ids, dtype).tobytes())
         return file.tell() // np.dtype(dtype).itemsize
 

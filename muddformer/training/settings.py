@@ -35,6 +35,7 @@ class DataSettings:
     """What to train on (section ``data``)."""
 
     paths: tuple[str, ...] = _option((), "text files or folders; none: the source of Python's standard library")
+    text_field: str = _option("text", "the field of .jsonl and .parquet files that has the texts")
     pattern: str = _option("*", "which files of a folder are taken, a shell pattern for the file name")
     vocab_size: int = _option(4096, "most tokens of the byte-level BPE vocabulary", least=257, most=2**24)
     val_fraction: float = _option(0.05, "share of the files that is held out", above=0, below=1)

@@ -75,15 +75,16 @@ def test_split_of_one_file_holds_out_its_end(tmp_path, text):
     path = tmp_path / "single.txt"
     path.write_text(text)
     (train,), (val,) = split_documents(find_documents([str(path)]), 0.25)
-    parts = ["".join(part.pieces()) for part in (train, val)]
+    parts = ["".join(filter(None, part.pieces())) for part in (train, val)]
     assert "".join(parts) == text and all(parts)
     assert parts[0].endswith("\n") == ("\n" in text)
 
 
 def test_pieces_are_whole_lines_and_bad_bytes_are_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr("muddformer.training.corpus._PIECE_BYTES", 10)
+    monkeypatch.setattr("muddformer.training.text_files._PIECE", 10)
     path = tmp_path / "text"
     path.write_bytes("größe\n".encode() * 5 + b"\xff\xfe\n" + "密".encode())
-    pieces = list(Document("text", path).pieces())
+    *pieces, end = Document("text", path).pieces()
+    assert end is None
     assert len(pieces) > 2 and all(piece.endswith("\n") for piece in pieces[:-1])
     assert "".join(pieces) == "größe\n" * 5 + "\ufffd\ufffd\n密"

@@ -56,7 +56,7 @@ def test_token_files_hold_the_text(data, texts):
     train, val = split_documents(find_documents(data.paths), data.val_fraction)
     for ids, documents in ((corpus.train, train), (corpus.val, val)):
         assert ids.dtype == np.uint16 and ids.max() < corpus.vocab_size <= data.vocab_size
-        whole = "".join("".join(document.pieces()) + SEPARATOR for document in documents)
+        whole = "".join(SEPARATOR if piece is None else piece for document in documents for piece in document.pieces())
         assert corpus.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == whole
         assert (ids == 0).sum() == len(documents)
     assert corpus.header["tokens"] == {"train": len(corpus.train), "val": len(corpus.val)}
@@ -82,16 +82,20 @@ def test_cache_is_reused_and_follows_the_text(tmp_path):
     folder = write_texts(tmp_path / "texts", 6)
     data = DataSettings(paths=(str(folder),), vocab_size=300, cache_dir=str(tmp_path / "cache"))
     said = []
+
+    def made() -> int:
+        return sum("tokenizing" in line for line in said)
+
     first = prepare_corpus(data, said.append)
     again = prepare_corpus(data, said.append)
-    assert len(said) == 1 and again.fingerprint == first.fingerprint
+    assert made() == 1 and again.fingerprint == first.fingerprint
     assert [path.name[0] for path in Path(data.cache_dir).iterdir()] != ["."]  # nothing left over
     path = next(folder.rglob("*.txt"))
     path.write_text(path.read_text().replace("e", "a", 1))
     changed = prepare_corpus(data, said.append)
-    assert len(said) == 2 and changed.fingerprint != first.fingerprint
+    assert made() == 2 and changed.fingerprint != first.fingerprint
     prepare_corpus(DataSettings(**{**data.__dict__, "vocab_size": 301}), said.append)
-    assert len(said) == 3
+    assert made() == 3
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "header.json"])
