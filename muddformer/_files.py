@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ._checks import shown
 
-__all__ = ["FileLock", "parse_json", "read_json", "sync", "write_atomically"]
+__all__ = ["FileLock", "naming", "parse_json", "read_json", "sync", "write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets ``write`` fill a file beside ``path`` and then gives it that name; an interrupted write leaves the old file.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: naming ``path``, if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets errors of writing a file be OSErrors that name it, those of a full disk above all, which name none."""
     try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"os error (\d+)", str(error))  # as the library of safetensors has it
+        number = getattr(error, "errno", None) or (int(told[1]) if told else None)
+        reason = os.strerror(number) if number else str(error)
+        raise OSError(number or errno.EIO, reason, str(path)) from error
 
 
 def sync(path: Path) -> None:

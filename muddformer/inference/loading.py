@@ -10,6 +10,7 @@ import torch
 
 from ..errors import InputError
 from ..models import Pretrained, from_pretrained
+from ..models.checkpoint import NOT_FETCHED
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -93,6 +94,8 @@ def resolve_checkpoint(folder: Path) -> Path:
     """
     if (folder / "config.json").is_file():
         return folder
+    if not folder.exists():
+        raise InputError(f"{str(folder)!r} does not exist. {NOT_FETCHED}")
     checkpoints = find_checkpoints(folder)
     if not checkpoints:
         raise InputError(f"{str(folder)!r} is neither a checkpoint nor a run with one")

@@ -21,6 +21,7 @@ from .stored import DTYPES, StoredTensor, open_tensors
 
 __all__ = [
     "CONFIG_NAME",
+    "NOT_FETCHED",
     "WEIGHTS_NAME",
     "check_tensors",
     "find_weights",
@@ -34,6 +35,10 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 PICKLE_NAME = "pytorch_model.bin"
 
+NOT_FETCHED = (
+    "Nothing is fetched here: download a model first, for example with huggingface_hub.snapshot_download, and give its "
+    "directory"
+)
 _LARGEST_CONFIG = 2**20
 _LARGEST_INDEX = 2**26
 
@@ -58,10 +63,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         ValueError: naming the file and what is wrong with it.
     """
     if not directory.exists():
-        raise FileNotFoundError(
-            f"{directory / CONFIG_NAME}: no such file, nor its directory. Nothing is fetched here: download a model "
-            "first, for example with huggingface_hub.snapshot_download, and give its directory"
-        )
+        raise FileNotFoundError(f"{directory / CONFIG_NAME}: no such file, nor its directory. {NOT_FETCHED}")
     return read_json(directory / CONFIG_NAME, _LARGEST_CONFIG)
 
 

@@ -53,7 +53,7 @@ class Pretrained(nn.Module):
 
         Raises:
             ValueError: if the parameters are on the meta device.
-            OSError: if the directory cannot be written.
+            OSError: naming the file that cannot be written, on a full disk say; old files are then as they were.
         """
         # A block that torch.compile wraps is saved as the block.
         state = {name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()}

@@ -79,7 +79,12 @@ class Trainer:
 
     def _set_up(self, resume: bool, overwrite: bool) -> None:
         settings, run = self.settings, self.run
-        self.corpus = prepare_corpus(settings.data, say)
+        try:
+            self.corpus = prepare_corpus(settings.data, say)
+        except InputError as error:
+            moved = [path for path in settings.data.paths if resume and not Path(path).expanduser().exists()]
+            hint = ". If the text was moved, give its new place with --set data.paths=PATH" if moved else ""
+            raise type(error)(f"{error}{hint}") from error
         _check_folder(run, resume, overwrite)  # it may have changed while there was no lock
         _prepare_folder(run, resume, overwrite)
         checkpoint, restored = _newest_checkpoint(run)
@@ -104,7 +109,8 @@ class Trainer:
         self._pending: list[tuple[float, Tensor, Tensor]] = []  # learning rate, loss and gradient norm, on the device
         self._stop = False
         text = json.dumps(settings.resolved().to_dict(), indent=1)
-        write_atomically(run / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
+        with self._naming_the_checkpoint():
+            write_atomically(run / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
         where = f"from step {self.step}" if checkpoint else "from the start"
         size = sum(parameter.numel() for parameter in self.model.parameters())
         say(f"training {size:,} parameters on {self.device} {where}, {len(self.corpus.train):,} tokens of text")
@@ -114,12 +120,13 @@ class Trainer:
 
         Raises:
             Diverged: if a loss or gradient norm is not finite. No checkpoint has been written since.
+            OSError: if a file cannot be written, naming it and the last good checkpoint, which stays whole.
         """
         train, val_loss = self.settings.train, None
         self.model.train()
         if not self._lock.held:  # a second call
             self._lock = _lock_folder(self.run)
-        with contextlib.ExitStack() as stack:
+        with self._naming_the_checkpoint(), contextlib.ExitStack() as stack:
             stack.callback(self._lock.release)
             stack.enter_context(self._stop_on_signals())
             metrics = MetricsFile(self.run / "metrics.csv", self.step)
@@ -220,18 +227,30 @@ class Trainer:
         """That the run goes on with the same model and text; says it if the numbers can differ in the last bits."""
         then, now, folder = checkpoint.training, self.settings.to_dict(), str(checkpoint.folder)
         if then["settings"].get("model") != now["model"]:
-            raise InputError(f"section 'model' is not the one of checkpoint {folder!r}")
+            before = then["settings"].get("model") or {}
+            keys = [key for key in {**before, **now["model"]} if before.get(key) != now["model"].get(key)]
+            listed = ", ".join(f"{key} {now['model'].get(key)!r} (there {before.get(key)!r})" for key in keys[:3])
+            raise InputError(f"section 'model' is not the one of checkpoint {folder!r}: {listed}")
         if then["corpus"] != self.corpus.fingerprint:
             raise InputError(
                 f"the training text is not the one of checkpoint {folder!r}: has data.paths been moved or changed?"
             )
-        before = then["settings"].get("train")
-        for name, value in now["train"].items():
-            if isinstance(before, dict) and before.get(name, value) != value:
-                say(f"train.{name}: {value}, before {before[name]}")
+        for section in ("data", "train"):
+            before = then["settings"].get(section)
+            for name, value in now[section].items():
+                if isinstance(before, dict) and before.get(name, value) != value:
+                    say(f"{section}.{name}: {value}, before {before[name]}")
         for name, value in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
             if then[name] != value:
                 say(f"{name}: {value}, before {then[name]}; losses can differ in the last bits from those of one run")
+
+    @contextlib.contextmanager
+    def _naming_the_checkpoint(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise OSError(f"{where}cannot be written: {error.strerror or error}; {_kept(self.checkpoint)}") from error
 
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
@@ -324,11 +343,14 @@ def _check_finite(rows: list[Row], checkpoint: Path | None) -> None:
         numbers = {"loss": row.loss, "gradient norm": row.grad_norm, "held-out loss": row.val_loss}
         bad = [f"{name} {value}" for name, value in numbers.items() if value is not None and not _finite(value)]
         if bad:
-            kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there was no checkpoint yet"
             raise Diverged(
-                f"step {row.step}: {' and '.join(bad)} (learning rate {row.learning_rate:.3g}); {kept}. A lower "
-                "train.learning_rate, a longer train.warmup_steps or, in deep models, pre and post norms help"
+                f"step {row.step}: {' and '.join(bad)} (learning rate {row.learning_rate:.3g}); {_kept(checkpoint)}. "
+                "A lower train.learning_rate, a longer train.warmup_steps or, in deep models, pre and post norms help"
             )
+
+
+def _kept(checkpoint: Path | None) -> str:
+    return f"the last good checkpoint is {checkpoint}" if checkpoint else "there was no checkpoint yet"
 
 
 def _finite(value: float) -> bool:

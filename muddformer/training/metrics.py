@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .._files import write_atomically
+from .._files import naming, write_atomically
 from ..errors import InputError, require
 from ..inference.inspection import Inspection
 
@@ -59,7 +59,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        rows = _rows_until(path, last_step)
+        rows, self._path = _rows_until(path, last_step), path
 
         def begin(scratch: Path) -> None:
             with scratch.open("w", newline="", encoding="utf-8") as file:
@@ -71,16 +71,19 @@ class MetricsFile:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Appends rows."""
-        self._write(self._file, rows)
-        self._file.flush()
+        with naming(self._path):
+            self._write(self._file, rows)
+            self._file.flush()
 
     def sync(self) -> None:
         """Returns when the rows are on the disk."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
     @staticmethod
     def _write(file: Any, rows: Sequence[Row]) -> None:
@@ -131,14 +134,16 @@ class TensorBoard:
     """Writes the same rows as TensorBoard events; those after ``last_step`` of an earlier run are hidden."""
 
     def __init__(self, folder: Path, last_step: int) -> None:
-        self._writer = require("torch.utils.tensorboard").SummaryWriter(str(folder), purge_step=last_step + 1)
+        self._folder = folder
+        with naming(folder):
+            self._writer = require("torch.utils.tensorboard").SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def write(self, rows: Sequence[Row]) -> None:
         """Adds rows."""
         for row in rows:
             for name, value in dataclasses.asdict(row).items():
                 if name not in ("step", "tokens") and value is not None:
-                    self._writer.add_scalar(name, value, row.step)
+                    self._add(name, value, row.step)
 
     def write_inspection(self, inspection: Inspection, step: int) -> None:
         """Adds what the connections do: norms of the hidden states X_i, attention to the first token by block, and by
@@ -150,11 +155,16 @@ class TensorBoard:
             older = means[:, :-1].abs().sum(1).tolist()
             scalars |= {f"older_sources/{i}_{way}": x for way, x in zip(inspection.ways[i], older, strict=True)}
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            self._add(name, value, step)
 
     def close(self) -> None:
         """Flushes and closes the event file."""
-        self._writer.close()
+        with naming(self._folder):
+            self._writer.close()
+
+    def _add(self, name: str, value: float, step: int) -> None:
+        with naming(self._folder):
+            self._writer.add_scalar(name, value, step)
 
 
 class Progress:

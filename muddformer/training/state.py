@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .._files import read_json, sync
+from .._files import read_json, sync, write_atomically
 from ..errors import InputError
 from ..inference.loading import checkpoint_name, find_checkpoints
 
@@ -58,6 +58,9 @@ def save_checkpoint(
 
     Returns:
         The folder.
+
+    Raises:
+        OSError: naming the file that cannot be written. Nothing of the checkpoint is left, and the older ones stay.
     """
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,14 +70,17 @@ def save_checkpoint(
     target = folder / checkpoint_name(training["step"])
     scratch = folder / f".tmp-{target.name}"
     scratch.mkdir()
-    model.save_pretrained(scratch)
-    (scratch / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-    save_file(_state_tensors(model, optimizer), scratch / "training.safetensors")
     idle = [name for name, parameter in model.named_parameters() if not optimizer.state.get(parameter)]
     contents = json.dumps({"format": _FORMAT, **training, **({"without_state": idle} if idle else {})}, indent=1)
-    (scratch / "training.json").write_text(contents, encoding="utf-8")
-    for path in (*scratch.iterdir(), scratch):
-        sync(path)
+    tensors = _state_tensors(model, optimizer)
+    try:
+        model.save_pretrained(scratch)
+        write_atomically(scratch / "tokenizer.json", lambda path: path.write_text(tokenizer_json, encoding="utf-8"))
+        write_atomically(scratch / "training.safetensors", lambda path: save_file(tensors, path))
+        write_atomically(scratch / "training.json", lambda path: path.write_text(contents, encoding="utf-8"))
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     if target.exists():  # a resumed run comes by the same step
         _discard(target)
     scratch.rename(target)

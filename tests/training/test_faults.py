@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from muddformer.errors import InputError
-from muddformer.inference.loading import find_checkpoints
+from muddformer.inference.loading import find_checkpoints, resolve_checkpoint
 from muddformer.training.loop import Trainer, load_run_settings
 from muddformer.training.metrics import read_metrics
 from muddformer.training.settings import Settings, TrainSettings
@@ -148,3 +148,21 @@ def test_numbers_and_names_as_people_write_them() -> None:
         Settings().override(["train.lr=1e-3"])
     with pytest.raises(InputError, match=r"train.steps must be an integer, got 2\.5"):
         Settings().override(["train.steps=2.5"])
+
+
+def test_what_differs_is_said(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    settings = load_run_settings(run)
+    with pytest.raises(InputError, match=r"section 'model' is not the one of checkpoint .*: dim 32 \(there 16\)"):
+        Trainer(settings.merge({"model": {"dim": 32}}), run, resume=True)
+    with pytest.raises(InputError, match=r"does not exist\. If the text was moved, .* --set data\.paths=PATH"):
+        Trainer(settings.merge({"data": {"paths": [str(tmp_path / "gone")]}}), run, resume=True)
+    moved = tmp_path / "texts"
+    shutil.copytree(settings.data.paths[0], moved)
+    trainer = Trainer(settings.merge({"data": {"paths": [str(moved)]}, "train": {"steps": 7}}), run, resume=True)
+    assert trainer.fit().step == 7
+    assert f"data.paths: ['{moved}'], before ['{settings.data.paths[0]}']" in capsys.readouterr().err
+
+
+def test_a_name_of_a_hub_is_not_fetched() -> None:
+    with pytest.raises(InputError, match="Nothing is fetched here: download a model first"):
+        resolve_checkpoint(Path("some-org/some-model"))
