@@ -12,6 +12,7 @@ The environment variable ``MUDDFORMER_CPU_CACHE_MIB``, read at the first use, is
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from muddformer import _library  # noqa: F401  (loads libmuddformer, which registers the operators)
+
+from ._dispatch import call, check_kind, is_int64, kind_of
 
 __all__ = [
     "Deferral",
@@ -38,16 +41,20 @@ __all__ = [
 ]
 
 
-class Deferral(NamedTuple):
-    """What one layer of a group is given, see :func:`defer_gradients`.
+@dataclasses.dataclass(eq=False)
+class Deferral:
+    """What one layer of a group is given, and one call of it, see :func:`defer_gradients`.
 
     Attributes:
-        tickets: placeholders of no size in memory, whose gradients carry what the layer defers. Each is for one call.
+        tickets: placeholders of no size in memory, whose gradients carry what the layer defers.
         count: number of the layer's first hidden states whose gradients are deferred.
+        used: whether a layer was called with it; None where whoever holds it sees to that. Compiled code knows the
+            second use by this alone, other code by the tickets too.
     """
 
     tickets: list[Tensor]
     count: int
+    used: bool | None = None
 
 
 class StreamNorms(NamedTuple):
@@ -90,10 +97,19 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
-def _check_list(hiddens: object) -> None:
-    """The dispatcher has no clear word for a tensor in the place of a list of tensors."""
-    if isinstance(hiddens, Tensor):
-        raise TypeError(f"hiddens: expected a list of tensors, got one tensor of shape {list(hiddens.shape)}")
+def _use(deferral: Deferral | None) -> tuple[Any, ...]:
+    """The operators' arguments of a deferral that a layer is called with, and the end of its use."""
+    if deferral is None:
+        return ()
+    if not isinstance(deferral, Deferral):
+        raise TypeError(f"deferral: expected a Deferral of defer_gradients or None, got {kind_of(deferral)}")
+    # A layer that is computed again in a backward, for a checkpoint, uses its deferral again.
+    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if deferral.used is not None and torch.is_grad_enabled() and not again:
+        if deferral.used:
+            raise RuntimeError("deferral: expected one that no layer was called with before, got it a second time")
+        deferral.used = True
+    return deferral.tickets, deferral.count
 
 
 def depth_aggregate(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
@@ -112,8 +128,7 @@ def depth_aggregate(hiddens: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     Gradients flow to every hidden state and to the weights. In a stack of layers prefer
     :func:`depth_aggregate_chained`: here autograd adds the S gradients of every layer one by one.
     """
-    _check_list(hiddens)
-    return torch.ops.muddformer.depth_aggregate(hiddens, weights)
+    return call(torch.ops.muddformer.depth_aggregate.default, hiddens, weights)
 
 
 def depth_aggregate_chained(
@@ -131,10 +146,10 @@ def depth_aggregate_chained(
         everything that comes later. The backward then receives the gradient which later layers have already
         accumulated, and returns it plus its own term from one pass over the history.
     """
-    _check_list(hiddens)
-    deferred = () if deferral is None else deferral
-    streams, hiddens = torch.ops.muddformer.depth_aggregate_chained(hiddens, weights, *deferred)
-    return streams, hiddens
+    chained = torch.ops.muddformer.depth_aggregate_chained
+    if deferral is None:
+        return call(chained.default, hiddens, weights)
+    return call(chained.deferred, hiddens, weights, *_use(deferral))
 
 
 def defer_gradients(
@@ -153,21 +168,25 @@ def defer_gradients(
 
     Returns:
         ``(hiddens, deferrals)``: the hidden states to be used from here on, and for each layer what it is called with.
-        Every layer is to be called once. The hidden states that were given get their whole gradients; those which are
-        returned, here and by the layers of the group, have only a part of theirs, as hooks would see.
+        Every layer is to be called once: a second call with its deferral is an error. The hidden states that were given
+        get their whole gradients; those which are returned, here and by the layers of the group, have only a part of
+        theirs, as hooks would see.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    _check_list(hiddens)
+    if isinstance(layers, Tensor | str) or not isinstance(layers, Sequence):
+        raise TypeError(f"layers: expected a list of tuples (C, S), got {kind_of(layers)}")
     for i, layer in enumerate(layers):
         if not (isinstance(layer, tuple) and [type(n) for n in layer] == [int, int]):
-            raise TypeError(f"layers[{i}]: expected a tuple (C, S) of two integers, got {layer!r}")
+            raise TypeError(f"layers[{i}]: expected a tuple (C, S) of two integers, got {kind_of(layer)}")
+        if not all(map(is_int64, layer)):
+            raise ValueError(f"layers[{i}]: expected two integers of 64 bits, got a larger one")
     ways, sources = [c for c, _ in layers], [s for _, s in layers]
-    handed_on, tickets = torch.ops.muddformer.defer_gradients(hiddens, ways, sources)
+    handed_on, tickets = call(torch.ops.muddformer.defer_gradients.default, hiddens, ways, sources)
     deferrals, first = [], 0
     for count in ways:
-        deferrals.append(Deferral(tickets[first : first + count + 1], len(hiddens)))
+        deferrals.append(Deferral(tickets[first : first + count + 1], len(hiddens), used=False))
         first += count + 1
     return handed_on, deferrals
 
@@ -208,30 +227,35 @@ def depth_aggregate_norm_chained(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    _check_list(hiddens)
     norms = norm_weights
     if not isinstance(norms, StreamNorms):
         norms = StreamNorms(norm_weights, norm_biases, norm, eps, add_newest, pre_weight, post_weight)
     elif (norm, eps, add_newest) != ("rms", 1e-6, False) or not norm_biases is pre_weight is post_weight is None:
         raise ValueError("norm_weights: expected no other argument of the norms beside a StreamNorms, got some")
-    streams, hiddens = torch.ops.muddformer.depth_aggregate_norm_chained(
+    biases = norms.biases
+    if biases is None:
+        check_kind("norm_weights", norms.weights, "List[Optional[Tensor]]")
+        biases = [None] * len(norms.weights)
+    chained = torch.ops.muddformer.depth_aggregate_norm_chained
+    return call(
+        chained.default if deferral is None else chained.deferred,
         hiddens,
         weights,
         norms.weights,
-        [None] * len(norms.weights) if norms.biases is None else norms.biases,
+        biases,
         norms.kind,
         norms.eps,
         norms.add_newest,
         norms.pre_weight,
         norms.post_weight,
-        *(() if deferral is None else deferral),
+        *_use(deferral),
     )
-    return streams, hiddens
 
 
 @_constant
 def _fuses_norms(device: torch.device, dtype: torch.dtype, width: int, sources: int, ways: int) -> bool:
-    return torch.ops.muddformer.fuses_norms(torch.empty(0, width, device=device, dtype=dtype), sources, ways)
+    op = torch.ops.muddformer.fuses_norms.default
+    return call(op, torch.empty(0, width, device=device, dtype=dtype), sources, ways)
 
 
 def fuses_norms(x: Tensor, sources: int, ways: int) -> bool:
@@ -247,6 +271,8 @@ def fuses_norms(x: Tensor, sources: int, ways: int) -> bool:
         sources: number of hidden states S.
         ways: number of ways C.
     """
+    for name, value, kind in (("x", x, "Tensor"), ("sources", sources, "int"), ("ways", ways, "int")):
+        check_kind(name, value, kind)
     return _fuses_norms(x.device, x.dtype, operator.index(x.shape[-1]), sources, ways)
 
 
@@ -281,7 +307,8 @@ def connection_weights(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    return torch.ops.muddformer.connection_weights(x, w1, w2, prior, scale, eps, gelu_approximate, cap)
+    op = torch.ops.muddformer.connection_weights.default
+    return call(op, x, w1, w2, prior, scale, eps, gelu_approximate, cap)
 
 
 def connection_weights_chained(
@@ -299,7 +326,8 @@ def connection_weights_chained(
 
     Later layers use the returned ``x``; the gradient which they accumulate joins the one of the weights in one pass.
     """
-    return torch.ops.muddformer.connection_weights_chained(x, w1, w2, prior, scale, eps, gelu_approximate, cap)
+    op = torch.ops.muddformer.connection_weights_chained.default
+    return call(op, x, w1, w2, prior, scale, eps, gelu_approximate, cap)
 
 
 def depth_aggregation_step(
@@ -342,11 +370,14 @@ def depth_aggregation_step(
     """
     if norms is None:
         norms = StreamNorms(norm_weights, norm_biases, norm, norm_eps)
+    elif not isinstance(norms, StreamNorms):
+        raise TypeError(f"norms: expected a StreamNorms or None, got {kind_of(norms)}")
     extra = {"add_newest": norms.add_newest or None, "pre_weight": norms.pre_weight, "post_weight": norms.post_weight}
     given = [name for name, value in extra.items() if value is not None]
     if given:
         raise ValueError(f"norms: expected none of {', '.join(extra)} in a step, got {', '.join(given)}")
-    return torch.ops.muddformer.depth_aggregation_step(
+    return call(
+        torch.ops.muddformer.depth_aggregation_step.default,
         hiddens,
         w1,
         w2,
@@ -376,6 +407,7 @@ def fuses_step(newest: Tensor) -> bool:
     Args:
         newest: the newest hidden state [..., D].
     """
+    check_kind("newest", newest, "Tensor")
     most = _step_tokens(newest.device, newest.dtype)  # a constant to torch.compile: the number of tokens may be open
     return most > 0 and newest.numel() <= most * newest.shape[-1]
 
@@ -399,7 +431,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    return torch.ops.muddformer.linear(x, weight, bias, residual)
+    return call(torch.ops.muddformer.linear.default, x, weight, bias, residual)
 
 
 def linear_cross_entropy(
@@ -441,6 +473,5 @@ def linear_cross_entropy(
         IndexError: for a target that is no class (on CUDA: a device-side assertion).
         NotImplementedError: in a backward with ``create_graph``: there is no second derivative.
     """
-    return torch.ops.muddformer.linear_cross_entropy(
-        hidden, weight, targets, bias, reduction, ignore_index, label_smoothing, z_loss, chunk
-    )
+    op = torch.ops.muddformer.linear_cross_entropy.default
+    return call(op, hidden, weight, targets, bias, reduction, ignore_index, label_smoothing, z_loss, chunk)

@@ -8,6 +8,7 @@
 #include <typeinfo>
 #include <utility>
 
+#include "../ops/common/checks.h"
 #include "../ops/connection_weights/connection_weights.h"
 #include "../ops/depth_aggregate/depth_aggregate.h"
 #include "../ops/depth_aggregate_norm/depth_aggregate_norm.h"
@@ -268,6 +269,7 @@ std::tuple<at::Tensor, at::Tensor> DepthAggregationImpl::connection_weights(cons
         x, w1->weight, w2->weight, a,
         {scale, options.eps, options.connections.gelu_approximate, options.connections.cap});
   }
+  detail::check_cap(options.connections.cap, a.scalar_type());
   const at::Tensor bounded = options.connections.cap
                                  ? at::tanh(a / *options.connections.cap) * *options.connections.cap
                                  : a;

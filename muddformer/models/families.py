@@ -91,7 +91,8 @@ def from_pretrained(
         TypeError: for a wrong ``dtype``.
         ValueError: naming the file and what is wrong with it.
     """
-    return _model_class(Path(directory)).from_pretrained(directory, device=device, dtype=dtype)
+    values = read_config(Path(directory))
+    return _model_class(Path(directory), values)._load(Path(directory), values, device, dtype)
 
 
 def load_config(directory: str | os.PathLike[str]) -> Any:
@@ -101,11 +102,11 @@ def load_config(directory: str | os.PathLike[str]) -> Any:
         FileNotFoundError: if there is no ``config.json``.
         ValueError: naming the file and what is wrong with it.
     """
-    return _model_class(Path(directory)).load_config(directory)
+    values = read_config(Path(directory))
+    return _model_class(Path(directory), values)._config_of(Path(directory), values)
 
 
-def _model_class(directory: Path) -> type[Pretrained]:
-    values = read_config(directory)
+def _model_class(directory: Path, values: Mapping[str, Any]) -> type[Pretrained]:
     kind = values.get("model_type")
     if isinstance(kind, str) and kind in FOREIGN:
         raise ValueError(

@@ -96,10 +96,14 @@ class Pretrained(nn.Module):
         cls, directory: str | os.PathLike[str], *, device: Any = None, dtype: torch.dtype | None = None
     ) -> Self:
         """The model of a checkpoint directory, see :func:`muddformer.from_pretrained`."""
+        return cls._load(Path(directory), read_config(Path(directory)), device, dtype)
+
+    @classmethod
+    def _load(cls, directory: Path, values: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Self:
+        """The model of a checkpoint directory whose ``config.json`` has been read."""
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
-        directory = Path(directory)
-        config = cls.load_config(directory)
+        config = cls._config_of(directory, values)
         with open_weights(directory) as (path, tensors):
             cls._check_count(path, config, len(tensors))
             model = cls.skeleton(config, directory / CONFIG_NAME)
@@ -138,8 +142,11 @@ class Pretrained(nn.Module):
             FileNotFoundError: if there is no ``config.json``.
             ValueError: naming the file and what is wrong with it.
         """
-        directory = Path(directory)
-        values = read_config(directory)
+        return cls._config_of(Path(directory), read_config(Path(directory)))
+
+    @classmethod
+    def _config_of(cls, directory: Path, values: Mapping[str, Any]) -> Any:
+        """The configuration that the contents of a directory's ``config.json`` stand for."""
         try:
             return cls.config_class.read(values)
         except (TypeError, ValueError) as error:

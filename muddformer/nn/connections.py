@@ -337,7 +337,9 @@ class History:
                 group = connections.flush_groups[i]
                 older, opened = ops.defer_gradients(older, list(group.values()))
                 self._deferrals = dict(zip(group, opened, strict=True))
-            deferral = self._deferrals.pop(i, None)
+            deferral = self._deferrals.pop(i, None)  # to one block: nothing to watch, also in compiled blocks
+            if deferral is not None:
+                deferral.used = None
             wide = options.residual_dtype == "float32" and autocast_dtype(self.newest) is not None
         copies = len(WAYS) if options.multiway and i < connections.num_blocks else 1
         self._turn = Turn(i, aggregation, older, prior, deferral, copies, wide, torch.is_grad_enabled())

@@ -127,8 +127,10 @@ class DepthAggregation(nn.Module):
             those that came (their gradients are chained, and with ``pre_norm`` the newest is now the normed one).
 
         Raises:
-            ValueError: for a wrong number of sources or norms.
+            TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        if isinstance(hiddens, Tensor | str) or not isinstance(hiddens, Sequence):
+            raise TypeError(f"hiddens must be a list of tensors, got a value of type {type(hiddens).__name__}")
         if len(hiddens) != self.sources:
             raise ValueError(f"hiddens must be {self.sources} tensors, got {len(hiddens)}")
         ways = self.ways if isinstance(self.ways, str) else None
@@ -141,6 +143,10 @@ class DepthAggregation(nn.Module):
             raise ValueError("prior must be given to a DepthAggregation that was made with prior=False")
         way_norms = norms if ways is None else [norms[WAYS.index(way)] for way in ways]
         newest = hiddens[-1]
+        if not isinstance(newest, Tensor):
+            raise TypeError(f"hiddens[-1] must be a tensor, got a value of type {type(newest).__name__}")
+        if not isinstance(prior, Tensor):
+            raise TypeError(f"prior must be a tensor, got a value of type {type(prior).__name__}")
         step = self._takes_one_step(newest)
         # A trace is the same with and without gradients (muddformer/_tracing.py), for which norms are called.
         fuses = ops.fuses_norms(newest, self.sources, self.num_ways) and not torch.jit.is_tracing()
@@ -184,15 +190,20 @@ class DepthAggregation(nn.Module):
             return ops.connection_weights_chained(
                 x, w1, w2, prior, scale=scale, eps=self.eps, gelu_approximate=self.gelu_approximate, cap=self.cap
             )
-        if self.cap is not None:
-            prior = self.cap * torch.tanh(prior / self.cap)
-        return prior.to(x.dtype).expand(*x.shape[:-1], *prior.shape), x
+        return self._bounded(prior).to(x.dtype).expand(*x.shape[:-1], *prior.shape), x
 
     def _call_generator(self, x: Tensor, prior: Tensor) -> Tensor:
         normed = F.rms_norm(x, x.shape[-1:], eps=self.eps) if self.norm is None else self.norm(x)
         a = self.w2(F.gelu(self.w1(normed), approximate=self.gelu_approximate)).unflatten(-1, prior.shape)
         a = a + prior.to(a.dtype)
-        return a if self.cap is None else self.cap * torch.tanh(a / self.cap)
+        return self._bounded(a)
+
+    def _bounded(self, a: Tensor) -> Tensor:
+        if self.cap is None:
+            return a
+        if self.cap > torch.finfo(a.dtype).max:
+            raise ValueError(f"cap must be at most {torch.finfo(a.dtype).max:g} for {a.dtype}, got {self.cap!r}")
+        return self.cap * torch.tanh(a / self.cap)
 
     def _generator(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """W1, W2 and the norm's weight, if the operators may read them instead of calling the modules."""

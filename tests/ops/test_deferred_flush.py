@@ -275,6 +275,10 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
     def norm_layer(tickets: list[Tensor], count: int) -> Any:
         return ops.depth_aggregate_norm_chained([x, x], w, [None] * 3, deferral=ops.Deferral(tickets, count))
 
+    def narrow(call: Callable[[], Any]) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()
+
     def newest_layer(**options: Any) -> Any:
         deferral = ops.Deferral(defer([x], [(3, 1)])[1][0].tickets, 1)
         return ops.depth_aggregate_norm_chained([x], w[..., :1], [None] * 3, deferral=deferral, **options)
@@ -289,6 +293,10 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
         "no layers": (lambda: defer([x], []), ValueError, "ways: expected a number for each layer"),
         "no ways": (lambda: defer([x], [(0, 2)]), ValueError, r"ways\[0\]: expected at least 1"),
         "few sources": (lambda: defer([x, x], [(3, 1)]), ValueError, r"sources\[0\]: expected at least 2"),
+        "many ways": (lambda: defer([x], [(10**12, 2)]), ValueError, r"ways\[0\]: expected at most 65536 ways"),
+        "many together": (lambda: defer([x], [(2**15, 2)] * 3), ValueError, r"ways\[2\]: expected at most 65536 ways"),
+        "many sources": (lambda: defer([x], [(3, 10**12)]), ValueError, r"sources\[0\]: expected at most 65536"),
+        "beyond 64 bits": (lambda: defer([x], [(2**70, 2)]), ValueError, r"layers\[0\]: expected two integers of 64"),
         "integers": (lambda: defer([x.int()], [(3, 2)]), TypeError, r"hiddens\[0\]: expected dtype"),
         "few tickets": (lambda: layer(tickets[:2], 1), ValueError, "tickets: expected 4 tensors"),
         "ticket shape": (lambda: layer([*tickets[1:], tickets[0]], 1), ValueError, r"tickets\[2\]: expected shape"),
@@ -296,6 +304,18 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
         "count": (lambda: layer(tickets, 3), ValueError, "deferred: expected 0 to S = 2"),
         "negative": (lambda: layer(tickets, -1), ValueError, "deferred: expected 0 to S = 2"),
         "norm tickets": (lambda: norm_layer(tickets[:2], 1), ValueError, "tickets: expected 4 tensors"),
+        "no tickets": (lambda: layer([], 1), ValueError, "tickets: expected 4 tensors, .* got 0"),
+        "no tickets, autocast": (
+            lambda: narrow(lambda: layer([], 1)),
+            ValueError,
+            "tickets: expected 4 tensors, .* got 0",
+        ),
+        "no norm tickets, autocast": (lambda: narrow(lambda: norm_layer([], 1)), ValueError, "tickets: expected 4 ten"),
+        "a tuple": (
+            lambda: ops.depth_aggregate_chained([x, x], w, (tickets, 1)),
+            TypeError,
+            "deferral: expected a Def",
+        ),
         "norm count": (lambda: norm_layer(tickets, 3), ValueError, "deferred: expected 0 to S = 2"),
         "flush nothing": (lambda: flush([], [x] * 3, [w]), ValueError, "grad_hiddens: expected at least one"),
         "no weights": (lambda: flush([x], [x] * 3, []), ValueError, "weights: expected at least one layer"),

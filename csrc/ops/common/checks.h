@@ -3,9 +3,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
+#include <c10/util/Half.h>
 
 #include <cmath>
+#include <limits>
+#include <optional>
 #include <ostream>
 
 namespace muddformer::detail {
@@ -67,9 +71,38 @@ inline void check_like(const at::Tensor& tensor, ArgumentName argument, const at
                     like.sym_sizes(), " of ", like_name, ", got ", tensor.sym_sizes());
 }
 
+// Kernels hold it as float32.
 inline void check_eps(double eps, const char* name) {
   TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, name, ": expected a finite number >= 0, got ",
                     eps);
+  constexpr double kMost = std::numeric_limits<float>::max();
+  TORCH_CHECK_VALUE(eps <= kMost, name, ": expected at most ", kMost, ", got ", eps);
+}
+
+// The largest number of a floating dtype.
+inline double largest(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return std::numeric_limits<double>::max();
+    case at::kHalf:
+      return std::numeric_limits<c10::Half>::max();
+    case at::kBFloat16:
+      return std::numeric_limits<c10::BFloat16>::max();
+    default:
+      return std::numeric_limits<float>::max();
+  }
+}
+
+// A bound of weights of this dtype, which are divided by it in float32 or float64.
+inline void check_cap(std::optional<double> cap, at::ScalarType dtype) {
+  if (!cap.has_value()) return;
+  TORCH_CHECK_VALUE(std::isfinite(*cap) && *cap > 0,
+                    "cap: expected a finite number > 0 or None, got ", *cap);
+  TORCH_CHECK_VALUE(*cap <= largest(dtype), "cap: expected at most ", largest(dtype),
+                    ", the largest ", dtype, ", got ", *cap);
+  const double least =
+      dtype == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+  TORCH_CHECK_VALUE(*cap >= least, "cap: expected at least ", least, ", got ", *cap);
 }
 
 // float32 for everything but float64: the type that products and sums are accumulated in.

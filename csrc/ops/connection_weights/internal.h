@@ -73,7 +73,8 @@ void check_connection_weights_backward(const at::Tensor& grad_weights,
                                        const at::Tensor& w1, const at::Tensor& w2,
                                        const at::Tensor& prior, const WeightsForward& forward);
 // The options that are numbers and words.
-void check_generator_options(const GeneratorOptions& options);
+// Options for weights of this dtype.
+void check_generator_options(const GeneratorOptions& options, at::ScalarType dtype);
 // prior, scale and the like: the dtype of x, or float32.
 void check_dtype_or_float32(const at::Tensor& tensor, ArgumentName argument, const at::Tensor& x,
                             const char* x_name);

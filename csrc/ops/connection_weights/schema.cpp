@@ -1,7 +1,5 @@
 #include <torch/library.h>
 
-#include <cmath>
-
 #include "connection_weights.h"
 #include "internal.h"
 
@@ -75,13 +73,12 @@ void check_dtype_or_float32(const at::Tensor& tensor, ArgumentName argument, con
   check_same_device(tensor, argument, x, x_name);
 }
 
-void check_generator_options(const GeneratorOptions& options) {
+void check_generator_options(const GeneratorOptions& options, at::ScalarType dtype) {
   check_eps(options.eps, "eps");
   const std::string& gelu = options.gelu_approximate;
   TORCH_CHECK_VALUE(gelu == "none" || gelu == "tanh",
                     "gelu_approximate: expected 'none' or 'tanh', got '", gelu, "'");
-  TORCH_CHECK_VALUE(!options.cap.has_value() || (std::isfinite(*options.cap) && *options.cap > 0),
-                    "cap: expected a finite number > 0 or None, got ", options.cap.value_or(0));
+  check_cap(options.cap, dtype);
 }
 
 void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
@@ -107,7 +104,7 @@ void check_connection_weights(const at::Tensor& x, const at::Tensor& w1, const a
                       "scale: expected shape [D] with D = ", x.sym_size(-1), " of x, got ",
                       options.scale->sym_sizes());
   }
-  check_generator_options(options);
+  check_generator_options(options, x.scalar_type());
 }
 
 // A tensor of the tokens of x: their shape and then `last`.

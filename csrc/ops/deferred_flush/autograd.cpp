@@ -5,8 +5,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "../common/checks.h"
 #include "../common/rows.h"
 #include "internal.h"
 
@@ -24,6 +26,7 @@ struct DeferGradients : torch::autograd::Function<DeferGradients> {
                                const std::vector<int64_t>& sources) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->saved_data["ways"] = ways;
+    ctx->saved_data["used"] = std::vector<int64_t>(ways.size());
     ctx->saved_data["hiddens"] = static_cast<int64_t>(hiddens.size());
     ctx->set_materialize_grads(false);
     const at::Tensor& like = hiddens[0];
@@ -77,6 +80,38 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> defer_gradients_com
 }
 
 }  // namespace
+
+void use_tickets(at::TensorList tickets, int64_t deferred) {
+  if (tickets.empty() || torch::autograd::get_current_graph_task_id() != -1) return;
+  const auto node = tickets[0].grad_fn();
+  auto* group = dynamic_cast<torch::autograd::CppNode<DeferGradients>*>(node.get());
+  if (group == nullptr) return;
+  auto& data = group->ctx_.saved_data;
+  const int64_t hiddens = data["hiddens"].toInt();
+  TORCH_CHECK_VALUE(deferred == hiddens, "deferred: expected ", hiddens,
+                    " of the group that the tickets are of, got ", deferred);
+  const auto count = static_cast<int64_t>(tickets.size());
+  const int64_t first = tickets[0].output_nr();
+  for (int64_t i = 1; i < count; ++i) {
+    TORCH_CHECK_VALUE(tickets[i].grad_fn() == node && tickets[i].output_nr() == first + i,
+                      ArgumentName{"tickets", i},
+                      ": expected a ticket of the layer of tickets[0], "
+                      "in its order, got another one");
+  }
+  const auto ways = data["ways"].toIntVector();
+  size_t layer = 0;
+  int64_t begin = hiddens;
+  while (layer + 1 < ways.size() && begin < first) begin += ways[layer++] + 1;
+  TORCH_CHECK_VALUE(begin == first && ways[layer] + 1 == count,
+                    "tickets: expected all tickets of one layer, got those of parts of layers");
+  auto used = data["used"].toIntVector();
+  TORCH_CHECK(used[layer] == 0,
+              "deferral: expected one that no layer was called with before, got "
+              "that of layer ",
+              layer, " of its group a second time");
+  used[layer] = 1;
+  data["used"] = std::move(used);
+}
 
 TORCH_LIBRARY_IMPL(muddformer, Autograd, m) {
   // Differentiating the flush raises an error that names the op.

@@ -46,10 +46,17 @@ void check_defer_gradients(at::TensorList hiddens, at::IntArrayRef ways, at::Int
   TORCH_CHECK_VALUE(!ways.empty(), "ways: expected a number for each layer, got none");
   TORCH_CHECK_VALUE(ways.size() == sources.size(), "sources: expected ", ways.size(),
                     " numbers, as many as ways, got ", sources.size());
+  constexpr int64_t kMost = int64_t{1} << 16;  // of ways, in the whole group, and of sources
+  int64_t left = kMost;
   for (size_t i = 0; i < ways.size(); ++i) {
     TORCH_CHECK_VALUE(ways[i] >= 1, "ways[", i, "]: expected at least 1, got ", ways[i]);
+    TORCH_CHECK_VALUE(ways[i] <= left, "ways[", i, "]: expected at most ", kMost,
+                      " ways of all layers together, got ", ways[i], " after ", kMost - left);
+    left -= ways[i];
     TORCH_CHECK_VALUE(sources[i] >= count, "sources[", i, "]: expected at least ", count,
                       " (the number of hiddens), got ", sources[i]);
+    TORCH_CHECK_VALUE(sources[i] <= kMost, "sources[", i, "]: expected at most ", kMost, ", got ",
+                      sources[i]);
   }
 }
 

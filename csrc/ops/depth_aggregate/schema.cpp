@@ -30,7 +30,7 @@ std::vector<at::Tensor> depth_aggregate(at::TensorList hiddens, const at::Tensor
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_chained(
     at::TensorList hiddens, const at::Tensor& weights, const Deferral& deferral) {
   using Results = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
-  if (deferral.tickets.empty()) {
+  if (deferral.tickets.empty() && deferral.count == 0) {
     static const detail::Operator<Results(at::TensorList, const at::Tensor&)> op(
         "depth_aggregate_chained");
     return op(hiddens, weights);

@@ -54,7 +54,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_nor
     const Deferral& deferral) {
   const StreamNorms norms = of_every_way(given, weights);
   using Results = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
-  if (deferral.tickets.empty()) {
+  if (deferral.tickets.empty() && deferral.count == 0) {
     static const detail::Operator<Results(at::TensorList, const at::Tensor&, const StreamNorms&)>
         op("depth_aggregate_norm_chained");
     return op(hiddens, weights, norms);

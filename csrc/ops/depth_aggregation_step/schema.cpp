@@ -105,7 +105,7 @@ void check_depth_aggregation_step(at::TensorList hiddens, const std::optional<at
   } else {
     TORCH_CHECK_VALUE(!options.scale.has_value(),
                       "scale: expected None without w1 and w2, got a tensor");
-    check_generator_options(options);
+    check_generator_options(options, x.scalar_type());
   }
   TORCH_CHECK_VALUE(norms.kind == "none" || norms.kind == "rms" || norms.kind == "layer",
                     "norm: expected 'none', 'rms' or 'layer', got '", norms.kind, "'");
