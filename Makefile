@@ -13,6 +13,8 @@ CXX := c++
 endif
 
 bin := $(VENV)/bin
+# abspath would take a folder with spaces in its name for several.
+here := $(if $(filter /%,$(VENV)),,$(CURDIR)/)
 tag := $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-torch-$(or $(TORCH_VERSION),newest)
 ready := $(VENV)/.ready-$(tag)
 installed := $(VENV)/.installed-$(tag)
@@ -56,8 +58,8 @@ test-cpp: tests-cpp
 	$(bin)/ctest --test-dir $(call cmake_build,tests-cpp) --output-on-failure --parallel $(cmake_jobs)
 
 tests-cpp: $(installed) gtest
-	$(bin)/cmake -S tests/cpp -B $(call cmake_build,tests-cpp) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
-		-DPython_EXECUTABLE="$(abspath $(bin))/python" \
+	$(bin)/cmake -S tests/cpp -B $(call cmake_build,tests-cpp) -G Ninja -DCMAKE_MAKE_PROGRAM="$(here)$(bin)/ninja" \
+		-DPython_EXECUTABLE="$(here)$(bin)/python" \
 		-DCMAKE_PREFIX_PATH="$$($(bin)/python -I -c 'import muddformer.utils as u; print(u.cmake_prefix_path)')"
 	$(bin)/cmake --build $(call cmake_build,tests-cpp) --parallel $(cmake_jobs)
 
@@ -68,9 +70,9 @@ smoke: $(installed)
 
 # The C++ tests with the library's CPU side under AddressSanitizer and UndefinedBehaviorSanitizer.
 asan: $(ready) gtest
-	$(bin)/cmake -S . -B $(call cmake_build,asan) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
+	$(bin)/cmake -S . -B $(call cmake_build,asan) -G Ninja -DCMAKE_MAKE_PROGRAM="$(here)$(bin)/ninja" \
 		-DMUDDFORMER_TORCH_DIR="$$($(bin)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
-		-DPython_EXECUTABLE="$(abspath $(bin))/python" \
+		-DPython_EXECUTABLE="$(here)$(bin)/python" \
 		-DMUDDFORMER_CUDA=OFF -DMUDDFORMER_TESTS=ON -DMUDDFORMER_SANITIZE=address,undefined \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1"
 	$(bin)/cmake --build $(call cmake_build,asan) --parallel $(cmake_jobs)

@@ -65,7 +65,7 @@ macro(muddformer_find_torch)
   endif()
 
   if(NOT TARGET muddformer::torch)
-    add_library(muddformer::torch INTERFACE IMPORTED)
+    add_library(muddformer::torch INTERFACE IMPORTED GLOBAL)
     set_target_properties(
       muddformer::torch
       PROPERTIES INTERFACE_INCLUDE_DIRECTORIES
@@ -79,7 +79,7 @@ macro(muddformer_find_torch)
     foreach(_muddformer_library IN ITEMS torch torch_cpu torch_cuda c10 c10_cuda)
       set(_muddformer_path "${MUDDFORMER_TORCH_DIR}/lib/lib${_muddformer_library}.so")
       if(EXISTS "${_muddformer_path}")
-        add_library(muddformer::lib${_muddformer_library} SHARED IMPORTED)
+        add_library(muddformer::lib${_muddformer_library} SHARED IMPORTED GLOBAL)
         set_target_properties(muddformer::lib${_muddformer_library} PROPERTIES IMPORTED_LOCATION "${_muddformer_path}"
                                                                            IMPORTED_NO_SONAME OFF)
         set_property(

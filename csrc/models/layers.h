@@ -74,7 +74,9 @@ class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> 
 
   /// Attends to this and earlier positions, without config.causal to all.
   ///
-  /// @param xq, xk, xv normed streams [B, T, D]; they may be one tensor.
+  /// @param xq normed stream [B, T, D] of the queries.
+  /// @param xk that of the keys; the three may be one tensor.
+  /// @param xv that of the values.
   /// @param rotary of the T positions.
   /// @param mask bool [T, length of the cache], true where a query sees a key. Undefined: among
   ///   the T, causal with config.causal.
@@ -131,7 +133,9 @@ class MUDDFORMER_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
 
   /// The next hidden state, from the streams that the history makes for this block's norms.
   ///
-  /// @param rotary, mask, cache see AttentionImpl::forward().
+  /// @param rotary see AttentionImpl::forward().
+  /// @param mask see AttentionImpl::forward().
+  /// @param cache see AttentionImpl::forward().
   /// @return `A + FFN(Norm(A))` with `A = xr + Attention(...)`, or `A + FFN(Norm(xr))` with
   ///   use_parallel_residual; [B, T, D].
   at::Tensor forward(History& history, const Rotary& rotary, const at::Tensor& mask = {},

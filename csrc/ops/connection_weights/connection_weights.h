@@ -21,7 +21,8 @@ namespace muddformer {
 /// Connection weights [..., C, S], of the dtype of x.
 ///
 /// @param x newest hidden state [..., D].
-/// @param w1, w2 projections [K, D] and [C*S, K], of the dtype of x.
+/// @param w1 projection [K, D], of the dtype of x.
+/// @param w2 projection [C*S, K], of the dtype of x.
 /// @param prior static prior [C, S], of the dtype of x or float32.
 /// @param options the norm's scale and eps, the form of the GELU, the cap.
 /// @throws c10::ValueError, c10::TypeError naming the argument, what was expected and what came.

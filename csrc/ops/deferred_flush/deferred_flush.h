@@ -33,7 +33,8 @@ struct Deferral {
 ///
 /// @param hiddens the older hidden states [..., D] that all layers of the group mix first; the
 ///   layers are given the ones that are returned.
-/// @param ways, sources number of ways C and of sources S of each layer of the group.
+/// @param ways number of ways C of each layer of the group.
+/// @param sources number of sources S of each layer of the group.
 /// @return (hidden states to be used from here on, a deferral for each layer).
 /// @throws c10::ValueError, c10::TypeError naming the argument, what was expected and what came.
 MUDDFORMER_API std::tuple<std::vector<at::Tensor>, std::vector<Deferral>> defer_gradients(

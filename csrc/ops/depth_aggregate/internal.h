@@ -17,7 +17,8 @@ namespace muddformer::detail {
 /// @param grad_outputs C gradients dY_c, [..., D]; none stands for zero.
 /// @param grad_hiddens S gradients of the handed-on sources; none stands for zero. May be empty:
 ///   all none.
-/// @param hiddens, weights as in the forward.
+/// @param hiddens as in the forward.
+/// @param weights as in the forward.
 /// @param deferred number of the first hidden states that get no gradient here.
 /// @return (gradients of the other hidden states, gradient of the weights), new tensors.
 std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward(

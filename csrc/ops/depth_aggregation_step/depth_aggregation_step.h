@@ -25,8 +25,9 @@ namespace muddformer {
 ///
 /// @param hiddens the S >= 1 sources, each [..., D], the newest last, of one shape, dtype and
 ///   device.
-/// @param w1, w2 the generator's projections [K, D] and [C*S, K], of the dtype of the hidden
-///   states; both nullopt for a static layer.
+/// @param w1 the generator's projection [K, D], of the dtype of the hidden states; nullopt for a
+///   static layer.
+/// @param w2 its second one [C*S, K], of the same dtype; nullopt for a static layer.
 /// @param prior static prior [C, S], of the dtype of the hidden states or float32, like the
 ///   generator's scale and the norms' parameters.
 /// @param options see connection_weights(); no scale for a static layer.
