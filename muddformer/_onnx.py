@@ -152,6 +152,7 @@ FORMULAS = {
     "depth_aggregate": _depth_aggregate,
     "depth_aggregate_norm_forward": _depth_aggregate_norm_forward,
     "depth_aggregation_step": _depth_aggregation_step,
+    "linear_forward": reference.linear,
     "linear_cross_entropy_losses": _linear_cross_entropy_losses,
 }
 

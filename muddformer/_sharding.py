@@ -110,7 +110,7 @@ class _Spread:
         self.placements = list(self.whole)
         for name, value in arguments.items():
             # Gradients go where that is which they are gradients of.
-            if name not in (*rule.whole, *rule.local) and not name.startswith("grad_"):
+            if name not in (*rule.whole, *rule.local) and not name.startswith("grad"):
                 for label, x in _tensors(name, value):
                     self.take_placements(label, x)
 

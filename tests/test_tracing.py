@@ -40,6 +40,7 @@ def test_formulas_for_onnx_are_the_operators() -> None:
     calls = [
         ("depth_aggregate", hiddens, weights),
         ("connection_weights", hiddens[0], *generator, 2.0),
+        ("linear_forward", hiddens[0], torch.randn(5, 8), torch.randn(5), torch.randn(2, 3, 5)),
         ("depth_aggregation_step", hiddens, *generator, None, [norm, None], [], "rms", 1e-6),
         ("depth_aggregation_step", hiddens, None, None, generator[2], None, 1e-6, "none", 2.0, [], [], "none", 1e-6),
     ]
