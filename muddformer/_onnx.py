@@ -147,13 +147,44 @@ def _linear_cross_entropy_losses(
     )
 
 
+def _add_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = residual + x
+    normed, mean, factor = _norm(total.to(_wide(total.dtype)), eps, norm == "layer")
+    normed = normed * weight if bias is None else normed * weight + bias
+    means = mean.squeeze(-1) if norm == "layer" else factor.new_empty(0)
+    return total, normed.to(dtype or total.dtype), factor.squeeze(-1), means
+
+
+def _qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    return reference.qk_norm_rotary(q, k, cos, sin, q_weight, k_weight, eps=eps)
+
+
 FORMULAS = {
+    "add_norm_forward": _add_norm_forward,
     "connection_weights": _connection_weights,
     "depth_aggregate": _depth_aggregate,
     "depth_aggregate_norm_forward": _depth_aggregate_norm_forward,
     "depth_aggregation_step": _depth_aggregation_step,
     "linear_forward": reference.linear,
     "linear_cross_entropy_losses": _linear_cross_entropy_losses,
+    "qk_norm_rotary": _qk_norm_rotary,
+    "swiglu": reference.swiglu,
 }
 
 

@@ -43,6 +43,8 @@ _GENERATOR = ("w1", "w2", "prior", "scale")
 _NORMS = ("norm_weights", "norm_biases", "pre_weight", "post_weight")
 
 RULES = {
+    "add_norm_backward": Rule("sum", ("weight",), ("rstd", "mean"), ("sum", None, "weight", "weight")),
+    "add_norm_forward": Rule("residual", ("weight", "bias"), ("rstd", "mean"), (None, None, "rstd", "mean")),
     "connection_weights": Rule("x", _GENERATOR),
     "connection_weights_forward": Rule("x", _GENERATOR),
     "connection_weights_backward": Rule("x", _GENERATOR, results=("x", *_GENERATOR)),
@@ -60,6 +62,13 @@ RULES = {
     "depth_aggregation_step": Rule("hiddens", (*_GENERATOR, "norm_weights", "norm_biases")),
     "linear_backward": Rule("x", ("weight",), results=("x", "weight", "weight")),
     "linear_forward": Rule("x", ("weight", "bias")),
+    # Heads are tokens too. The tables are those of the positions that a process has.
+    "qk_norm_rotary": Rule("q", ("q_weight", "k_weight"), ("cos", "sin"), ("q", "k")),
+    "qk_norm_rotary_backward": Rule(
+        "grad_q", ("q_weight", "k_weight"), ("cos", "sin"), ("grad_q", "grad_k", "q_weight", "k_weight")
+    ),
+    "swiglu": Rule("gate"),
+    "swiglu_backward": Rule("gate", results=("gate", "up")),
 }
 
 
@@ -163,7 +172,8 @@ class _Spread:
         """A result of this process's tokens as a part of the whole; whole for an argument that is no DTensor."""
         if x.dim() < len(self.leading) or (x.shape == (0,) and len(self.leading)):
             return x  # nothing: [0]
-        result = self.spread(x, self.placements, [*self.leading, *x.shape[len(self.leading) :]])
+        shape = [*self.leading, *x.shape[len(self.leading) :]] if like is None else like.shape
+        result = self.spread(x, self.placements, shape)
         return result if like is None or self.is_spread(like) else result.full_tensor()
 
     def summed(self, x: Tensor, like: Any = None) -> Tensor:

@@ -27,6 +27,7 @@ from ._dispatch import call, check_kind, is_int64, kind_of
 __all__ = [
     "Deferral",
     "StreamNorms",
+    "add_norm",
     "connection_weights",
     "connection_weights_chained",
     "defer_gradients",
@@ -38,6 +39,8 @@ __all__ = [
     "fuses_step",
     "linear",
     "linear_cross_entropy",
+    "qk_norm_rotary",
+    "swiglu",
 ]
 
 
@@ -475,3 +478,82 @@ def linear_cross_entropy(
     """
     op = torch.ops.muddformer.linear_cross_entropy.default
     return call(op, hidden, weight, targets, bias, reduction, ignore_index, label_smoothing, z_loss, chunk)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """``F.silu(gate) * up`` in one pass, and one in the backward, which makes ``silu(gate)`` again.
+
+    Args:
+        gate: [..., F]. Without ``up``: [..., 2 F], gate and up side by side; their gradient is one tensor too.
+        up: of the shape, dtype and device of ``gate``.
+
+    Returns:
+        [..., F], in the dtype of the inputs, rounded once.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    return call(torch.ops.muddformer.swiglu.default, gate, up)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sum = residual + x`` and its norm in one pass; in the backward one pass for the gradient of both.
+
+    Args:
+        x: a branch [..., D], of the dtype of ``residual``, or of 16 bits beside a float32 one.
+        residual: [..., D].
+        weight: [D], of the dtype of ``residual`` or float32.
+        bias: of a LayerNorm: [D], of the dtype of ``weight``.
+        norm: ``"rms"`` (RMSNorm) or ``"layer"`` (LayerNorm).
+        eps: added to the mean square or the variance, at least 0.
+        dtype: of the normed tensor, that of ``x`` or of ``residual``. None: that of ``residual``, under autocast the
+            autocast dtype, in which ``x`` is taken too; the sum keeps the dtype of ``residual``.
+
+    Returns:
+        (sum, normed), [..., D] each.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    return call(torch.ops.muddformer.add_norm.default, x, residual, weight, bias, norm, eps, dtype)
+
+
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of every head of queries and keys, and its rotation by the position, in one pass each way.
+
+    Entry i of a head pairs with entry i + half; the entries from 2 * half on pass through.
+
+    Args:
+        q: queries [B, T, H, E], as the projection leaves them; a slice of a wider one too.
+        k: keys [B, T, Hk, E].
+        cos, sin: of the T positions, float32 [T, half] or, where each sequence has positions of its own, [B, T, half],
+            half <= E / 2. They get no gradients.
+        q_weight, k_weight: of the norms, [E] each, of the dtype of ``q`` or float32; None, both of them: no norms.
+        eps: added to the mean square, at least 0.
+
+    Returns:
+        Queries and keys of the shapes that came. Attention takes them as ``transpose(1, 2)``: its result has the order
+        of its queries in memory, so that it can be flattened without a copy.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    return call(torch.ops.muddformer.qk_norm_rotary.default, q, k, cos, sin, q_weight, k_weight, eps)

@@ -115,3 +115,51 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses.view(targets.shape)
     return losses.sum() / (counts.sum().clamp_min(1) if reduction == "mean" else 1)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up; without ``up`` gate and up are the halves of ``gate``."""
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    return F.silu(gate) * up
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """residual + x, and its RMSNorm or LayerNorm."""
+    y = residual + x
+    shape, weight = y.shape[-1:], weight.to(y.dtype)
+    bias = None if bias is None else bias.to(y.dtype)
+    normed = F.rms_norm(y, shape, weight, eps) if norm == "rms" else F.layer_norm(y, shape, weight, bias, eps)
+    return y, normed.to(dtype or y.dtype)
+
+
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of every head if there are weights, and rotation of its first 2 * half entries."""
+    half = cos.shape[-1]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+    def turn(x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is not None:
+            x = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+        a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+        parts = [(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest]
+        return torch.cat(parts, -1)
+
+    return turn(q, q_weight), turn(k, k_weight)

@@ -88,6 +88,32 @@ def operators(mesh: DeviceMesh, _: Path) -> None:
 
 
 @check
+def steps_of_a_block(mesh: DeviceMesh, _: Path) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(4, 5, 8), torch.randn(4, 5, 8), torch.randn(4, 5, 4, 8), torch.randn(4, 5, 2, 8)]
+    parameters = [torch.randn(8) for _ in range(4)]
+    tables = torch.randn(5, 3), torch.randn(5, 3)
+
+    def loss(x: Tensor, residual: Tensor, q: Tensor, k: Tensor, *weights: Tensor) -> Tensor:
+        total, normed = ops.add_norm(ops.swiglu(x, residual), residual, weights[0])
+        _, layered = ops.add_norm(x, total, weights[0], weights[1], norm="layer")
+        q, k = ops.qk_norm_rotary(q, k, *tables, *weights[2:])
+        return sum((y * y).sum() for y in (ops.swiglu(normed), layered, q, k))
+
+    leaves = [t.clone().requires_grad_() for t in (*given, *parameters)]
+    expected = loss(*leaves)
+    expected.backward()
+    for rows, heads in ((Replicate(), Replicate()), (Shard(0), Shard(0)), (Shard(1), Shard(2))):
+        for plain in (False, True):
+            own = [distribute_tensor(x, mesh, [p]) for x, p in zip(given, (rows, rows, heads, heads), strict=True)]
+            own += [x.clone() if plain else distribute_tensor(x, mesh, [Replicate()]) for x in parameters]
+            own = [x.requires_grad_() for x in own]
+            together = loss(*own)
+            together.backward()
+            assert_near([together, *(x.grad for x in own)], [expected, *(x.grad for x in leaves)])
+
+
+@check
 def linear_layers_and_the_loss(mesh: DeviceMesh, _: Path) -> None:
     torch.manual_seed(0)
     x, targets = torch.randn(3, 5, 8), torch.randint(12, (3, 5))

@@ -54,6 +54,13 @@ def test_formulas_for_onnx_are_the_operators() -> None:
             wanted = [True, True, bias is not None]
             head = (hiddens[0], torch.randn(5, 8), targets, bias, grad)
             calls.append(("linear_cross_entropy_losses", *head, -100, 0.1, 0.01, None, wanted))
+    x, residual, bias = *hiddens[:2], torch.randn(8)
+    calls += [("swiglu", x, residual), ("swiglu", x, None)]
+    calls.append(("add_norm_forward", x, residual, norm, None, "rms", 1e-6, None))
+    calls.append(("add_norm_forward", x, residual, norm, bias, "layer", 1e-6, torch.float32))
+    heads = [torch.randn(2, 3, count, 8) for count in (4, 2)]
+    tables = [torch.randn(3, 2), torch.randn(3, 2)]
+    calls += [("qk_norm_rotary", *heads, *tables, norm, bias, 1e-6), ("qk_norm_rotary", *heads, *tables)]
     assert {name for name, *_ in calls} == _onnx.FORMULAS.keys()
     with torch.no_grad():
         for name, *arguments in calls:

@@ -95,6 +95,55 @@ def linear_backward_arguments() -> dict[str, Any]:
     return {"grad": given["residual"], "x": given["x"], "weight": given["weight"], **options}
 
 
+def swiglu_arguments() -> dict[str, Any]:
+    return {"gate": randn(*LEADING, WIDTH), "up": randn(*LEADING, WIDTH)}
+
+
+def add_norm_arguments() -> dict[str, Any]:
+    return {
+        "x": randn(*LEADING, WIDTH),
+        "residual": randn(*LEADING, WIDTH),
+        "weight": randn(WIDTH),
+        "bias": randn(WIDTH),
+        "norm": "layer",
+        "eps": 1e-6,
+        "dtype": torch.float32,
+    }
+
+
+def add_norm_backward_arguments() -> dict[str, Any]:
+    rows, row = randn(*LEADING, WIDTH), randn(*LEADING)
+    return {
+        "grad_sum": rows,
+        "grad_normed": rows.clone(),
+        "sum": rows.clone(),
+        "weight": randn(WIDTH),
+        "rstd": row,
+        "mean": row.clone(),
+        "norm": "layer",
+        "x_dtype": torch.float32,
+        "wanted": (True, True),
+    }
+
+
+def qk_arguments() -> dict[str, Any]:
+    return {
+        "q": randn(*LEADING, WAYS, WIDTH),
+        "k": randn(*LEADING, WAYS, WIDTH),
+        "cos": randn(LEADING[1], 2),
+        "sin": randn(LEADING[1], 2),
+        "q_weight": randn(WIDTH),
+        "k_weight": randn(WIDTH),
+        "eps": 1e-6,
+    }
+
+
+def qk_backward_arguments() -> dict[str, Any]:
+    given = qk_arguments()
+    grads = {f"grad_{name}": given[name].clone() for name in ("q", "k")}
+    return {**grads, **given, "wanted": (True, True)}
+
+
 def wrong_tensors(like: Tensor) -> Iterator[tuple[str, Any]]:
     """What may stand where a tensor of one shape, dtype and device is expected."""
     shape = like.shape
@@ -131,6 +180,8 @@ OPTIONS = {
     "gelu_approximate": ["erf", "", "Tanh", "none ", None, 1, True],
     "cap": [0.0, -1.0, float("nan"), float("inf"), "ten", [1.0]],
     "wanted": ["all", None, 1.0],
+    "norm": ["batch", "", "RMS", None, 1],
+    "x_dtype": [torch.int64, torch.float64, None, "wide"],
     "reduction": ["average", "", "Mean", None, 1],
     "ignore_index": [1.5, "none", None],
     "label_smoothing": [-0.1, 1.1, float("nan"), "some", None],
@@ -155,6 +206,12 @@ def cases() -> Iterator[Any]:
         ("linear_backward", linear_backward_arguments),
         ("linear_cross_entropy", cross_entropy_arguments),
         ("linear_cross_entropy_losses", losses_arguments),
+        ("swiglu", swiglu_arguments),
+        ("swiglu_backward", lambda: {"grad": randn(*LEADING, WIDTH), **swiglu_arguments()}),
+        ("add_norm", add_norm_arguments),
+        ("add_norm_backward", add_norm_backward_arguments),
+        ("qk_norm_rotary", qk_arguments),
+        ("qk_norm_rotary_backward", qk_backward_arguments),
     ]
     # Optional arguments aside: any number of ways, any leading shape.
     valid = {(f"depth_aggregate{c}", "weights", f"size2{n}") for c in ("", "_chained") for n in ("+1", "-1")}
@@ -165,6 +222,12 @@ def cases() -> Iterator[Any]:
     for op in ("linear_cross_entropy", "linear_cross_entropy_losses"):
         valid |= {(op, "targets", dtype) for dtype in ("int64", "int32")}
         valid |= {(op, "hidden", dtype) for dtype in ("bfloat16", "float16")}
+    narrow = ("bfloat16", "float16")  # beside a float32 residual
+    valid |= {("add_norm", "x", dtype) for dtype in narrow}
+    valid |= {("add_norm_backward", "grad_normed", dtype) for dtype in narrow}
+    valid |= {("add_norm", "bias", "none"), ("add_norm", "dtype", "None"), ("swiglu", "up", "none")}
+    valid |= {("add_norm_backward", "grad_sum", "none")}
+    valid |= {("qk_norm_rotary", name, f"size2{n}") for name in ("q", "k") for n in ("+1", "-1")}  # heads
     for op, arguments in tables:
         for name, value in arguments().items():
             if isinstance(value, Tensor):
@@ -189,6 +252,8 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(op, {**arguments(), name: 3}, id=f"{op}-{name}-number")
             else:
                 for wrong in OPTIONS[name]:
+                    if (op, name, str(wrong)) in valid:
+                        continue
                     yield pytest.param(op, {**arguments(), name: wrong}, id=f"{op}-{name}-{wrong!r}")
 
 

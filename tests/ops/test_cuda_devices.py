@@ -29,11 +29,15 @@ def everything(tensors: list[Tensor]) -> list[Tensor]:
     normed, _ = ops.depth_aggregate_norm_chained(handed_on, weights, norms)
     loss = ops.linear_cross_entropy(handed_on[0], w1, torch.arange(15, device=w1.device).view(3, 5), chunk=4)
     loss = loss + ops.linear(ops.linear(handed_on[1], w1), w2, residual=streams[0][..., :20]).square().mean()
-    grads = torch.autograd.grad(loss + sum(y.square().mean() for y in [*streams, *normed]), leaves)
+    total, after = ops.add_norm(ops.swiglu(streams[0], streams[1]), streams[2], norm)
+    heads = [x.unflatten(-1, (2, -1)) for x in (total, after)]
+    angles = torch.linspace(0, 3, 5 * (norm.numel() // 4), device=norm.device).view(5, -1)
+    turned = ops.qk_norm_rotary(*heads, angles.cos(), angles.sin(), *[norm[: heads[0].shape[-1]]] * 2)
+    grads = torch.autograd.grad(loss + sum(y.square().mean() for y in [*streams, *normed, *turned]), leaves)
     with torch.no_grad():
         step = ops.depth_aggregation_step(hiddens, w1, w2, prior, norm="rms", norm_weights=norms)
         flushed = torch.ops.muddformer.deferred_flush(list(hiddens[:-1]), list(streams), [weights])
-    results = [weights, loss, *streams, *normed, *grads, *step, *flushed]
+    results = [weights, loss, *streams, *normed, *turned, *grads, *step, *flushed]
     assert all(t.isfinite().all() for t in results)
     return results
 

@@ -1,0 +1,128 @@
+// How heads are split over lanes and blocks, and what lanes load, for qk_norm_rotary.cu.
+#pragma once
+
+#include "../common/pack.cuh"
+#include "qk_norm_rotary.h"
+
+namespace muddformer::kernels {
+
+inline constexpr int kThreads = 256;
+inline constexpr int kBlocks = 2;                            // of a multiprocessor
+inline constexpr int kForwardHeads = 4, kBackwardHeads = 2;  // of a lane
+
+// How the heads of queries or of keys are split over lanes and blocks.
+struct Split {
+  int lanes;        // of a head, a power of two
+  int lane_packs;   // pairs of packs of a head
+  uint32_t groups;  // lanes' shares of a token: heads / heads of a lane, rounded up
+  uint32_t items;   // of all tokens
+  uint32_t blocks;  // that take them
+};
+
+struct Splits {
+  Split of[2];
+};
+
+// The two packs of a pair, in entries of the head, and whether they are rotated.
+struct Pair {
+  int first, second;
+  bool rotated;
+};
+
+template <int P>
+__device__ __forceinline__ Pair pair_of(int pair, int half) {
+  const int begin = pair * P;
+  if (begin < half) return {begin, begin + half, true};
+  return {2 * begin, 2 * begin + P, false};
+}
+
+// The place of an item: its token, and the first of its heads, which are `groups` apart.
+struct Item {
+  int64_t batch, token;
+  int head;
+};
+
+__device__ __forceinline__ Item item_of(uint32_t item, uint32_t groups, uint32_t tokens) {
+  const uint32_t token = item / groups, batch = token / tokens;
+  return {batch, token - batch * tokens, static_cast<int>(item - token * groups)};
+}
+
+template <typename T>
+__device__ __forceinline__ T* head_at(const Heads& heads, const Item& at, int head) {
+  return static_cast<T*>(heads.data) + at.batch * heads.batch_stride +
+         at.token * heads.token_stride + head * heads.head_stride;
+}
+
+// P floats, which stay in the caches.
+template <int P>
+__device__ __forceinline__ void load_floats(const float* from, float (&to)[P]) {
+  if constexpr (P == 1) {
+    to[0] = __ldg(from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < P; i += 4) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
+      to[i] = four.x;
+      to[i + 1] = four.y;
+      to[i + 2] = four.z;
+      to[i + 3] = four.w;
+    }
+  }
+}
+
+// Cosines and sines of this lane's pairs.
+template <int P, int V>
+struct Angles {
+  float cos[V][P], sin[V][P];
+
+  __device__ __forceinline__ void load(const QkNormRotary& p, const Item& at, int lane, int lanes) {
+    const int64_t row = at.batch * p.rotary_batch_stride + at.token * p.rotary_token_stride;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const int begin = (lane + k * lanes) * P;
+      if (begin < p.half) {
+        load_floats<P>(p.cos + row + begin, cos[k]);
+        load_floats<P>(p.sin + row + begin, sin[k]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < P; ++i) {
+          cos[k][i] = 1.0f;
+          sin[k][i] = 0.0f;
+        }
+      }
+    }
+  }
+};
+
+// A norm's weight for this lane's pairs.
+template <typename T, int P, int V>
+__device__ __forceinline__ void load_weight(const QkNormRotary& p, int which, int lane, int lanes,
+                                            int pairs, float (&first)[V][P],
+                                            float (&second)[V][P]) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    const int number = lane + k * lanes;
+    const Pair pair = pair_of<P>(number, p.half);
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      first[k][i] = second[k][i] = 1.0f;
+      if (p.weight[which] == nullptr || number >= pairs) continue;
+      if (p.wide) {
+        first[k][i] = static_cast<const float*>(p.weight[which])[pair.first + i];
+        second[k][i] = static_cast<const float*>(p.weight[which])[pair.second + i];
+      } else {
+        first[k][i] = widen(static_cast<const T*>(p.weight[which])[pair.first + i]);
+        second[k][i] = widen(static_cast<const T*>(p.weight[which])[pair.second + i]);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float lane_sum(float value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+}  // namespace muddformer::kernels
