@@ -211,6 +211,12 @@ TYPED_TEST(AddNormOf, EveryWidth) {
   }
 }
 
+TYPED_TEST(AddNormOf, WidestRows) {
+  const int64_t most = 32768 / sizeof(typename TypeParam::S);
+  ASSERT_NO_FATAL_FAILURE(this->check_both(3, most));
+  ASSERT_NO_FATAL_FAILURE(this->check_both(3, most / 8 * 5));
+}
+
 TYPED_TEST(AddNormOf, ManyRows) {
   ASSERT_NO_FATAL_FAILURE(this->check_both(5001, 64));
   ASSERT_NO_FATAL_FAILURE(this->check_both(3001, 136));

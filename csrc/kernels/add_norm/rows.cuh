@@ -33,7 +33,9 @@ constexpr Groups split_rows(int packs, int usual, int most, int most_threads) {
   for (int each = usual; each > 0; each /= 2) consider(each);
   if (best.packs_each == 0) consider(most);
   if (best.packs_each == 0) return best;  // the row is too wide
-  const int groups = most_threads / best.threads < 1 ? 1 : most_threads / best.threads;
+  // With more packs a thread has more registers.
+  const int block = best.packs_each > usual ? kMaxGroup : most_threads;
+  const int groups = block / best.threads < 1 ? 1 : block / best.threads;
   best.rows = best.threads > 32 && groups > kNamedBarriers ? kNamedBarriers : groups;
   return best;
 }
