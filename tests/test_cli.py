@@ -58,7 +58,7 @@ def fails(capsys, arguments, *words):
     output, errors = capsys.readouterr()
     *progress, error = errors.splitlines()
     assert output == "" and error.startswith("muddformer") and "error: " in error, errors
-    assert all(line.startswith(("tokenizing ", "measuring ", "training ")) for line in progress), errors
+    assert all(line.startswith(("tokenizing ", "text: ", "measuring ", "training ")) for line in progress), errors
     for word in words:
         assert word in error, errors
 

@@ -135,7 +135,9 @@ def write_parts(documents: Sequence[Document], settings: dict[str, Any], folder:
     train, held_out = split_documents(documents, settings["held_out"])
     sample = train[:: settings["tokenizer_sample"]]
     say(f"training the tokenizer on {len(sample):,} of {len(train):,} files")
-    tokenizer = train_tokenizer((piece for document in sample for piece in document.pieces()), settings["vocab_size"])
+    texts = (piece for document in sample for piece in document.pieces() if piece is not None)
+    # Words are not cut: the corpus stays the one of the rows so far.
+    tokenizer = train_tokenizer(texts, settings["vocab_size"], longest_word=None)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     manifest = {
         "vocab_size": tokenizer.get_vocab_size(),
@@ -159,7 +161,7 @@ def encode(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray
     """Token ids of the documents, some documents at a time, each with a separator behind it."""
     separator, remaining = [tokenizer.token_to_id(SEPARATOR)], iter(documents)
     while batch := list(itertools.islice(remaining, _FILES_AT_ONCE)):
-        encodings = tokenizer.encode_batch_fast(["".join(document.pieces()) for document in batch])
+        encodings = tokenizer.encode_batch_fast(["".join(filter(None, document.pieces())) for document in batch])
         yield np.array([i for e in encodings for i in itertools.chain(e.ids, separator)], DTYPE)
 
 

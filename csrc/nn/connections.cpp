@@ -204,9 +204,12 @@ std::vector<at::Tensor> History::streams(const std::vector<Norm>& norms) {
   if (multiway && c.plan.contains(count_)) {
     streams_ = aggregate(norms);
   } else {
-    std::vector<at::Tensor> made = {c.plan.contains(count_) ? aggregate({})[0] : newest_};
-    if (multiway) made.resize(kWays.size(), made[0]);
-    streams_ = norms.empty() ? std::move(made) : normed(made, norms);
+    const at::Tensor made = c.plan.contains(count_) ? aggregate({})[0] : newest_;
+    if (norms.empty()) {
+      streams_.assign(multiway ? kWays.size() : 1, made);
+    } else {
+      streams_ = normed(made, norms);
+    }
   }
   newest_.reset();
   versions_ = versions(streams_);

@@ -93,7 +93,7 @@ def _texts(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
         scores = score_texts(
             model,
             tokenizer,
-            ((document.key, document.pieces()) for document in documents),
+            (text for document in documents for text in document.texts()),
             window=window,
             stride=options.stride,
             batch_size=options.batch_size,

@@ -30,14 +30,19 @@ _FIRST = (SEPARATOR, "<|begin_of_text|>", "<s>", "<bos>")
 _LAST = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens: :data:`SEPARATOR` (id 0), 256 bytes and merges."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, longest_word: int | None = 128) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens: :data:`SEPARATOR` (id 0), 256 bytes and merges.
+
+    Words are cut at ``longest_word`` characters: training takes time that grows with the square of a word's length, and
+    some texts are one word. None: they are not cut.
+    """
     tokenizers = require("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # Training takes time that grows with the square of a word's length, and some texts are one word.
-    short = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\S{128}|\s{128}"), "isolated")
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([short, words])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if longest_word is not None:
+        run = tokenizers.Regex(rf"\S{{{longest_word}}}|\s{{{longest_word}}}")
+        cut = tokenizers.pre_tokenizers.Split(run, "isolated")
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([cut, tokenizer.pre_tokenizer])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,

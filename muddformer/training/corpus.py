@@ -63,6 +63,16 @@ class Document:
             return
         yield None
 
+    def texts(self) -> Iterator[tuple[str, list[str]]]:
+        """Its texts in pieces, each with a name: the key, and from the second text on its number from 0 behind it."""
+        number, pieces = 0, []
+        for piece in self.pieces():
+            if piece is not None:
+                pieces.append(piece)
+                continue
+            yield (f"{self.key}:{number}" if number else self.key), pieces
+            number, pieces = number + 1, []
+
 
 def find_documents(
     paths: Sequence[str], pattern: str = "*", field: str = "text", left_out: dict[str, list[str]] | None = None

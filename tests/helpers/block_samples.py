@@ -63,7 +63,7 @@ def check(ours: Callable, naive: Callable, sample: Sample) -> None:
     for i, (a, b, w) in enumerate(zip(actual, steps, wide, strict=True)):
         assert a.shape == b.shape == w.shape and a.dtype == b.dtype, i
         coarse = max((t.dtype for t in [a, *leaves]), key=tolerance)
-        floor = 1e-2 * tolerance(coarse) if coarse in NARROW else tolerance(coarse)
+        floor = torch.finfo(coarse).eps / 2 if coarse in NARROW else tolerance(coarse)  # rounded once
         assert relative_error(a, w) <= max(2 * relative_error(b, w), floor), (i, relative_error(b, w))
 
 

@@ -193,7 +193,10 @@ Plan make_plan(const Matmul& p, const Key& key, cublasLtHandle_t handle) {
            CUBLAS_STATUS_SUCCESS;
   };
   const auto alignment = [&key](int i) { return static_cast<uint32_t>(key.alignment[i]); };
+  // Parts of a sum meet in float32: never in the 16 bits of the output.
+  const uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
   if (!prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(p.workspace_bytes)) ||
+      !prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions) ||
       !prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(1)) ||
       !prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(0)) ||
       !prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(2)) ||

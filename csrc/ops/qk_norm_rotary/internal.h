@@ -15,8 +15,10 @@ using QkGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 /// Gradients of q, k [B, T, H, E] and of the weights, [0] where they are not wanted.
 ///
-/// @param grad_q, grad_k [B, T, H, E] in any memory layout.
-/// @param q, k what the forward was given; nullopt without norms.
+/// @param grad_q [B, T, H, E] in any memory layout.
+/// @param grad_k likewise.
+/// @param q what the forward was given; nullopt without norms.
+/// @param k likewise.
 /// @param wanted whether the gradients of the weights are.
 QkGradients qk_norm_rotary_backward(const at::Tensor& grad_q, const at::Tensor& grad_k,
                                     const std::optional<at::Tensor>& q,
