@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError
-from .text_files import is_text, read_texts
+from .text_files import BrokenFile, is_text, read_texts
 
 __all__ = ["Document", "find_documents", "split_documents", "told"]
 
@@ -199,4 +199,7 @@ def _reason(path: Path, pattern: str) -> str:
         return "no files"
     if not path.stat().st_size:
         return "empty"
-    return "" if is_text(path) else "not text"
+    try:
+        return "" if is_text(path) else "not text"
+    except BrokenFile:
+        return "damaged"

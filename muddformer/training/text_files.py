@@ -21,7 +21,7 @@ from typing import IO
 from .._checks import shown
 from ..errors import InputError, require
 
-__all__ = ["is_text", "read_texts"]
+__all__ = ["BrokenFile", "is_text", "read_texts"]
 
 _PIECE = 1 << 20
 _OPENERS = {
@@ -41,10 +41,15 @@ _MARKS = {
 }
 
 
+class BrokenFile(InputError):
+    """A packed file does not hold what its suffix says."""
+
+
 def is_text(path: Path) -> bool:
     """Whether a file is one that :func:`read_texts` reads: a table, or text, which has no zero bytes near its start.
 
     Raises:
+        BrokenFile: if it is packed and damaged.
         InputError: if it cannot be read.
     """
     if _kind(path)[1] in _TABLES:
@@ -97,7 +102,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"cannot read {str(path)!r}: {reason}") from error
+        problem = InputError if getattr(error, "errno", None) else BrokenFile
+        raise problem(f"cannot read {str(path)!r}: {reason}") from error
 
 
 def _open(path: Path) -> AbstractContextManager[IO[bytes]]:

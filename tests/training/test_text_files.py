@@ -148,3 +148,14 @@ def test_a_text_without_spaces_takes_linear_time(tmp_path: Path, monkeypatch: py
     prepare_corpus(DataSettings(paths=paths, vocab_size=300, cache_dir=str(tmp_path / "cache")), said.append)
     assert any("reading for the tokenizer: 2 MB" in line for line in said)
     assert any(line.startswith("tokenizing train: ") and line.endswith("100%") for line in said)
+
+
+def test_a_damaged_file_in_a_folder_is_left_out(tmp_path):
+    (tmp_path / "whole.txt").write_text("text\n")
+    for suffix in ("gz", "bz2", "xz"):
+        (tmp_path / f"broken.txt.{suffix}").write_bytes(b"BZh91AY none of these\n" * 9)
+    left_out = {}
+    assert [document.path.name for document in find_documents([str(tmp_path)], left_out=left_out)] == ["whole.txt"]
+    assert left_out == {"damaged": ["broken.txt.bz2", "broken.txt.gz", "broken.txt.xz"]}
+    with pytest.raises(InputError, match=r"broken\.txt\.gz"):
+        find_documents([str(tmp_path / "broken.txt.gz")])
