@@ -24,19 +24,24 @@ class _Waiting(MetaPathFinder):
     """Finds nothing itself, but sees what is imported."""
 
     def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
-        self.name, self.function = name, function
+        self.name, self.function, self.looking = name, function, False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self.name:
+        if name != self.name or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.looking = True  # the others are asked, through here too
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                self.function(module)
+                if self in sys.meta_path:  # who only asks where a module is does not import it
+                    sys.meta_path.remove(self)
+                    self.function(module)
 
             spec.loader.exec_module = exec_module
         return spec

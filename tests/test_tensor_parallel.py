@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 import traceback
@@ -357,6 +358,7 @@ def test_rules_wait_for_what_takes_long_to_import(tmp_path: Path, monkeypatch: p
     given, finders = [], len(sys.meta_path)
     when_imported("imported_late", lambda module: given.append(module.value))
     importlib.import_module("json")
+    assert importlib.util.find_spec("imported_late") is not None  # asking is not importing
     assert given == []
     importlib.import_module("imported_late")
     assert given == [3]

@@ -32,7 +32,7 @@ class MUDDFormerConfig(PretrainedConfig):
             returns none.
         values: keys of the public release, or fields of :class:`muddformer.MUDDFormerConfig`, whose defaults each has;
             and whatever transformers keeps in a configuration. transformers' standard names (``hidden_size``,
-            ``num_hidden_layers``, ...) stand for the release's keys.
+            ``num_hidden_layers``, ...) stand for either.
 
     Raises:
         TypeError, ValueError: naming the key, what was expected and what came.
@@ -65,7 +65,8 @@ class MUDDFormerConfig(PretrainedConfig):
                 f"AutoModelForCausalLM finds the class of a directory, after import muddformer.hf for {known}"
             )
         rope = values.pop("rope_parameters", None) or {}
-        values = {_STANDARD.get(name, name): value for name, value in values.items()}
+        names = _STANDARD if release.is_official(values) else {**_STANDARD, "num_key_value_heads": "n_kv_heads"}
+        values = {names.get(name, name): value for name, value in values.items()}
         own = {name: values.pop(name) for name in (_FIELDS | _RELEASE) & values.keys()}
         if "n_local_heads" in own and "n_kv_heads" in own:
             own.pop("n_kv_heads")

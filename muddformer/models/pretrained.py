@@ -65,10 +65,12 @@ class Pretrained(nn.Module):
         for name, value in state.items():
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
             state[name] = whole.detach().cpu().contiguous()
-        if not sharded or torch.distributed.get_rank() == 0:
-            write_checkpoint(Path(directory), state, self.config.to_dict())
-        if sharded:
-            torch.distributed.barrier()  # whoever reads it next finds it there
+        try:
+            if not sharded or torch.distributed.get_rank() == 0:
+                write_checkpoint(Path(directory), state, self.config.to_dict())
+        finally:
+            if sharded:
+                torch.distributed.barrier()  # whoever reads it next finds it there; nobody waits for one that failed
 
     def _check_saveable(self, state: Mapping[str, Any]) -> None:
         """Refuses a model whose parts were replaced: quantised, or with adapters that are not merged."""

@@ -125,6 +125,8 @@ def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms
         own = formula, getattr(norm, epsilon), weight.dtype
         if weight.shape != shape or weight.device != device or own != (common or own):
             return None
+        if bias is not None and (bias.shape, bias.device, bias.dtype) != (shape, device, weight.dtype):
+            return None
         if not autocast and own[2] not in (dtype, torch.float32):
             return None
         kind, eps, _ = common = own

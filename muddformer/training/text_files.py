@@ -42,21 +42,22 @@ _MARKS = {
 
 
 class BrokenFile(InputError):
-    """A packed file does not hold what its suffix says."""
+    """A packed file or a table does not hold what its suffix says."""
 
 
 def is_text(path: Path) -> bool:
     """Whether a file is one that :func:`read_texts` reads: a table, or text, which has no zero bytes near its start.
 
     Raises:
-        BrokenFile: if it is packed and damaged.
+        BrokenFile: if its beginning is not of the packing or table that its suffix says.
         InputError: if it cannot be read.
     """
-    if _kind(path)[1] in _TABLES:
-        return True
     with _reading(path), _open(path) as file:
         start = file.read(8192)
-    return b"\0" not in start or _encoding(start) != "utf-8"
+    suffix = _kind(path)[1]
+    if suffix == ".parquet" and not start.startswith(b"PAR1"):
+        raise BrokenFile(f"cannot read {str(path)!r}: not a Parquet file")
+    return suffix in _TABLES or b"\0" not in start or _encoding(start) != "utf-8"
 
 
 def read_texts(path: Path, field: str, misread: list[int]) -> Iterator[str | None]:

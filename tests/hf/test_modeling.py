@@ -175,6 +175,16 @@ def test_outputs() -> None:
     assert torch.equal(model(inputs_embeds=out.hidden_states[0]).logits, out.logits)
 
 
+def test_standard_names_change_no_defaults() -> None:
+    standard = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_reallocation": False}
+    ours = hf.MUDDFormerConfig(**standard).to_model_config()
+    assert hf.MUDDFormerConfig(**standard, num_key_value_heads=4).to_model_config() == ours
+    grouped = hf.MUDDFormerConfig(**standard, num_key_value_heads=2, separate_norms=False).to_model_config()
+    assert grouped == ours.replace(n_kv_heads=2, separate_norms=False)
+    released = hf.MUDDFormerConfig(**standard, dense_type="qkvr", num_key_value_heads=2).to_model_config()
+    assert released.n_kv_heads == 2 and not released.use_qk_norm
+
+
 def test_rope_parameters() -> None:
     config = hf.MUDDPythiaConfig(n_layer=2, rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5})
     assert (config.rope_base, config.rotary_pct) == (500.0, 0.5)

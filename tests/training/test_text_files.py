@@ -154,8 +154,11 @@ def test_a_damaged_file_in_a_folder_is_left_out(tmp_path):
     (tmp_path / "whole.txt").write_text("text\n")
     for suffix in ("gz", "bz2", "xz"):
         (tmp_path / f"broken.txt.{suffix}").write_bytes(b"BZh91AY none of these\n" * 9)
+    (tmp_path / "table.jsonl.gz").write_bytes(b"no gzip")
+    (tmp_path / "table.parquet").write_bytes(b"no table")
     left_out = {}
     assert [document.path.name for document in find_documents([str(tmp_path)], left_out=left_out)] == ["whole.txt"]
-    assert left_out == {"damaged": ["broken.txt.bz2", "broken.txt.gz", "broken.txt.xz"]}
+    names = ["broken.txt.bz2", "broken.txt.gz", "broken.txt.xz", "table.jsonl.gz", "table.parquet"]
+    assert left_out == {"damaged": names}
     with pytest.raises(InputError, match=r"broken\.txt\.gz"):
         find_documents([str(tmp_path / "broken.txt.gz")])

@@ -32,7 +32,7 @@ inline void product_composition(const at::Tensor& to, const at::Tensor& left,
   if (left.scalar_type() == to.scalar_type()) {
     add ? at::addmm_out(result, to, left, right) : at::mm_out(result, left, right);
   } else {
-    const at::Tensor made = at::mm(left, right);
+    const at::Tensor made = at::mm(left.to(to.scalar_type()), right.to(to.scalar_type()));
     add ? result.add_(made) : result.copy_(made);
   }
 }
