@@ -4,7 +4,7 @@
 
 #include "nn/connections.h"
 #include "nn/depth_aggregation.h"
-#include "nn/linear.h"
+#include "nn/matrices.h"
 #include "nn/mudd_stack.h"
 #include "nn/norm.h"
 #include "nn/options.h"

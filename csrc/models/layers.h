@@ -1,7 +1,7 @@
 // The blocks of all families: attention with rotary positions, feed-forward networks.
 //
 // B, T: batch and sequence length; D: model width; H: heads; E: width of a head. The
-// conventions of modules are those of nn/linear.h.
+// conventions of modules are those of nn/matrices.h.
 #pragma once
 
 #include <torch/nn/cloneable.h>
@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../nn/connections.h"
-#include "../nn/linear.h"
+#include "../nn/matrices.h"
 #include "../nn/norm.h"
 #include "config.h"
 #include "kv_cache.h"

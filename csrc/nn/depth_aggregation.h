@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../ops/deferred_flush/deferred_flush.h"
-#include "linear.h"
+#include "matrices.h"
 #include "norm.h"
 #include "options.h"
 

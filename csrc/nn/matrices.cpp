@@ -1,4 +1,4 @@
-#include "linear.h"
+#include "matrices.h"
 
 #include <ATen/ATen.h>
 
