@@ -134,10 +134,13 @@ class MUDDFormer(Backbone, Pretrained):
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         head = self.tok_embeddings if self.output is None else self.output
         head = plain_parameters(head, x, nn.Embedding, nn.Linear)
-        if head is not None:
+        # The compiler keeps what it fuses itself, until it is measured that it should not.
+        compiled = torch.compiler.is_compiling() and type(x) is Tensor
+        if head is not None and not compiled:
             return ops.linear_cross_entropy(x, head[0], targets, head[1])
-        logits = self._logits(x).flatten(0, 1)  # of a head that has to be called
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten().long())
+        logits, targets = self._logits(x).flatten(0, 1), targets.flatten().long()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="sum") / (targets != -100).sum().clamp(min=1)
 
     def _check_ids(self, name: str, ids: Any) -> None:
         if not isinstance(ids, Tensor):
