@@ -4,79 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.library import opcheck
 
 from helpers.block_samples import add_norm_samples as samples
-from helpers.block_samples import cases, check, find, results_and_gradients
+from helpers.block_samples import find
 from muddformer import ops, reference
-
-OP = torch.ops.muddformer.add_norm.default
-FEW = ["rms-5x64", "layer-5x64", "rms-0x8", "slices"]
-
-
-@pytest.mark.parametrize(("dtype", "name"), cases(samples))
-def test_results_and_gradients(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    check(ops.add_norm, reference.add_norm, find(samples, name, device, dtype))
-
-
-@pytest.mark.parametrize("name", ["rms-3x7", "layer-3x7", "layer-no-bias"])
-def test_gradcheck(name: str, device: torch.device) -> None:
-    leaves = find(samples, name, device, torch.float64).detached()
-    wanted = leaves.leaves()
-
-    def call(*given: torch.Tensor) -> list[torch.Tensor]:
-        rest = iter(given)
-        leaves.tensors = [t if t is None or not t.requires_grad else next(rest) for t in leaves.tensors]
-        return tuple(leaves.run(ops.add_norm))
-
-    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
-
-
-@pytest.mark.parametrize("name", FEW)
-def test_opcheck(name: str, device: torch.device) -> None:
-    leaves = find(samples, name, device, torch.float32).detached()
-    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    opcheck(OP, tuple(leaves.tensors), leaves.options, test_utils=utils)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repeats_bit_for_bit(device: torch.device, dtype: torch.dtype) -> None:
-    for name in FEW:
-        sample = find(samples, name, device, dtype)
-        first, second = (results_and_gradients(ops.add_norm, sample) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_frozen_inputs(device: torch.device) -> None:
-    """Each gradient is the same when nothing else needs one."""
-    for name in FEW:
-        sample = find(samples, name, device, torch.float32)
-        count = len(sample.leaves())
-        together = results_and_gradients(ops.add_norm, sample)[-count:]
-        for i in range(count):
-            leaves = sample.detached()
-            for j, leaf in enumerate(leaves.leaves()):
-                leaf.requires_grad_(i == j)
-            generator = torch.Generator().manual_seed(1)
-            results = leaves.run(ops.add_norm)
-            grads = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in results]
-            alone = torch.autograd.grad(results, leaves.leaves()[i], grads)[0]
-            torch.testing.assert_close(alone, together[i])
-
-
-def test_second_derivatives_are_refused(device: torch.device) -> None:
-    leaves = find(samples, FEW[0], device, torch.float32).detached()
-    total = sum(y.square().sum() for y in leaves.run(ops.add_norm))
-    grad = torch.autograd.grad(total, leaves.leaves()[0], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="add_norm_backward"):
-        grad.sum().backward()
-
-
-def test_inference_mode(device: torch.device) -> None:
-    sample = find(samples, FEW[0], device, torch.float32)
-    with torch.inference_mode():
-        results = sample.run(ops.add_norm)
-    assert all(torch.equal(a, b) for a, b in zip(results, sample.run(ops.add_norm), strict=True))
 
 
 def test_keeps_the_sum_and_a_float_a_row(device: torch.device) -> None:
