@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from muddformer.inference.loading import find_checkpoints, find_device, load_mod
 from muddformer.inference.tokenizer import load_tokenizer
 from muddformer.models import MUDDFormer
 from muddformer.plots import plot_connection_weights, plot_history_norms, plot_similarities, plot_sinks
+from muddformer.training.corpus import find_documents
 from muddformer.training.data import held_out_batches, prepare_corpus
 from muddformer.training.loop import load_run_settings
 from muddformer.training.metrics import say
@@ -75,19 +77,12 @@ def _batches(folder: Path, checkpoint: Path, model: MUDDFormer, options: argpars
         ids = prepare_corpus(load_run_settings(folder).data, say).val
     else:
         tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-        text = "".join(_read(Path(path)) for path in options.text)
-        ids = torch.tensor(tokenizer.encode(text).ids).numpy()
+        texts = ("".join(pieces) for document in find_documents(options.text) for _, pieces in document.texts())
+        ids = np.array([i for text in texts for i in tokenizer.encode(text, add_special_tokens=False).ids], np.int64)
     length = min(model.config.block_size, options.tokens, len(ids) - 1)
     if length < 2:
         raise InputError(f"the text has {len(ids)} tokens, too few to look at: at least 3 are needed")
     return [inputs for inputs, _ in held_out_batches(ids, length, 1, max(1, options.tokens // length))]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the text {str(path)!r}: {error}") from error
 
 
 def _draw(inspection: Inspection, norms: dict[str, list[float]], output: Path) -> None:
