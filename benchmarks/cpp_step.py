@@ -1,8 +1,8 @@
 """A training step of the C++ model beside the same step of the Python model, eager: time and peak memory.
 
-Both run in processes of their own, in turns, with the same configuration, batch, threads and torch's AdamW, on CUDA
-under bfloat16 autocast; of every figure the best turn counts, because what else the machine does only adds. "peak MiB"
-is what tensors took on the device, "process MiB" the most that the whole process has had of the host's memory.
+Both run in processes of their own, in turns, with the same configuration, batch, threads and torch's fused AdamW, on
+CUDA under bfloat16 autocast; of every figure the best turn counts, because what else the machine does only adds. "peak
+MiB" is what tensors took on the device, "process MiB" the most that the whole process has had of the host's memory.
 
     python benchmarks/cpp_step.py --csv benchmarks/results/cpu_cpp_step.csv
     python benchmarks/cpp_step.py --device cuda --csv benchmarks/results/h100_cpp_step.csv
@@ -34,9 +34,20 @@ SIZES = {
     "4L x 64": {"n_layer": 4, "dim": 64, "n_head": 4, "vocab_size": 256, "block_size": 64},
     "12L x 256": {"n_layer": 12, "dim": 256, "n_head": 4, "vocab_size": 4096, "block_size": 128},
     "12L x 1024": {"n_layer": 12, "dim": 1024, "n_head": 16, "vocab_size": 50304, "block_size": 1024},
+    "24L x 1024": {  # as train_step.py has it
+        "n_layer": 24,
+        "dim": 1024,
+        "n_head": 16,
+        "vocab_size": 50304,
+        "block_size": 2048,
+        "intermediate_size": 2816,
+        "use_qk_norm": True,
+        "ffn_reallocation": False,
+    },
 }
-BATCHES = {"4L x 64": 4, "12L x 256": 4, "12L x 1024": 8}
-DEFAULT_SIZES = {"cpu": ["4L x 64", "12L x 256"], "cuda": ["12L x 1024"]}
+BATCHES = {"4L x 64": 4, "12L x 256": 4, "12L x 1024": 8, "24L x 1024": 8}
+DEFAULT_SIZES = {"cpu": ["4L x 64", "12L x 256"], "cuda": ["12L x 1024", "24L x 1024"]}
+MODELS = {"MUDD": {}, "plain": {"dense": False}, "plain16": {"dense": False, "residual_dtype": "autocast"}}
 
 
 def compile_program(build: Path) -> None:
@@ -61,9 +72,10 @@ def python_step(
         end = time.perf_counter() + float(seconds)
         while len(times) < 10 or time.perf_counter() < end:
             begin = time.perf_counter()
-            call()
+            for _ in range(calls):
+                call()
             synchronize()
-            times.append(1e3 * (time.perf_counter() - begin))
+            times.append(1e3 * (time.perf_counter() - begin) / calls)
         return sorted(times)[len(times) // 2]
 
     def peak_resident_mib() -> float:
@@ -81,6 +93,7 @@ def python_step(
         optimizer.step()
 
     kind = torch.device(device).type
+    calls = 5 if kind == "cuda" else 1
     synchronize = torch.cuda.synchronize if kind == "cuda" else lambda: None
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
@@ -88,7 +101,7 @@ def python_step(
     tensor_memory.peak_tensor_mib.restype = ctypes.c_double
     tensor_memory.count_tensor_memory()
     model = build_model(MUDDFormerConfig.from_dict(json.loads(Path(config).read_text())), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(model.config.vocab_size, (int(batch), int(tokens))).to(device)
     targets = ids.roll(-1, 1)
     figures = [median_ms(step), median_ms(one_pass)]
@@ -135,8 +148,8 @@ def main() -> None:
         commands = {"C++": [str(program)], "Python": [sys.executable, __file__, "--step", str(library)]}
         for name in args.sizes or DEFAULT_SIZES[device.type]:
             size, config = SIZES[name], Path(folder) / "config.json"
-            for model, dense in (("MUDD", True), ("plain", False)):
-                config.write_text(json.dumps(MUDDFormerConfig(**size, dense=dense).to_dict()))
+            for model, fields in MODELS.items():
+                config.write_text(json.dumps(MUDDFormerConfig(**size, **fields).to_dict()))
                 arguments = [config, place, dtype, BATCHES[name], size["block_size"], args.seconds, args.threads]
                 for language, figures in measure(commands, arguments, args.turns).items():
                     step, one_pass, peak, process = figures

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import muddformer
@@ -93,3 +93,25 @@ def test_trains_as_one_process_does(tmp_path: Path, name: str, kind: str, backen
     together = muddformer.from_pretrained(tmp_path / "rank0")
     for key, value in alone.state_dict().items():
         torch.testing.assert_close(together.state_dict()[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_positions_stay_in_float32(kind: str) -> None:
+    """The mixed precision of FSDP casts what blocks are called with; positions in 16 bits would be other positions."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, seen = make(), []
+        for layer in model.layers:
+            layer.attention.register_forward_pre_hook(lambda _, args: seen.append((args[0].dtype, args[3].cos.dtype)))
+        if kind == "fsdp1":
+            policy = MixedPrecision(param_dtype=torch.bfloat16, cast_forward_inputs=True)
+            options = {"auto_wrap_policy": ModuleWrapPolicy({Block}), "device_id": torch.device("cpu")}
+            model = FullyShardedDataParallel(model, mixed_precision=policy, **options)
+        else:
+            for layer in model.layers:
+                fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+            fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        model(some_ids())
+        assert set(seen) == {(torch.bfloat16, torch.float32)}
+    finally:
+        dist.destroy_process_group()

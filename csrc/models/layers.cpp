@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "../nn/checks.h"
+#include "../ops/qk_norm_rotary/qk_norm_rotary.h"
+#include "../ops/swiglu/swiglu.h"
 
 namespace muddformer {
 
@@ -117,12 +119,9 @@ at::Tensor AttentionImpl::forward(const at::Tensor& xq, const at::Tensor& xk, co
   at::Tensor q = wq->forward(xq).unflatten(-1, heads);
   at::Tensor k = wk->forward(xk).unflatten(-1, heads);
   at::Tensor v = wv->forward(xv).unflatten(-1, heads);
-  if (q_norm) {
-    q = q_norm->forward(q);
-    k = k_norm->forward(k);
-  }
-  q = apply_rotary(q, rotary).transpose(1, 2);
-  k = apply_rotary(k, rotary).transpose(1, 2);
+  std::tie(q, k) = norm_and_rotate(q, k, rotary);
+  q = q.transpose(1, 2);
+  k = k.transpose(1, 2);
   v = v.transpose(1, 2);
   if (cache != nullptr) std::tie(k, v) = cache->update(index_, k, v);
   const auto seen = mask.defined() ? std::optional(mask) : std::nullopt;
@@ -130,6 +129,18 @@ at::Tensor AttentionImpl::forward(const at::Tensor& xq, const at::Tensor& xk, co
       q, k, v, seen, /*dropout_p=*/0.0, /*is_causal=*/!seen && config_.causal,
       /*scale=*/std::nullopt, /*enable_gqa=*/*config_.n_kv_heads != config_.n_head);
   return wo->forward(y.transpose(1, 2).flatten(-2));
+}
+
+std::tuple<at::Tensor, at::Tensor> AttentionImpl::norm_and_rotate(const at::Tensor& q,
+                                                                  const at::Tensor& k,
+                                                                  const Rotary& rotary) {
+  if (q.is_cuda()) {
+    if (!q_norm) return qk_norm_rotary(q, k, rotary.cos, rotary.sin);
+    return qk_norm_rotary(q, k, rotary.cos, rotary.sin, q_norm->weight, k_norm->weight,
+                          q_norm->eps());
+  }
+  if (!q_norm) return {apply_rotary(q, rotary), apply_rotary(k, rotary)};
+  return {apply_rotary(q_norm->forward(q), rotary), apply_rotary(k_norm->forward(k), rotary)};
 }
 
 FeedForwardImpl::FeedForwardImpl(const MUDDFormerConfig& config, int64_t width,
@@ -158,10 +169,11 @@ void FeedForwardImpl::reset_parameters() {
   if (w3) w3->reset_parameters();
 }
 
-at::Tensor FeedForwardImpl::forward(const at::Tensor& x) {
-  if (!w3) return w2->forward(at::gelu(w1->forward(x), config_.gelu_approximate));
-  const at::Tensor gate = at::silu(w1->forward(x));
-  return w2->forward(gate * w3->forward(x));
+at::Tensor FeedForwardImpl::forward(const at::Tensor& x, const at::Tensor& residual) {
+  const at::Tensor gate = w1->forward(x);
+  if (!w3) return w2->forward(at::gelu(gate, config_.gelu_approximate), residual);
+  const at::Tensor up = w3->forward(x);
+  return w2->forward(gate.is_cuda() ? swiglu(gate, up) : at::silu(gate) * up, residual);
 }
 
 BlockImpl::BlockImpl(const MUDDFormerConfig& config, int64_t index, bool separate_norms,
@@ -224,10 +236,13 @@ at::Tensor BlockImpl::forward(at::TensorList streams, const Rotary& rotary, cons
 at::Tensor BlockImpl::next(const std::vector<at::Tensor>& normed, const Rotary& rotary,
                            const at::Tensor& mask, KVCache* cache) {
   const at::Tensor& residual = normed[3];
-  const at::Tensor x =
-      residual + attention->forward(normed[0], normed[1], normed[2], rotary, mask, cache);
-  const at::Tensor& read = *config_.use_parallel_residual ? residual : x;
-  return x + feed_forward->forward(ffn_norm->forward(read));
+  const at::Tensor attended =
+      attention->forward(normed[0], normed[1], normed[2], rotary, mask, cache);
+  if (*config_.use_parallel_residual) {
+    return feed_forward->forward(ffn_norm->forward(residual), residual + attended);
+  }
+  const auto [x, read] = ffn_norm->forward_sum(attended, residual);
+  return feed_forward->forward(read, x);
 }
 
 }  // namespace muddformer

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 #include "../nn/connections.h"
@@ -90,6 +91,9 @@ class MUDDFORMER_API AttentionImpl : public torch::nn::Cloneable<AttentionImpl> 
   Norm q_norm{nullptr}, k_norm{nullptr};
 
  private:
+  std::tuple<at::Tensor, at::Tensor> norm_and_rotate(const at::Tensor& q, const at::Tensor& k,
+                                                     const Rotary& rotary);
+
   MUDDFormerConfig config_;
   int64_t index_;
   at::TensorOptions options_;
@@ -105,7 +109,9 @@ class MUDDFORMER_API FeedForwardImpl : public torch::nn::Cloneable<FeedForwardIm
   void reset() override;
   void reset_parameters();
   /// [..., D] -> [..., D].
-  at::Tensor forward(const at::Tensor& x);
+  ///
+  /// @param residual [..., D], added to the result; undefined: none.
+  at::Tensor forward(const at::Tensor& x, const at::Tensor& residual = {});
 
   Linear w1{nullptr}, w2{nullptr};
   /// Of SwiGLU alone.

@@ -2,6 +2,10 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
+
+#include "../ops/linear/linear.h"
+
 namespace muddformer {
 
 LinearImpl::LinearImpl(int64_t in_features, int64_t out_features, bool with_bias, double std,
@@ -26,8 +30,13 @@ void LinearImpl::reset_parameters() {
   if (with_bias_) bias.zero_();
 }
 
-at::Tensor LinearImpl::forward(const at::Tensor& x) {
-  return with_bias_ ? at::linear(x, weight, bias) : at::linear(x, weight);
+at::Tensor LinearImpl::forward(const at::Tensor& x, const at::Tensor& residual) {
+  const auto given = [](const at::Tensor& t) {
+    return t.defined() ? std::optional(t) : std::nullopt;
+  };
+  if (x.is_cuda()) return linear(x, weight, given(bias), given(residual));
+  const at::Tensor y = at::linear(x, weight, given(bias));
+  return residual.defined() ? residual + y : y;
 }
 
 void LinearImpl::pretty_print(std::ostream& stream) const {

@@ -23,7 +23,10 @@ class MUDDFORMER_API LinearImpl : public torch::nn::Cloneable<LinearImpl> {
   void reset() override;
   void reset_parameters();
   /// [..., in] -> [..., out].
-  at::Tensor forward(const at::Tensor& x);
+  ///
+  /// @param residual [..., out], added to the result; undefined: none. On CUDA by one operator,
+  ///   linear() of ops/linear.
+  at::Tensor forward(const at::Tensor& x, const at::Tensor& residual = {});
   void pretty_print(std::ostream& stream) const override;
 
   /// [out, in], and [out] or undefined.

@@ -2,7 +2,10 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
 #include <string>
+
+#include "../ops/add_norm/add_norm.h"
 
 namespace muddformer {
 
@@ -27,6 +30,19 @@ void NormImpl::reset_parameters() {
 at::Tensor NormImpl::forward(const at::Tensor& x) {
   if (kind_ == NormKind::kLayerNorm) return at::layer_norm(x, {dim_}, weight, bias, eps_);
   return at::rms_norm(x, {dim_}, weight.to(x.scalar_type()), eps_);
+}
+
+std::tuple<at::Tensor, at::Tensor> NormImpl::forward_sum(const at::Tensor& x,
+                                                         const at::Tensor& residual) {
+  if (x.is_cuda()) {
+    AddNormOptions options;
+    options.norm = kind_ == NormKind::kLayerNorm ? "layer" : "rms";
+    options.eps = eps_;
+    return add_norm(x, residual, weight, bias.defined() ? std::optional(bias) : std::nullopt,
+                    options);
+  }
+  const at::Tensor sum = residual + x;
+  return {sum, forward(sum)};
 }
 
 void NormImpl::pretty_print(std::ostream& stream) const {

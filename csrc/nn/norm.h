@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <map>
+#include <tuple>
 #include <vector>
 
 #include "../macros.h"
@@ -29,6 +30,9 @@ class MUDDFORMER_API NormImpl : public torch::nn::Cloneable<NormImpl> {
   void reset_parameters();
   /// [..., D] -> [..., D].
   at::Tensor forward(const at::Tensor& x);
+  /// `residual + x` and its norm, [..., D] each. On CUDA by one operator, add_norm() of
+  /// ops/add_norm.
+  std::tuple<at::Tensor, at::Tensor> forward_sum(const at::Tensor& x, const at::Tensor& residual);
   void pretty_print(std::ostream& stream) const override;
 
   double eps() const { return eps_; }

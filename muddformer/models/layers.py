@@ -5,20 +5,38 @@ B, T: batch and sequence length; D: model width; H: heads; E: width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..nn import BlockHistory, RMSNorm
+from ..nn.norm import as_stream_norms, is_plain, plain_parameters
 from .config import MUDDFormerConfig
 from .kv_cache import KVCache
 
-__all__ = ["Attention", "Block", "FeedForward", "RotaryEmbedding", "apply_rotary"]
+__all__ = ["Attention", "Block", "FeedForward", "Rotary", "RotaryEmbedding", "apply_rotary"]
 
 Attend = Callable[["Attention", Tensor, Tensor, Tensor, Any], Tensor]
+
+
+class Rotary:
+    """Cosines and sines of the positions of a forward, float32 [T, rotary_dim / 2] or [B, T, rotary_dim / 2] each.
+
+    Not a tuple: the tensors in tuples that a block is called with are cast by the mixed precision of FSDP, and a
+    position in 16 bits is another one.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.cos
+        yield self.sin
 
 
 class RotaryEmbedding(nn.Module):
@@ -56,7 +74,7 @@ class RotaryEmbedding(nn.Module):
         self.reset_parameters()
         return self
 
-    def forward(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, length: int, positions: Tensor | None = None) -> Rotary:
         """Cosines and sines [..., length, rotary_dim / 2] of the positions from 0 on, or of ``positions``.
 
         Args:
@@ -64,8 +82,8 @@ class RotaryEmbedding(nn.Module):
             positions: int64 [length], or [B, length] where sequences differ.
         """
         if positions is not None:
-            return self.cos[positions], self.sin[positions]
-        return self.cos[:length], self.sin[:length]
+            return Rotary(self.cos[positions], self.sin[positions])
+        return Rotary(self.cos[:length], self.sin[:length])
 
     def extra_repr(self) -> str:
         return f"positions={self.shape[0]}, rotary_dim={2 * self.shape[1]}, base={self.base:g}"
@@ -116,7 +134,7 @@ class Attention(nn.Module):
         xq: Tensor,
         xk: Tensor,
         xv: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         attend: Attend | None = None,
@@ -125,7 +143,7 @@ class Attention(nn.Module):
 
         Args:
             xq, xk, xv: normed streams [B, T, D]; they may be one tensor.
-            rotary: cosines and sines of the T positions.
+            rotary: of the T positions.
             mask: bool [T, length of the cache], True where a query sees a key; or whatever ``attend`` takes. None:
                 causal among the T, or none.
             cache: keys and values of earlier positions: a :class:`KVCache`, or what else has its ``update``.
@@ -134,15 +152,24 @@ class Attention(nn.Module):
         Returns:
             [B, T, D].
         """
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w, x in ((self.wq, xq), (self.wk, xk), (self.wv, xv)))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        pairs = (self.wq, xq), (self.wk, xk), (self.wv, xv)
+        q, k, v = (linear(w, x).unflatten(-1, (-1, self.head_dim)) for w, x in pairs)
+        q, k = (heads.transpose(1, 2) for heads in self._norm_and_rotate(q, k, rotary.cos, rotary.sin))
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         y = (attend or scaled_dot_product)(self, q, k, v, mask)
-        return self.wo(y.flatten(-2))
+        return linear(self.wo, y.flatten(-2))
+
+    def _norm_and_rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        norms = () if self.q_norm is None else (self.q_norm, self.k_norm)
+        if runs_operators(q):
+            known = as_stream_norms(norms, q)
+            if known is not None and known.kind in ("none", "rms"):
+                return ops.qk_norm_rotary(q, k, cos, sin, *known.weights, eps=known.eps)
+        if norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
 
 
 def scaled_dot_product(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
@@ -178,11 +205,14 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(width, config.dim, **factory)
         self.w3 = nn.Linear(config.dim, width, **factory) if config.feed_forward == "swiglu" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., D], with ``residual`` added to it if one is given."""
         if self.w3 is None:
-            return self.w2(F.gelu(self.w1(x), approximate=self.gelu_approximate))
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+            hidden = F.gelu(linear(self.w1, x), approximate=self.gelu_approximate)
+        else:
+            gate, up = linear(self.w1, x), linear(self.w3, x)
+            hidden = ops.swiglu(gate, up) if runs_operators(gate) else F.silu(gate) * up
+        return linear(self.w2, hidden, residual)
 
 
 class Block(nn.Module):
@@ -222,7 +252,7 @@ class Block(nn.Module):
     def forward(
         self,
         *streams: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         attend: Attend | None = None,
@@ -247,8 +277,41 @@ class Block(nn.Module):
             inputs = [self.attention_norm(residual)] * 3
         elif not normed:
             inputs = [norm(x) for norm, x in zip(self.stream_norms[:3], inputs or [residual] * 3, strict=True)]
-        x = residual + self.attention(*inputs, rotary, mask, cache, attend)
-        return x + self.feed_forward(self.ffn_norm(residual if self.parallel else x))
+        attended = self.attention(*inputs, rotary, mask, cache, attend)
+        if self.parallel:
+            x, normed = residual + attended, self.ffn_norm(residual)
+        else:
+            x, normed = add_norm(self.ffn_norm, attended, residual)
+        if is_plain(self.feed_forward, FeedForward):
+            return self.feed_forward(normed, x)
+        return x + self.feed_forward(normed)
+
+
+def runs_operators(x: Tensor) -> bool:
+    """Whether the parts of a block are operators of the library: on CUDA, but for a DTensor.
+
+    Under torch.compile too, which makes a slower step of the same formulas, and keeps more of it for the backward.
+    """
+    return type(x) is Tensor and x.is_cuda
+
+
+def linear(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``residual + module(x)``, for a plain linear layer by one operator (:func:`muddformer.ops.linear`)."""
+    parameters = plain_parameters(module, x, nn.Linear) if runs_operators(x) else None
+    if parameters is not None:
+        return ops.linear(x, *parameters, residual)
+    y = module(x)
+    return y if residual is None else residual + y
+
+
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """``residual + x`` and its norm, for a plain norm by one operator (:func:`muddformer.ops.add_norm`)."""
+    known = as_stream_norms([norm], residual) if runs_operators(residual) else None
+    if known is not None:
+        bias = None if known.biases is None else known.biases[0]
+        return ops.add_norm(x, residual, known.weights[0], bias, norm=known.kind, eps=known.eps)
+    total = residual + x
+    return total, norm(total)
 
 
 def make_norm(config: MUDDFormerConfig, device: Any = None, dtype: Any = None) -> nn.Module:

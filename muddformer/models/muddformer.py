@@ -134,9 +134,8 @@ class MUDDFormer(Backbone, Pretrained):
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         head = self.tok_embeddings if self.output is None else self.output
         head = plain_parameters(head, x, nn.Embedding, nn.Linear)
-        # The compiler keeps what it fuses itself, until it is measured that it should not.
-        compiled = torch.compiler.is_compiling() and type(x) is Tensor
-        if head is not None and not compiled:
+        fused_by_compiler = torch.compiler.is_compiling() and type(x) is Tensor and not x.is_cuda
+        if head is not None and not fused_by_compiler:
             return ops.linear_cross_entropy(x, head[0], targets, head[1])
         logits, targets = self._logits(x).flatten(0, 1), targets.flatten().long()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

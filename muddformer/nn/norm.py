@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import StreamNorms
 
-__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype", "plain_parameters", "register_norm"]
+__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype", "is_plain", "plain_parameters", "register_norm"]
 
 _ORDINARY = (Tensor, nn.Parameter)
 
@@ -71,6 +71,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a module is of one of these very classes, without hooks and without another ``forward``."""
+    if type(module) not in types or "forward" in module.__dict__:
+        return False
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return not any(hooks)
+
+
 def plain_parameters(module: nn.Module, x: Tensor, *types: type[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a module that an operator may read instead of calling it, the bias None where it is left out.
 
@@ -83,9 +91,7 @@ def plain_parameters(module: nn.Module, x: Tensor, *types: type[nn.Module]) -> t
         parameters that are neither ordinary tensors nor of the class of ``x`` (an adapter, a quantised or a
         parametrised module, one whose weights are sharded over devices).
     """
-    if type(module) not in types or "forward" in module.__dict__:
-        return None
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if not is_plain(module, *types):
         return None
     # Not by getattr, which takes long. FSDP1 puts tensors in the places of parameters.
     parameters = module._parameters if "weight" in module._parameters else module.__dict__

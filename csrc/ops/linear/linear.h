@@ -3,8 +3,8 @@
 //   y = x W^T + b + residual
 //
 // x is [..., in], W [out, in], b [out], residual and y [..., out]. float64, float32, bfloat16 or
-// float16. On CUDA the residual is added in the epilogue of the product, in float32, before its one
-// rounding. The gradient of a float32 W beside a narrower x comes straight from the narrower
+// float16. On CUDA the residual is added in the epilogue of the product, which cuBLASLt has rounded to
+// the dtype of x by then, as PyTorch's two steps do. The gradient of a float32 W beside a narrower x comes straight from the narrower
 // operands, without having been rounded to 16 bits in between. What PyTorch's own product does as
 // fast is left to it. The functions go through the dispatcher.
 #pragma once

@@ -1,0 +1,154 @@
+"""Blocks out of the library's operators, which they are on CUDA, compute what their single steps compute."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers.models import VARIANTS, make, scramble, some_ids
+from helpers.naive_model import naive_logits
+from muddformer.models import layers
+
+OPERATORS = {"linear", "qk_norm_rotary", "swiglu", "add_norm"}
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks on the CPU are made of operators too."""
+    monkeypatch.setattr(layers, "runs_operators", lambda x: type(x) is Tensor)
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators of a block that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "muddformer":
+            self.names.add(name.removesuffix("_forward"))
+        return func(*args, **(kwargs or {}))
+
+
+def called(run: Callable[[], object]) -> set[str]:
+    with Called() as found:
+        run()
+    return found.names & OPERATORS
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_naive(variant: str) -> None:
+    model = scramble(make(variant)).double()
+    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    ids, targets = some_ids(), some_ids()
+    expected = F.cross_entropy(naive_logits(model.config, parameters, ids).flatten(0, 1), targets.flatten())
+    expected.backward()
+    loss = model(ids, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-8, atol=1e-9, msg=name)
+
+
+@pytest.mark.usefixtures("operators")
+def test_operators_are_used() -> None:
+    ids = some_ids()
+    assert called(lambda: make(use_qk_norm=True)(ids)) == OPERATORS
+    assert called(lambda: make("plain")(ids)) == OPERATORS
+    assert called(lambda: make("pythia")(ids)) == {"linear", "qk_norm_rotary"}  # GELU, a parallel residual
+
+
+class Doubled(nn.Module):
+    """Twice what another module returns."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return 2 * self.inner(*args)
+
+
+PARTS = [
+    "attention",
+    "attention.wq",
+    "attention.wv",
+    "attention.wo",
+    "attention.k_norm",
+    "feed_forward",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "ffn_norm",
+]
+
+
+@pytest.mark.parametrize("change", ["replaced", "hook"])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("variant", ["default", "pythia", "plain"])
+def test_parts_are_not_bypassed(variant: str, part: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = scramble(make(variant, use_qk_norm=True)).double(), some_ids()
+    untouched = model(ids)
+    parent, _, name = part.rpartition(".")
+    owner = model.layers[1].get_submodule(parent)
+    if change == "replaced":
+        setattr(owner, name, Doubled(getattr(owner, name)))
+    else:
+        getattr(owner, name).register_forward_hook(lambda _module, _args, y: 2 * y)
+    expected = model(ids)
+    assert not torch.allclose(expected, untouched)
+    monkeypatch.setattr(layers, "runs_operators", lambda x: type(x) is Tensor)
+    torch.testing.assert_close(model(ids), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_on_cuda(variant: str, autocast: bool) -> None:
+    exact = scramble(make(variant, dim=64, use_qk_norm=True), 0.05).double()
+    ids, targets = some_ids(2, 24), some_ids(2, 24)
+    exact(ids, targets).backward()
+    wanted = {name: parameter.grad for name, parameter in exact.named_parameters()}
+    distances = []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(exact).float().to(device)
+        model.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = model(ids.to(device), targets.to(device))
+        loss.backward()
+        grads = {name: parameter.grad.cpu().double() for name, parameter in model.named_parameters()}
+        distances.append(sum(float((grads[n] - wanted[n]).square().sum()) for n in wanted) ** 0.5)
+    norm = sum(float(grad.square().sum()) for grad in wanted.values()) ** 0.5
+    assert distances[1] <= 2 * distances[0] + 1e-6 * norm
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant", ["default", "pythia", "plain", "stride-2x2"])
+def test_compiled_on_cuda(variant: str, checkpointing: bool) -> None:
+    model = scramble(make(variant, dim=64, use_qk_norm=True), 0.05).cuda()
+    model.gradient_checkpointing = checkpointing
+    ids, targets = some_ids(2, 24).cuda(), some_ids(2, 24).cuda()
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = run(ids, targets)
+        model.zero_grad()
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0.02, atol=float(eager.abs().max()) * 0.02 + 1e-6)
+
+
+@pytest.mark.cuda
+def test_operators_are_used_on_cuda() -> None:
+    model, ids = make(use_qk_norm=True).cuda(), some_ids().cuda()
+    assert called(lambda: model(ids)) == OPERATORS
