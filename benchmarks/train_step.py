@@ -9,6 +9,9 @@ bfloat16 autocast over float32 parameters, vocabulary 50304. Methods: a model an
     (compiled, every block computed again in the backward), selective (likewise, but for matrix products and
     attention), block (torch.compile of every block), eager
 
+"ms" is what the device needs for a step, the host being ahead; "loop_ms" is a step of a loop by the clock, which is
+longer where the host cannot keep ahead.
+
 Every method runs in a process of its own with an empty compile cache, so that peak memory and the first step are its
 own. Its row is written when it is done: name first what matters most. A method that does not fit or runs out of time is
 a row that says so. Ratios "of_plain" are to the compiled twin, those "of_twin" to the twin run the same way, the twin
@@ -30,6 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,9 +42,10 @@ from training import TWINS, Method, Shape, connection_bytes, step_flops, trainin
 
 PEAK_FLOPS = 989e12  # of H100 and H200, dense bfloat16
 FIGURES = (
-    "parameters", "ms", "tokens_per_s", "mfu", "peak_gib", "first_step_s", "loss", "copy_gb_per_s", "bytes_rmw_ms",
-    "bytes_deferred_ms",
+    "parameters", "ms", "loop_ms", "tokens_per_s", "mfu", "peak_gib", "first_step_s", "loss", "copy_gb_per_s",
+    "bytes_rmw_ms", "bytes_deferred_ms",
 )  # fmt: skip
+LOOP = 10  # steps
 LEAST_SECONDS = 20  # a method is not begun with less time left
 
 
@@ -59,12 +64,14 @@ def measure(method: Method, shape: Shape, device: torch.device, seconds: float, 
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         ms = median_ms(step, device, seconds)
+        loop = loop_ms(step, device)
     chained, deferred = (size / speed / 1e6 for size in connection_bytes(model, shape))
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] if method.run == "graphs" else 0
     return {
         "status": f"{skipped} graphs run without a CUDA graph" if skipped else "ok",
         "parameters": sum(p.numel() for p in model.parameters()),
         "ms": round(ms, 3),
+        "loop_ms": round(loop, 3),
         "tokens_per_s": round(shape.tokens / ms * 1e3),
         "mfu": round(step_flops(model, shape) / ms / 1e-3 / PEAK_FLOPS, 3) if cuda else "",
         # The allocator does not count what a CUDA graph keeps in the pool of its own.
@@ -75,6 +82,21 @@ def measure(method: Method, shape: Shape, device: torch.device, seconds: float, 
         "bytes_rmw_ms": round(chained, 3),
         "bytes_deferred_ms": round(deferred, 3),
     }
+
+
+def loop_ms(step: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a step in a loop that waits for nothing, by the clock."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    begin = time.perf_counter()
+    for _ in range(LOOP):
+        step()
+    wait()
+    return 1e3 * (time.perf_counter() - begin) / LOOP
 
 
 def measure_here(task: dict) -> None:

@@ -5,7 +5,7 @@ from pkgutil import extend_path
 # Started in the source folder, Python finds that folder first: the compiled part is in the installed package.
 __path__ = extend_path(__path__, __name__)
 
-from muddformer import _flops, _onnx, _sharding, _tracing, nn, ops, utils  # noqa: F401  (those with _ register rules)
+from muddformer import _flops, _inductor, _onnx, _sharding, _tracing, nn, ops, utils  # noqa: F401  (_: they register)
 from muddformer._library import __version__
 from muddformer.inference import generate, generate_stream
 from muddformer.models import MUDDFormer, MUDDFormerConfig, build_model, from_pretrained, save_pretrained

@@ -17,7 +17,7 @@ import pytest
 # Each line is a floor and may use itself and those above it in the table. A name is a folder or a file.
 PYTHON_FLOORS = (
     ("ops", "reference", "errors", "_checks", "_dispatch", "_files", "_imports", "_library", "utils"),
-    ("_flops", "_onnx", "_sharding", "_tracing"),
+    ("_flops", "_inductor", "_onnx", "_sharding", "_tracing"),
     ("plots",),
     ("nn",),
     ("models",),
