@@ -92,9 +92,10 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
     answers: dict[tuple[Any, ...], Any] = {}
 
     def remembered(*arguments: Any) -> Any:
-        if arguments not in answers:
-            answers[arguments] = function(*arguments)
-        return answers[arguments]
+        answer = answers.get(arguments)
+        if answer is None:
+            answer = answers[arguments] = function(*arguments)
+        return answer
 
     remembered._dynamo_marked_constant = True
     return remembered
@@ -274,8 +275,9 @@ def fuses_norms(x: Tensor, sources: int, ways: int) -> bool:
         sources: number of hidden states S.
         ways: number of ways C.
     """
-    for name, value, kind in (("x", x, "Tensor"), ("sources", sources, "int"), ("ways", ways, "int")):
-        check_kind(name, value, kind)
+    if not (isinstance(x, Tensor) and type(sources) is type(ways) is int):
+        for name, value, kind in (("x", x, "Tensor"), ("sources", sources, "int"), ("ways", ways, "int")):
+            check_kind(name, value, kind)
     return _fuses_norms(x.device, x.dtype, operator.index(x.shape[-1]), sources, ways)
 
 
@@ -410,7 +412,8 @@ def fuses_step(newest: Tensor) -> bool:
     Args:
         newest: the newest hidden state [..., D].
     """
-    check_kind("newest", newest, "Tensor")
+    if not isinstance(newest, Tensor):
+        check_kind("newest", newest, "Tensor")
     most = _step_tokens(newest.device, newest.dtype)  # a constant to torch.compile: the number of tokens may be open
     return most > 0 and newest.numel() <= most * newest.shape[-1]
 

@@ -129,11 +129,12 @@ class DepthAggregation(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        if isinstance(hiddens, Tensor | str) or not isinstance(hiddens, Sequence):
+        if type(hiddens) is not list and (isinstance(hiddens, Tensor | str) or not isinstance(hiddens, Sequence)):
             raise TypeError(f"hiddens must be a list of tensors, got a value of type {type(hiddens).__name__}")
         if len(hiddens) != self.sources:
             raise ValueError(f"hiddens must be {self.sources} tensors, got {len(hiddens)}")
-        ways = self.ways if isinstance(self.ways, str) else None
+        # Streams are the ways themselves, but for ways that are left out.
+        ways = self.ways if isinstance(self.ways, str) and self.ways != WAYS else None
         count = self.num_ways if ways is None else len(WAYS)
         norms = [None] * count if stream_norms is None else list(stream_norms)
         if len(norms) != count:
@@ -207,12 +208,14 @@ class DepthAggregation(nn.Module):
 
     def _generator(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """W1, W2 and the norm's weight, if the operators may read them instead of calling the modules."""
-        w1, w2 = plain_parameters(self.w1, x, nn.Linear), plain_parameters(self.w2, x, nn.Linear)
+        modules = self._modules  # by getattr it takes long
+        w1, w2 = plain_parameters(modules["w1"], x, nn.Linear), plain_parameters(modules["w2"], x, nn.Linear)
         if w1 is None or w2 is None or w1[1] is not None or w2[1] is not None:
             return None
-        if self.norm is None:
+        norm = modules.get("norm")
+        if norm is None:
             return w1[0], w2[0], None
-        norm = plain_parameters(self.norm, x, RMSNorm)
+        norm = plain_parameters(norm, x, RMSNorm)
         return None if norm is None else (w1[0], w2[0], norm[0])
 
     def _mix(
@@ -267,6 +270,8 @@ class DepthAggregation(nn.Module):
 
     def _fused_norms(self, norms: ops.StreamNorms, x: Tensor) -> ops.StreamNorms | None:
         """The norms that the aggregation makes itself; None where it cannot make all of them, or has none to make."""
+        if self.pre_norm is None and self.post_norms is None:
+            return None if norms.kind == "none" else norms
         post = None
         if self.post_norms is not None:
             kept = [i for i, norm in enumerate(self.post_norms) if type(norm) is not nn.Identity]
@@ -274,8 +279,6 @@ class DepthAggregation(nn.Module):
                 return None
             post = self.post_norms[-1] if kept else None
         if norms.kind == "none":
-            if self.pre_norm is None and self.post_norms is None:
-                return None
             norms = norms._replace(kind="rms", eps=self.eps)
         parameters = [*norms.weights, *norms.biases]
         for own in (self.pre_norm, post):

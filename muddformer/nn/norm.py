@@ -75,8 +75,9 @@ def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether a module is of one of these very classes, without hooks and without another ``forward``."""
     if type(module) not in types or "forward" in module.__dict__:
         return False
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return not any(hooks)
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return not (module._backward_hooks or module._backward_pre_hooks)
 
 
 def plain_parameters(module: nn.Module, x: Tensor, *types: type[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
@@ -94,10 +95,14 @@ def plain_parameters(module: nn.Module, x: Tensor, *types: type[nn.Module]) -> t
     if not is_plain(module, *types):
         return None
     # Not by getattr, which takes long. FSDP1 puts tensors in the places of parameters.
-    parameters = module._parameters if "weight" in module._parameters else module.__dict__
+    own = module.__dict__
+    parameters = own["_parameters"]
+    if "weight" not in parameters:
+        parameters = own
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    known = (*_ORDINARY, type(x))
-    if type(weight) not in known or (bias is not None and type(bias) not in known):
+    if type(weight) not in _ORDINARY and type(weight) is not type(x):
+        return None
+    if bias is not None and type(bias) not in _ORDINARY and type(bias) is not type(x):
         return None
     return weight, bias
 
@@ -114,28 +119,27 @@ def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms
         was registered as such (:func:`register_norm`), plain ones (:func:`plain_parameters`), of one eps and with
         parameters [D] of one dtype, that of ``x`` or float32.
     """
-    device, shape, dtype, autocast = x.device, x.shape[-1:], x.dtype, autocast_dtype(x) is not None
-    weights: list[Tensor | None] = []
-    biases: list[Tensor | None] = []
-    kind, eps, common = "none", 0.0, None
-    for norm in norms:
+    weights: list[Tensor | None] = [None] * len(norms)
+    biases: list[Tensor | None] = [None] * len(norms)
+    common: tuple[Any, ...] = ("none", 0.0)  # compared as a whole: attributes of tensors take long
+    for way, norm in enumerate(norms):
         if norm is None:
-            weights.append(None)
-            biases.append(None)
             continue
         parameters = plain_parameters(norm, x, *_NORMS)
         if parameters is None:
             return None
         weight, bias = parameters
         formula, epsilon = _NORMS[type(norm)]
-        own = formula, getattr(norm, epsilon), weight.dtype
-        if weight.shape != shape or weight.device != device or own != (common or own):
+        own = formula, getattr(norm, epsilon), weight.dtype, weight.shape, weight.device
+        if common[0] == "none":
+            common = own
+            if own[3:] != (x.shape[-1:], x.device):
+                return None
+            if own[2] not in (torch.float32, x.dtype) and autocast_dtype(x) is None:
+                return None
+        elif own != common:
             return None
-        if bias is not None and (bias.shape, bias.device, bias.dtype) != (shape, device, weight.dtype):
+        if bias is not None and (bias.dtype, bias.shape, bias.device) != own[2:]:
             return None
-        if not autocast and own[2] not in (dtype, torch.float32):
-            return None
-        kind, eps, _ = common = own
-        weights.append(weight)
-        biases.append(bias)
-    return StreamNorms(weights, biases, kind, eps)
+        weights[way], biases[way] = weight, bias
+    return StreamNorms(weights, biases, common[0], common[1])

@@ -28,10 +28,10 @@ AddNormForward add_norm_forward_cuda(const at::Tensor& x, const at::Tensor& resi
   const at::IntArrayRef leading = residual.sizes().slice(0, residual.dim() - 1);
   const at::TensorOptions wide = residual.options().dtype(at::kFloat);
   const bool layer = options.norm == "layer";
-  const at::Tensor sum = at::empty(residual.sizes(), residual.options());
-  const at::Tensor normed = at::empty(residual.sizes(), wide.dtype(normed_dtype));
-  const at::Tensor rstd = at::empty(leading, wide);
-  const at::Tensor mean = layer ? at::empty(leading, wide) : at::empty({0}, wide);
+  const at::Tensor sum = empty_cuda(residual.sizes(), residual.options());
+  const at::Tensor normed = empty_cuda(residual.sizes(), wide.dtype(normed_dtype));
+  const at::Tensor rstd = empty_cuda(leading, wide);
+  const at::Tensor mean = layer ? empty_cuda(leading, wide) : empty_cuda({0}, wide);
   const at::Tensor own_weight = weight.contiguous();
   const at::Tensor own_bias = bias.has_value() ? bias->contiguous() : at::Tensor();
   Rows rows;
@@ -75,12 +75,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_norm_backward_cud
   if (sum.scalar_type() == at::kDouble || sum.numel() == 0) return composition();
   const at::Tensor own_sum = sum.contiguous(), own_weight = weight.contiguous();
   const at::Tensor own_rstd = rstd.contiguous(), own_mean = mean.contiguous();
-  const at::Tensor none = at::empty({0}, sum.options());
-  const at::Tensor grad_residual = at::empty(sum.sizes(), sum.options());
+  const at::Tensor none = empty_cuda({0}, sum.options());
+  const at::Tensor grad_residual = empty_cuda(sum.sizes(), sum.options());
   const bool both = x_dtype != sum.scalar_type();
-  const at::Tensor grad_x = both ? at::empty(sum.sizes(), sum.options().dtype(x_dtype)) : none;
+  const at::Tensor grad_x = both ? empty_cuda(sum.sizes(), sum.options().dtype(x_dtype)) : none;
   const auto of_norm = [&](bool is_wanted) {
-    return at::empty({is_wanted ? weight.size(0) : 0}, weight.options());
+    return empty_cuda({is_wanted ? weight.size(0) : 0}, weight.options());
   };
   const at::Tensor grad_weight = of_norm(wanted[0]), grad_bias = of_norm(wanted[1]);
   const auto pointer = [](bool is_there, const at::Tensor& tensor) {
@@ -112,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_norm_backward_cud
                                 nullptr};
   int64_t floats = 0;
   C10_CUDA_CHECK(kernels::add_norm_workspace(args, floats));
-  const at::Tensor workspace = at::empty({floats}, sum.options().dtype(at::kFloat));
+  const at::Tensor workspace = empty_cuda({floats}, sum.options().dtype(at::kFloat));
   args.workspace = workspace.mutable_data_ptr<float>();
   const cudaError_t error =
       kernels::launch_add_norm_backward(args, c10::cuda::getCurrentCUDAStream());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 
@@ -35,29 +36,54 @@ auto ask_device(const at::Tensor& x, Ask ask) -> decltype(ask(kernels::DType::Fl
   return ask(kernel_dtype(x.scalar_type()));
 }
 
-// [tokens, C, S] with the block of a token contiguous; one block for all tokens stays one block.
-inline at::Tensor token_blocks(const at::Tensor& weights, int64_t tokens) {
-  const int64_t ways = weights.size(-2), sources = weights.size(-1);
-  at::Tensor blocks = weights.reshape({tokens, ways, sources});
-  const bool block_contiguous = blocks.select(0, 0).is_contiguous();
-  const bool known_stride = blocks.stride(0) == ways * sources || blocks.stride(0) == 0;
-  if (block_contiguous && (known_stride || tokens == 1)) return blocks;
-  return blocks.contiguous();
+// at::empty() without its way through the dispatcher, which takes as long as the allocation.
+inline at::Tensor empty_cuda(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::Tensor(at::detail::empty_cuda(sizes, options));
 }
 
-// What forward and backward read alike: the sources, of the shape of `like`, and the weights as
-// token_blocks().
+inline std::vector<at::Tensor> empty_outputs(int64_t count, const at::Tensor& like) {
+  std::vector<at::Tensor> outputs;
+  outputs.reserve(count);
+  for (int64_t i = 0; i < count; ++i) outputs.push_back(empty_cuda(like.sizes(), like.options()));
+  return outputs;
+}
+
+// Weights [..., C, S] with the block of a token contiguous, block after block; one block for all
+// tokens stays one block.
+struct TokenBlocks {
+  TokenBlocks(const at::Tensor& weights, int64_t token_count)
+      : tensor(weights),
+        tokens(token_count),
+        ways(weights.size(-2)),
+        sources(weights.size(-1)),
+        stride(ways * sources) {
+    if (weights.is_contiguous()) return;
+    tensor = weights.reshape({tokens, ways, sources});
+    const bool contiguous = tensor.select(0, 0).is_contiguous();
+    if (contiguous && tensor.stride(0) == 0) {
+      stride = 0;
+    } else if (!contiguous || (tensor.stride(0) != stride && tokens != 1)) {
+      tensor = tensor.contiguous();
+    }
+  }
+  const void* data() const { return tensor.const_data_ptr(); }
+
+  at::Tensor tensor;
+  int64_t tokens, ways, sources, stride;
+};
+
+// What forward and backward read alike: the sources, of the shape of `like`, and the weights.
 template <typename Args>
-void set_inputs(Args& args, const Rows& x, const at::Tensor& like, const at::Tensor& blocks) {
+void set_inputs(Args& args, const Rows& x, const at::Tensor& like, const TokenBlocks& weights) {
   args.dtype = kernel_dtype(like.scalar_type());
-  args.tokens = blocks.size(0);
+  args.tokens = weights.tokens;
   args.dim = like.size(-1);
-  args.sources = static_cast<int>(blocks.size(2));
-  args.ways = static_cast<int>(blocks.size(1));
+  args.sources = static_cast<int>(weights.sources);
+  args.ways = static_cast<int>(weights.ways);
   args.x = x.pointers();
   args.x_stride = x.strides();
-  args.w = blocks.const_data_ptr();
-  args.w_stride = blocks.stride(0) == 0 ? 0 : blocks.size(1) * blocks.size(2);
+  args.w = weights.data();
+  args.w_stride = weights.stride;
 }
 
 }  // namespace muddformer::detail

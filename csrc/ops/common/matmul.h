@@ -67,7 +67,7 @@ inline std::optional<kernels::Matmul> matmul_arguments(const at::Tensor& to, con
 // algorithm, and nothing is done. The workspace may be reused as soon as this returns: by what
 // follows on the stream.
 inline bool enqueue_matmul(kernels::Matmul args, const at::TensorOptions& like) {
-  const at::Tensor workspace = at::empty({kMatmulWorkspace}, like.dtype(at::kByte));
+  const at::Tensor workspace = empty_cuda({kMatmulWorkspace}, like.dtype(at::kByte));
   args.workspace = workspace.mutable_data_ptr();
   args.workspace_bytes = kMatmulWorkspace;
   const cudaError_t error = kernels::launch_matmul(args, c10::cuda::getCurrentCUDAStream());

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <vector>
@@ -18,21 +17,39 @@ inline std::optional<at::Tensor> entry(const OptionalTensors& tensors, size_t i)
   return tensor.has_value() && tensor->defined() ? tensor : std::nullopt;
 }
 
-// Tensors [..., D] as [tokens, D] with contiguous rows, and what the kernels need to know of them.
+// Between the rows of a tensor [..., D]; nothing if that is more than one stride, or a row is not
+// contiguous. A single row has that of contiguous ones.
+inline std::optional<int64_t> row_stride(const at::Tensor& tensor) {
+  const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t stride = sizes.back(), outer = -1;
+  if (strides.back() != 1 && stride > 1) return std::nullopt;
+  for (size_t d = sizes.size() - 1; d-- > 0;) {
+    if (sizes[d] == 1) continue;
+    if (outer == -1) {
+      stride = strides[d];
+    } else if (strides[d] != outer) {
+      return std::nullopt;
+    }
+    outer = strides[d] * sizes[d];
+  }
+  return stride;
+}
+
+// Tensors [..., D] as rows [D], and what the kernels need to know of them: without views, which
+// take longer to make than to read. The tensors have to outlive it.
 class Rows {
  public:
   void reserve(size_t count) {
-    tensors_.reserve(count);
     pointers_.reserve(count);
     strides_.reserve(count);
   }
   void push_back(const at::Tensor& tensor) {
-    const int64_t width = tensor.size(-1);
-    at::Tensor rows = tensor.reshape({width == 0 ? 0 : tensor.numel() / width, width});
-    if (rows.stride(1) != 1 && width > 1) rows = rows.contiguous();
-    pointers_.push_back(rows.data_ptr());
-    strides_.push_back(rows.stride(0));
-    tensors_.push_back(std::move(rows));
+    const std::optional<int64_t> stride = row_stride(tensor);
+    stride ? add(tensor, *stride) : add_copy(tensor);
+  }
+  // Copied if the rows do not follow one another.
+  void push_back_contiguous(const at::Tensor& tensor) {
+    tensor.is_contiguous() ? add(tensor, tensor.size(-1)) : add_copy(tensor);
   }
   void push_back_none() {
     pointers_.push_back(nullptr);
@@ -42,7 +59,16 @@ class Rows {
   const int64_t* strides() const { return strides_.data(); }
 
  private:
-  std::vector<at::Tensor> tensors_;
+  void add(const at::Tensor& tensor, int64_t stride) {
+    pointers_.push_back(tensor.data_ptr());
+    strides_.push_back(stride);
+  }
+  void add_copy(const at::Tensor& tensor) {
+    copies_.push_back(tensor.contiguous());
+    add(copies_.back(), tensor.size(-1));
+  }
+
+  std::vector<at::Tensor> copies_;
   std::vector<void*> pointers_;
   std::vector<int64_t> strides_;
 };
@@ -56,14 +82,17 @@ inline Rows rows_of(at::TensorList tensors, int64_t none = 0) {
   return rows;
 }
 
-inline Rows rows_of(const OptionalTensors& tensors, size_t count) {
+inline Rows rows_of(const OptionalTensors& tensors, size_t count, bool contiguous = false) {
   Rows rows;
   rows.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    if (const std::optional<at::Tensor> tensor = entry(tensors, i)) {
-      rows.push_back(*tensor);
-    } else {
+    const std::optional<at::Tensor> tensor = entry(tensors, i);
+    if (!tensor) {
       rows.push_back_none();
+    } else if (contiguous) {
+      rows.push_back_contiguous(*tensor);
+    } else {
+      rows.push_back(*tensor);
     }
   }
   return rows;
@@ -71,21 +100,7 @@ inline Rows rows_of(const OptionalTensors& tensors, size_t count) {
 
 // The same with rows that follow one another.
 inline Rows contiguous_rows_of(const OptionalTensors& tensors, size_t count) {
-  OptionalTensors contiguous;
-  contiguous.reserve(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const std::optional<at::Tensor> tensor = entry(tensors, i);
-    contiguous.push_back(tensor ? std::optional(tensor->contiguous()) : std::nullopt);
-  }
-  return rows_of(contiguous, count);
-}
-
-// The first `count` tensors without autograd's edges: their gradients are deferred, and an edge
-// that never brings one is more than compiled autograd can add up.
-inline std::vector<at::Tensor> without_edges(at::TensorList tensors, int64_t count) {
-  std::vector<at::Tensor> result = tensors.vec();
-  for (int64_t j = 0; j < count; ++j) result[j] = result[j].detach();
-  return result;
+  return rows_of(tensors, count, /*contiguous=*/true);
 }
 
 // Undefined tensors as none, as the dispatcher knows them.
@@ -96,13 +111,6 @@ inline OptionalTensors optional_tensors(at::TensorList tensors) {
     list.push_back(tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt);
   }
   return list;
-}
-
-inline std::vector<at::Tensor> empty_outputs(int64_t count, const at::Tensor& like) {
-  std::vector<at::Tensor> outputs;
-  outputs.reserve(count);
-  for (int64_t i = 0; i < count; ++i) outputs.push_back(at::empty(like.sizes(), like.options()));
-  return outputs;
 }
 
 }  // namespace muddformer::detail

@@ -22,7 +22,7 @@ at::Tensor aligned(const at::Tensor& tensor) {
 // W1 with the norm's scale folded in.
 at::Tensor scaled(const at::Tensor& w1, const std::optional<at::Tensor>& scale) {
   if (!scale.has_value()) return aligned(w1);
-  at::Tensor product = at::empty(w1.sizes(), w1.options());
+  at::Tensor product = empty_cuda(w1.sizes(), w1.options());
   at::mul_out(product, w1, *scale);
   return product;
 }
@@ -49,7 +49,7 @@ std::optional<kernels::ConnectionWeightsShape> kernel_shape(const at::Tensor& x,
 at::Tensor empty_of_tokens(const at::Tensor& x, at::IntArrayRef last, at::ScalarType dtype) {
   at::DimVector shape(x.sizes().begin(), x.sizes().end() - 1);
   shape.append(last.begin(), last.end());
-  return at::empty(shape, x.options().dtype(dtype));
+  return empty_cuda(shape, x.options().dtype(dtype));
 }
 
 // (weights, hidden, factor); the last two only where they are kept for a backward.
@@ -101,7 +101,7 @@ WeightsAndKept connection_weights_forward_cuda(const at::Tensor& x, const at::Te
 }
 
 at::Tensor sum_rows(const at::Tensor& partials, const at::Tensor& like) {
-  at::Tensor sum = at::empty(like.sizes(), like.options());
+  at::Tensor sum = empty_cuda(like.sizes(), like.options());
   C10_CUDA_CHECK(kernels::launch_sum_rows(
       {kernel_dtype(like.scalar_type()), partials.size(0), partials.size(1),
        partials.const_data_ptr<float>(), sum.mutable_data_ptr()},
@@ -127,10 +127,10 @@ HiddenGradients backward_of_hidden(const kernels::ConnectionWeightsShape& shape,
   int64_t groups = 0;
   C10_CUDA_CHECK(kernels::hidden_backward_groups(tokens, groups));
   HiddenGradients g;
-  g.e = at::empty({tokens, shape.hidden}, hidden.options());
-  g.coefficient = at::empty({kernels::hidden_slabs(shape.hidden), tokens}, wide);
-  if (want_w2) g.w2_partials = at::empty({groups, outputs, shape.hidden}, wide);
-  g.prior_partials = at::empty({groups, outputs}, wide);
+  g.e = empty_cuda({tokens, shape.hidden}, hidden.options());
+  g.coefficient = empty_cuda({kernels::hidden_slabs(shape.hidden), tokens}, wide);
+  if (want_w2) g.w2_partials = empty_cuda({groups, outputs, shape.hidden}, wide);
+  g.prior_partials = empty_cuda({groups, outputs}, wide);
   kernels::ConnectionWeightsHiddenBackward args;
   args.shape = shape;
   args.grad_weights = grad.const_data_ptr();
@@ -157,8 +157,8 @@ std::pair<at::Tensor, at::Tensor> backward_of_input(
   const at::Tensor rows = aligned(x), first = scaled(w1, scale);
   const at::Tensor incoming = grad_x.has_value() && want_x ? aligned(*grad_x) : at::Tensor();
   at::Tensor dx, partials;
-  if (want_x) dx = at::empty(x.sizes(), x.options());
-  if (want_w1) partials = at::empty({splits, w1.size(0), w1.size(1)}, g.coefficient.options());
+  if (want_x) dx = empty_cuda(x.sizes(), x.options());
+  if (want_w1) partials = empty_cuda({splits, w1.size(0), w1.size(1)}, g.coefficient.options());
   kernels::ConnectionWeightsInputBackward args;
   args.shape = shape;
   args.x = rows.const_data_ptr();
@@ -198,7 +198,7 @@ WeightsGradients connection_weights_backward_cuda(const at::Tensor& grad_weights
   }
 
   const auto like = [](const at::Tensor& tensor, bool want) {
-    return want ? at::empty(tensor.sizes(), tensor.options()) : at::Tensor();
+    return want ? empty_cuda(tensor.sizes(), tensor.options()) : at::Tensor();
   };
   at::Tensor dw1 = like(w1, want_w1), dw2 = like(w2, want_w2), dprior = like(prior, want_prior);
   const at::Tensor plain_w1 = want_scale ? aligned(w1) : at::Tensor();
@@ -206,7 +206,7 @@ WeightsGradients connection_weights_backward_cuda(const at::Tensor& grad_weights
   at::Tensor scale_partials, dscale;
   if (want_scale) {
     scale_partials =
-        at::empty({kernels::reduce_rows(shape->hidden), shape->dim}, g.coefficient.options());
+        empty_cuda({kernels::reduce_rows(shape->hidden), shape->dim}, g.coefficient.options());
   }
   const auto floats = [](const at::Tensor& t) {
     return t.defined() ? t.mutable_data_ptr<float>() : nullptr;
@@ -234,7 +234,7 @@ WeightsGradients connection_weights_backward_cuda(const at::Tensor& grad_weights
   if (want_scale) dscale = sum_rows(scale_partials, *scale);
 
   const auto given = [&x](const at::Tensor& tensor) {
-    return tensor.defined() ? tensor : at::empty({0}, x.options());
+    return tensor.defined() ? tensor : empty_cuda({0}, x.options());
   };
   return {given(dx), want_dw1 ? dw1 : given({}), given(dw2), given(dprior), given(dscale)};
 }

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "../common/autograd_functions.h"
 #include "../common/checks.h"
 #include "../common/rows.h"
 #include "internal.h"
@@ -32,10 +33,13 @@ struct DeferGradients : torch::autograd::Function<DeferGradients> {
     const at::Tensor& like = hiddens[0];
     const at::Tensor zero = at::zeros({}, like.options());
     c10::SymDimVector shape(like.sym_sizes().begin(), like.sym_sizes().end() - 1);
-    variable_list outputs(hiddens.begin(), hiddens.end());
+    variable_list outputs;
+    hand_on(outputs, hiddens);
+    const at::Tensor ticket = zero.expand_symint(like.sym_sizes());
+    const bool aliases = only_autograd_watches() && is_plain(ticket);
     for (size_t i = 0; i < ways.size(); ++i) {
       for (int64_t c = 0; c < ways[i]; ++c) {
-        outputs.push_back(zero.expand_symint(like.sym_sizes()));
+        outputs.push_back(aliases ? alias_of(ticket) : zero.expand_symint(like.sym_sizes()));
       }
       shape.push_back(ways[i]);
       shape.push_back(sources[i]);
@@ -62,6 +66,7 @@ struct DeferGradients : torch::autograd::Function<DeferGradients> {
       next = end + 1;
     }
     variable_list result(grads.begin(), grads.begin() + count);
+    const PastAutogradWithoutGradients guard;
     if (!weights.empty()) result = deferred_flush(optional_tensors(result), grad_sums, weights);
     result.resize(count + 2);
     return result;

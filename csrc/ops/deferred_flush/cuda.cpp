@@ -26,19 +26,17 @@ std::vector<at::Tensor> deferred_flush_cuda(const OptionalTensors& grad_hiddens,
   const int64_t tokens = like.numel() / like.size(-1), element = like.element_size();
   const Rows given = contiguous_rows_of(grad_sums, grad_sums.size());
   const Rows incoming = contiguous_rows_of(grad_hiddens, sources), dx = rows_of(grads);
-  std::vector<at::Tensor> blocks;  // keeps the weights' copies, where there are any
+  std::vector<TokenBlocks> blocks;  // keeps the weights' copies, where there are any
   std::vector<const void*> factors, ways;
   std::vector<int64_t> strides;
   size_t factor = 0;
   for (const at::Tensor& layer : weights) {
-    blocks.push_back(token_blocks(layer, tokens));
-    const int64_t columns = layer.size(-1), count = layer.size(-2);
-    for (int64_t c = 0; c < count; ++c, ++factor) {
+    const TokenBlocks& block = blocks.emplace_back(layer, tokens);
+    for (int64_t c = 0; c < block.ways; ++c, ++factor) {
       if (given.pointers()[factor] == nullptr) continue;
       factors.push_back(given.pointers()[factor]);
-      ways.push_back(static_cast<const char*>(blocks.back().const_data_ptr()) +
-                     c * columns * element);
-      strides.push_back(blocks.back().stride(0) == 0 ? 0 : count * columns);
+      ways.push_back(static_cast<const char*>(block.data()) + c * block.sources * element);
+      strides.push_back(block.stride);
     }
   }
   const kernels::DeferredFlush args{kernel_dtype(like.scalar_type()),

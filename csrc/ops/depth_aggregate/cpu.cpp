@@ -3,10 +3,12 @@
 // number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 
 #include "../common/recycled_memory.h"
@@ -52,6 +54,23 @@ int kernel_dtype(at::ScalarType dtype) {
   }
 }
 
+// Weights [..., C, S] as [tokens, C, S]: a view costs more than all of a small call's other work.
+struct WeightRows {
+  WeightRows(const at::Tensor& weights, int64_t tokens) : tensor(weights) {
+    const int64_t ways = weights.size(-2), sources = weights.size(-1);
+    if (weights.is_contiguous()) {
+      strides = {ways * sources, sources, 1};
+    } else {
+      tensor = weights.reshape({tokens, ways, sources});
+      strides = {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+    }
+  }
+  void* data() const { return tensor.data_ptr(); }
+
+  at::Tensor tensor;
+  std::array<int64_t, 3> strides{};
+};
+
 // Gradients of a history larger than the caches are next read when an earlier layer's backward has
 // walked over all of it; written past the caches they cost no read of the lines that they replace.
 bool write_past_caches(at::TensorList grads) {
@@ -91,10 +110,10 @@ std::vector<at::Tensor> depth_aggregate_cpu(at::TensorList hiddens, const at::Te
   const int64_t tokens = like.numel() / width;
   const Rows x = rows_of(hiddens);
   const Rows y = rows_of(outputs);
-  const at::Tensor w = weights.reshape({tokens, ways, sources});
-  const cpu::AggregateForward args{sources,     ways,         width,       x.pointers(),
-                                   x.strides(), w.data_ptr(), w.stride(0), w.stride(1),
-                                   w.stride(2), y.pointers()};
+  const WeightRows w(weights, tokens);
+  const cpu::AggregateForward args{sources,      ways,        width,        x.pointers(),
+                                   x.strides(),  w.data(),    w.strides[0], w.strides[1],
+                                   w.strides[2], y.pointers()};
   run(args, aggregate_kernels().forward[kernel_dtype(like.scalar_type())], tokens);
   return outputs;
 }
@@ -117,16 +136,16 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
   const Rows dy = rows_of(grad_outputs, ways);
   const Rows incoming = rows_of(grad_hiddens, sources);
   const Rows dx = rows_of(grads);
-  const at::Tensor w = weights.reshape({tokens, ways, sources});
+  const WeightRows w(weights, tokens);
   const cpu::AggregateBackward args{sources,
                                     ways,
                                     width,
                                     x.pointers(),
                                     x.strides(),
-                                    w.data_ptr(),
-                                    w.stride(0),
-                                    w.stride(1),
-                                    w.stride(2),
+                                    w.data(),
+                                    w.strides[0],
+                                    w.strides[1],
+                                    w.strides[2],
                                     dy.pointers(),
                                     dy.strides(),
                                     incoming.pointers(),

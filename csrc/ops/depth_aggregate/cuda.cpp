@@ -29,7 +29,7 @@ std::vector<at::Tensor> depth_aggregate_cuda(at::TensorList hiddens, const at::T
   if (like.numel() == 0) return outputs;
   const int64_t tokens = like.numel() / width;
   const Rows x = rows_of(hiddens), y = rows_of(outputs);
-  const at::Tensor w = token_blocks(weights, tokens);
+  const TokenBlocks w(weights, tokens);
   kernels::AggregateForward args;
   set_inputs(args, x, like, w);
   args.y = y.pointers();
@@ -47,12 +47,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cuda(
   const c10::cuda::CUDAGuard device_guard(like.device());
   std::vector<at::Tensor> grads = empty_outputs(sources - deferred, like);
   if (like.numel() == 0) return {std::move(grads), at::zeros(weights.sizes(), weights.options())};
-  at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
+  at::Tensor grad_weights = empty_cuda(weights.sizes(), weights.options());
   const int64_t tokens = like.numel() / width;
   const Rows x = rows_of(hiddens), dx = rows_of(grads, deferred);
   const Rows dy = contiguous_rows_of(grad_outputs, ways);
   const Rows incoming = contiguous_rows_of(grad_hiddens, sources);
-  const at::Tensor w = token_blocks(weights, tokens);
+  const TokenBlocks w(weights, tokens);
   kernels::AggregateBackward args;
   set_inputs(args, x, like, w);
   args.dy = dy.pointers();

@@ -1,12 +1,14 @@
 // Autograd of the aggregation with normed streams: the sources are returned after the streams, as
 // in depth_aggregate (the newest one normed, with a pre weight), and the streams themselves are
 // what the backward knows the norms by.
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
+#include "../common/autograd_functions.h"
 #include "../common/checks.h"
 #include "../common/rows.h"
 #include "../deferred_flush/internal.h"
@@ -81,11 +83,11 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [outputs, newest, mix, statistics] = depth_aggregate_norm_forward(hiddens, weights, norms);
     const auto ways = static_cast<int64_t>(outputs.size());
+    const at::Tensor none = norms.post_weight ? at::empty({0}, weights.options()) : mix;
     variable_list saved(hiddens.begin(), hiddens.end());
     saved.push_back(weights);
     for (int64_t c = 0; c < ways; ++c) {  // the backward knows the norms by their outputs
-      const bool normed = (tensors.weights >> c & 1) != 0;
-      saved.push_back(normed ? outputs[c] : at::empty({0}, weights.options()));
+      saved.push_back((tensors.weights >> c & 1) != 0 ? outputs[c] : none);
     }
     saved.push_back(std::move(mix));
     saved.push_back(std::move(statistics));
@@ -97,7 +99,7 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     ctx->saved_data["tickets"] = static_cast<int64_t>(tickets.size());
     ctx->saved_data["deferred"] = deferred;
     ctx->set_materialize_grads(false);
-    outputs.insert(outputs.end(), hiddens.begin() + deferred, hiddens.end());
+    hand_on(outputs, hiddens.slice(deferred));
     if (tensors.pre) outputs.back() = std::move(newest);
     return outputs;
   }
@@ -123,6 +125,7 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
       result.resize(count);
       return result;
     }
+    const PastAutogradWithoutGradients guard;
     auto [own, grad_weights, grad_norm_weights, grad_norm_biases, grad_pre_weight, grad_post_weight,
           grad_sums] =
         depth_aggregate_norm_backward(
@@ -170,6 +173,7 @@ StreamsAndHiddens deferred_composite(at::TensorList hiddens, const at::Tensor& w
   if (!at::GradMode::is_enabled() ||
       !(weights.requires_grad() || std::any_of(hiddens.begin(), hiddens.end(), requires_grad) ||
         std::any_of(tensors.list.begin(), tensors.list.end(), requires_grad))) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
     auto [streams, newest, mix, statistics] = depth_aggregate_norm_forward(hiddens, weights, norms);
     std::vector<at::Tensor> handed_on = hiddens.vec();
     if (norms.pre_weight.has_value()) handed_on.back() = std::move(newest);

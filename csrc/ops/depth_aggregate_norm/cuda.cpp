@@ -1,6 +1,5 @@
 // The aggregation with normed streams on CUDA: host side of csrc/kernels/depth_aggregate_norm, and
 // the composition for what these kernels cannot do.
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -74,13 +73,13 @@ NormedStreams depth_aggregate_norm_forward_cuda(at::TensorList hiddens, const at
     const int64_t ways = weights.size(-2), tokens = like.numel() / like.size(-1);
     std::vector<at::Tensor> outputs = empty_outputs(ways, like);
     const auto row_for = [&](const std::optional<at::Tensor>& weight) {
-      return at::empty(weight.has_value() ? like.sizes() : at::IntArrayRef{0}, like.options());
+      return empty_cuda(weight.has_value() ? like.sizes() : at::IntArrayRef{0}, like.options());
     };
     at::Tensor newest = row_for(norms.pre_weight), mix = row_for(norms.post_weight);
-    at::Tensor statistics = at::empty({2, ways + (norms.pre_weight.has_value() ? 1 : 0), tokens},
-                                      like.options().dtype(at::kFloat));
+    at::Tensor statistics = empty_cuda({2, ways + (norms.pre_weight.has_value() ? 1 : 0), tokens},
+                                       like.options().dtype(at::kFloat));
     const Rows x = rows_of(hiddens), y = rows_of(outputs);
-    const at::Tensor w = token_blocks(weights, tokens);
+    const TokenBlocks w(weights, tokens);
     const NormPointers pointers(norms);
     kernels::AggregateNormForward args{};
     set_inputs(args, x, like, w);
@@ -110,7 +109,10 @@ NormsGradients depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_ou
   if (like.scalar_type() != at::kDouble && like.numel() != 0) {
     const int64_t sources = weights.size(-1), ways = weights.size(-2);
     const int64_t tokens = like.numel() / like.size(-1);
-    NormsGradients result = empty_gradients(hiddens, weights, norms, deferred);
+    NormsGradients result = empty_gradients(
+        hiddens, weights, norms, deferred, [](const at::Tensor& tensor, bool given) {
+          return empty_cuda(given ? tensor.sizes() : at::IntArrayRef{0}, tensor.options());
+        });
     auto& [grads, grad_weights, grad_norm_weights, grad_norm_biases, grad_pre_weight,
            grad_post_weight, grad_sums] = result;
     const std::vector<void*> weight_grads = pointers_of(grad_norm_weights);
@@ -122,7 +124,7 @@ NormsGradients depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_ou
     const at::Tensor mix = forward.mix.contiguous();
     const at::Tensor statistics = forward.statistics.contiguous();
     const Rows incoming = contiguous_rows_of(grad_hiddens, sources);
-    const at::Tensor w = token_blocks(weights, tokens);
+    const TokenBlocks w(weights, tokens);
     const NormPointers pointers(norms);
     kernels::AggregateNormBackward args{};
     set_inputs(args, x, like, w);
@@ -140,7 +142,7 @@ NormsGradients depth_aggregate_norm_backward_cuda(const OptionalTensors& grad_ou
     int64_t floats = 0;
     cudaError_t error = kernels::aggregate_norm_workspace(args, &floats);
     if (error == cudaSuccess) {
-      const at::Tensor workspace = at::empty({floats}, like.options().dtype(at::kFloat));
+      const at::Tensor workspace = empty_cuda({floats}, like.options().dtype(at::kFloat));
       args.workspace = workspace.data_ptr<float>();
       error = kernels::launch_aggregate_norm_backward(args, c10::cuda::getCurrentCUDAStream());
     }

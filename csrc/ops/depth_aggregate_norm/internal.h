@@ -8,6 +8,7 @@
 
 #include "../common/dispatch.h"
 #include "../common/norms.h"
+#include "../common/rows.h"
 
 namespace muddformer::detail {
 
@@ -76,9 +77,29 @@ void check_depth_aggregate_norm_backward(const OptionalTensors& grad_outputs,
                                          const StreamNorms& norms, const NormsForward& forward,
                                          int64_t deferred);
 
-// Gradients that nothing has been written to; with symbolic sizes too. In meta.cpp.
+// Gradients that nothing has been written to. empty(tensor, given) makes one of the shape of the
+// tensor, or of shape [0] for what was not given.
+template <typename Empty>
 NormsGradients empty_gradients(at::TensorList hiddens, const at::Tensor& weights,
-                               const StreamNorms& norms, int64_t deferred);
+                               const StreamNorms& norms, int64_t deferred, Empty empty) {
+  const at::Tensor& like = hiddens[0];
+  const auto of = [&](const std::optional<at::Tensor>& tensor) {
+    return empty(tensor.has_value() ? *tensor : like, tensor.has_value());
+  };
+  std::vector<at::Tensor> grad_hiddens, grad_norm_weights, grad_norm_biases, grad_sums;
+  const auto ways = static_cast<int64_t>(norms.weights.size());
+  for (int64_t c = 0; c < ways; ++c) {
+    grad_norm_weights.push_back(of(entry(norms.weights, c)));
+    grad_norm_biases.push_back(of(entry(norms.biases, c)));
+    grad_sums.push_back(empty(like, deferred > 0 && has_norm(norms, c)));
+  }
+  const auto count = static_cast<int64_t>(hiddens.size()) - deferred;
+  grad_hiddens.reserve(count);
+  for (int64_t j = 0; j < count; ++j) grad_hiddens.push_back(empty(like, true));
+  return {std::move(grad_hiddens),     empty(weights, true), std::move(grad_norm_weights),
+          std::move(grad_norm_biases), of(norms.pre_weight), of(norms.post_weight),
+          std::move(grad_sums)};
+}
 
 // Whether the kernels of this build make the norms on x's device; in cuda.cpp.
 bool norms_fused_by_cuda(const at::Tensor& x, int64_t sources, int64_t ways);

@@ -17,8 +17,8 @@ at::Tensor linear_forward_cuda(const at::Tensor& x, const at::Tensor& weight,
   const c10::cuda::CUDAGuard device_guard(x.device());
   if (!residual || x.numel() == 0) return linear_composition(x, weight, bias, residual);
   at::Tensor y =
-      at::empty(residual->sizes(),
-                x.options().dtype(c10::promoteTypes(x.scalar_type(), residual->scalar_type())));
+      empty_cuda(residual->sizes(),
+                 x.options().dtype(c10::promoteTypes(x.scalar_type(), residual->scalar_type())));
   const at::Tensor rows = matrix_of(x), added = residual->to(y.scalar_type()).contiguous();
   const at::Tensor offset = bias ? bias->contiguous() : at::Tensor();
   std::optional<kernels::Matmul> args = matmul_arguments(matrix_of(y), rows, weight.t());
@@ -43,7 +43,7 @@ LinearGradients linear_backward_cuda(const at::Tensor& grad, const at::Tensor& x
   if (wanted[0]) dx = dx.view(x.sizes());
   if (wanted[1]) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    dw = at::empty(weight.sizes(), x.options().dtype(dtype));
+    dw = empty_cuda(weight.sizes(), x.options().dtype(dtype));
     matmul_out(dw, g.t(), rows, /*add=*/false);
   }
   return {dx, dw, db};

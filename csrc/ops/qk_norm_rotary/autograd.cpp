@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "../common/autograd_functions.h"
 #include "../common/checks.h"
 #include "internal.h"
 
@@ -39,6 +40,7 @@ struct QkNormRotaryFunction : torch::autograd::Function<QkNormRotaryFunction> {
     const bool norms = saved[4].defined();
     const std::array<bool, 2> wanted{norms && ctx->needs_input_grad(4),
                                      norms && ctx->needs_input_grad(5)};
+    const PastAutogradWithoutGradients guard;
     const auto [grad_q, grad_k, grad_q_weight, grad_k_weight] = qk_norm_rotary_backward(
         grads[0], grads[1], optional(saved[0]), optional(saved[1]), saved[2], saved[3],
         optional(saved[4]), optional(saved[5]), ctx->saved_data["eps"].toDouble(), wanted);

@@ -22,7 +22,7 @@ kernels::Heads heads_of(const at::Tensor& x) {
 }
 
 at::Tensor empty_heads(const at::Tensor& like) {
-  return at::empty(like.sizes(), like.options());
+  return empty_cuda(like.sizes(), like.options());
 }
 
 // What both ways are given; q, k: [B, T, H, E] of the shapes alone. The tables and weights are
@@ -105,7 +105,7 @@ QkGradients qk_norm_rotary_backward_cuda(const at::Tensor& grad_q, const at::Ten
   const at::Tensor dx_q = empty_heads(dy_q), dx_k = empty_heads(dy_k);
   const auto of_weight = [&](bool is_wanted) {
     const at::TensorOptions options = q_weight ? q_weight->options() : grad_q.options();
-    return at::empty({is_wanted ? grad_q.size(3) : 0}, options);
+    return empty_cuda({is_wanted ? grad_q.size(3) : 0}, options);
   };
   const at::Tensor grad_q_weight = of_weight(wanted[0]), grad_k_weight = of_weight(wanted[1]);
   kernels::QkNormRotaryBackward args{};
@@ -125,7 +125,7 @@ QkGradients qk_norm_rotary_backward_cuda(const at::Tensor& grad_q, const at::Ten
   if (wanted[1]) args.grad_weight[kernels::kKeys] = grad_k_weight.mutable_data_ptr();
   int64_t floats = 0;
   C10_CUDA_CHECK(kernels::qk_norm_rotary_workspace(args, floats));
-  const at::Tensor workspace = at::empty({floats}, grad_q.options().dtype(at::kFloat));
+  const at::Tensor workspace = empty_cuda({floats}, grad_q.options().dtype(at::kFloat));
   args.workspace = workspace.mutable_data_ptr<float>();
   const cudaError_t error =
       kernels::launch_qk_norm_rotary_backward(args, c10::cuda::getCurrentCUDAStream());

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "../common/autograd_functions.h"
 #include "../common/checks.h"
 #include "internal.h"
 
@@ -25,6 +26,7 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const bool fused = !saved[1].defined();
+    const PastAutogradWithoutGradients guard;
     const auto [grad_gate, grad_up] =
         swiglu_backward(grads[0], saved[0], fused ? std::nullopt : std::optional(saved[1]));
     return {grad_gate, fused ? at::Tensor() : grad_up};

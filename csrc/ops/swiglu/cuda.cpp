@@ -32,7 +32,7 @@ at::Tensor swiglu_cuda(const at::Tensor& gate, const std::optional<at::Tensor>& 
   const c10::cuda::CUDAGuard device_guard(gate.device());
   if (gate.scalar_type() == at::kDouble) return swiglu_composition(gate, up);
   const GateAndUp given = gate_and_up(gate, up);
-  const at::Tensor out = at::empty(given.gate.sizes(), gate.options());
+  const at::Tensor out = empty_cuda(given.gate.sizes(), gate.options());
   Rows rows;
   kernels::Swiglu args = arguments(given, rows);
   args.out = out.mutable_data_ptr();
@@ -48,9 +48,9 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward_cuda(const at::Tensor& grad,
   check_swiglu_backward(grad, gate, up);
   const c10::cuda::CUDAGuard device_guard(gate.device());
   if (gate.scalar_type() == at::kDouble) return swiglu_backward_composition(grad, gate, up);
-  const at::Tensor grad_gate = at::empty(gate.sizes(), gate.options());
+  const at::Tensor grad_gate = empty_cuda(gate.sizes(), gate.options());
   const at::Tensor grad_up =
-      up.has_value() ? at::empty(gate.sizes(), gate.options()) : at::empty({0}, gate.options());
+      up.has_value() ? empty_cuda(gate.sizes(), gate.options()) : empty_cuda({0}, gate.options());
   const GateAndUp grads =
       up.has_value() ? GateAndUp{grad_gate, grad_up} : gate_and_up(grad_gate, up);
   Rows rows;
