@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -228,3 +231,23 @@ def test_cuda_graph_is_left_where_code_of_others_runs() -> None:
     assert lengths == [5] + [1] * 11
     with torch.autocast("cuda", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         muddformer.generate(model, prompt().cuda(), max_new_tokens=12, cuda_graph=True)
+
+
+@pytest.mark.slow
+def test_memory_over_many_prompt_lengths(device: torch.device) -> None:
+    """300 lengths: no cache and no captured graph of earlier prompts is kept, and earlier results stay as they are."""
+
+    def memory() -> int:
+        if device.type == "cuda":
+            return torch.cuda.memory_allocated()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    model = make("default", block_size=512).to(device)
+    first = muddformer.generate(model, prompt(length=40).to(device), max_new_tokens=9)
+    kept = first.clone()
+    for length in range(2, 302):
+        muddformer.generate(model, prompt(length=length).to(device), max_new_tokens=9 if length % 10 == 0 else 1)
+        if length == 101:
+            before = memory()
+    assert memory() - before < 32 << 20
+    assert torch.equal(first, kept)
