@@ -103,6 +103,7 @@ def test_corpus_from_packages(quality, packages, made):
     parts = quality.parts.Parts(made)
     manifest = parts.manifest
     assert manifest["packages"] == {"alpha": "1.0", "beta": "1.0"}
+    assert manifest["reading"] == quality.corpus.READING and manifest["tokenizers"]
     assert sum(manifest["documents"].values()) == 120  # without copies, large, binary and other files
     assert 0 < manifest["documents"]["held_out"] < 40
     assert len(manifest["train"]) > 1 and all(p["tokens"] == 4096 for p in manifest["train"][:-1])
@@ -115,6 +116,36 @@ def test_corpus_from_packages(quality, packages, made):
     again = {path.name: path.read_bytes() for path in made.iterdir()}
     quality.corpus.main([str(packages), "--packages", str(packages / "packages.yaml")])
     assert {path.name: path.read_bytes() for path in made.iterdir()} == again
+
+
+def test_the_corpus_stays_what_it_is(quality, tmp_path):
+    """The id of a corpus of the kinds of files that other readings take otherwise, as published rows name it."""
+    from muddformer.training.corpus import find_documents
+
+    root = tmp_path / "text" / "package"
+    for name in ("one", "two", "three", ".hidden", "__pycache__"):
+        (root / name).mkdir(parents=True)
+        for n in range(20):
+            text = "".join(f"  int {name.strip('._')}_{n}_{i};\n" for i in range(9))
+            (root / name / f"{n}.c").write_text(text + "  }" * (n % 2))  # some have no end of the last line
+    (root / "one" / "utf-8 with a mark.c").write_bytes(b"\xef\xbb\xbf" + "größer\r\n".encode())
+    (root / "one" / "latin-1.c").write_bytes("größer\n".encode("latin-1"))
+    (root / "one" / "utf-16.c").write_bytes("größer\n".encode("utf-16"))
+    (root / "one" / "empty.c").write_bytes(b"")
+    (root / "two" / "a link.c").symlink_to("../one/1.c")
+    (root / "two" / "z link.c").symlink_to("../one/2.c")
+    settings = {"vocab_size": 300, "held_out": 0.1, "largest_file": 4096, "tokenizer_sample": 2}
+    settings |= {"part_tokens": 4096, "parts": 2, "packages": [{"package": "package", "suffixes": ["c"]}]}
+    settings["packages"][0]["links"] = ["two/z link.c"]
+    documents = quality.corpus.choose(tmp_path / "text", settings)
+    keys = {document.key.removeprefix("text/package/"): document for document in documents}
+    assert len(keys) == 62 and {"two/z link.c", "one/latin-1.c"} <= keys.keys()
+    assert not {"one/2.c", "two/a link.c", "one/utf-16.c", "one/empty.c"} & keys.keys()
+    assert quality.corpus.read(keys["one/utf-8 with a mark.c"]) == "\ufeffgrößer\r\n"
+    assert quality.corpus.read(keys["one/latin-1.c"]) == "gr\ufffd\ufffder\n"
+    assert len(find_documents([str(tmp_path / "text")])) != len(keys), "training reads other files, and may change"
+    manifest = quality.corpus.write_parts(documents, settings, tmp_path / "parts")
+    assert quality.parts.write_manifest(tmp_path / "parts", manifest)["id"] == "94f33a028b4c"
 
 
 @needs_dpkg
@@ -139,6 +170,9 @@ def test_bad_corpus(quality, packages, made, tmp_path, tiny_set, capsys):
     assert "holds no corpus" in capsys.readouterr().err
 
     settings = yaml.safe_load((packages / "packages.yaml").read_text())
+    (tmp_path / "named.yaml").write_text(yaml.safe_dump({**settings, "id": "0123456789ab"}))
+    assert quality.corpus.main([str(packages), "--packages", str(tmp_path / "named.yaml")]) == 0
+    assert "is of corpus 0123456789ab: rows of the two cannot be compared" in capsys.readouterr().err
     settings["packages"][0]["sha256"] = "0" * 64
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "new").mkdir()

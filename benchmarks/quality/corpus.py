@@ -3,13 +3,18 @@
 Downloads the packages of corpus.yaml with apt-get (no root needed), takes the text files, holds out about one in a
 hundred by the hash of its path, trains a BPE tokenizer on the others and writes token ids in compressed parts
 (parts.py) to FOLDER/parts. Downloads stay in FOLDER/packages; the text is removed again.
+
+Files are found and read here, not as ``muddformer train`` does it: rows can be compared with those measured before only
+if the corpus stays the same to the byte.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,9 +30,11 @@ from parts import DTYPE, digest, write_manifest, write_part
 
 from muddformer.errors import InputError
 from muddformer.inference.tokenizer import SEPARATOR, train_tokenizer
-from muddformer.training.corpus import Document, find_documents, split_documents
+from muddformer.training.corpus import Document, split_documents
 
+READING = "whole files as UTF-8, U+FFFD for other bytes, byte order marks kept, links only where corpus.yaml has them"
 _FILES_AT_ONCE = 256
+_LEFT_OUT = ("site-packages", "dist-packages", "__pycache__")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError, subprocess.CalledProcessError) as error:
         print(f"corpus.py: {error}", file=sys.stderr)
         return 2
-    print(f"{sum(part['tokens'] for part in manifest['train']):,} training tokens in {args.folder / 'parts'}")
+    tokens = sum(part["tokens"] for part in manifest["train"])
+    print(f"corpus {manifest['id']}: {tokens:,} training tokens in {args.folder / 'parts'}")
+    if manifest["id"] != settings.get("id", manifest["id"]):
+        say(
+            f"corpus.py: {args.packages} is of corpus {settings['id']}, whose rows cannot be compared with rows of this"
+        )
     return 0
 
 
@@ -65,12 +77,11 @@ def make_corpus(settings: dict[str, Any], folder: Path, newest: bool = False) ->
         for package in settings["packages"]:
             say(f"unpacking {package['package']}")
             unpack(files[package["package"]], package.get("archive"), text / package["package"])
-        suffixes = {p["package"]: {f".{suffix}" for suffix in p["suffixes"]} for p in settings["packages"]}
-        documents = choose(find_documents([str(text)]), suffixes, settings["largest_file"])
-        manifest = write_parts(documents, settings, folder / "parts")
+        manifest = write_parts(choose(text, settings), settings, folder / "parts")
     manifest["packages"] = {name: _field(path, "Version") for name, path in files.items()}
-    write_manifest(folder / "parts", manifest)
-    return manifest
+    manifest["reading"] = READING
+    manifest["tokenizers"] = importlib.metadata.version("tokenizers")
+    return write_manifest(folder / "parts", manifest)
 
 
 def find_package(package: dict[str, Any], folder: Path, newest: bool) -> Path:
@@ -113,18 +124,42 @@ def unpack(package: Path, archive: str | None, target: Path) -> None:
             subprocess.run(["tar", "-xf", path, "-C", target, "--no-same-owner"], check=True)
 
 
-def choose(documents: Iterable[Document], suffixes: dict[str, set[str]], largest: int) -> list[Document]:
+def choose(text: Path, settings: dict[str, Any]) -> list[Document]:
     """The files with their package's suffixes that are not too large, each text once, in a random order."""
-    seen, chosen = set(), []
-    for document in documents:
-        package = document.key.split("/", 2)[1]
-        if document.path.suffix not in suffixes[package] or document.path.stat().st_size > largest:
-            continue
-        content = digest(document.path.read_bytes())
-        if content not in seen:
-            seen.add(content)
-            chosen.append(document)
-    return sorted(chosen, key=lambda document: digest(b"order of " + document.key.encode(errors="surrogateescape")))
+    text, documents = text.resolve(), []
+    for package in settings["packages"]:
+        root = text / package["package"]
+        # A link is another name of a file: but for those that are named, which stand for the files they lead to.
+        links = {root / link for link in package.get("links", ())}
+        targets = {link.resolve() for link in links}
+        suffixes = {f".{suffix}" for suffix in package["suffixes"]}
+        for path in find_files(root):
+            if path not in links and (path.is_symlink() or path in targets):
+                continue
+            if path.suffix in suffixes and 0 < path.stat().st_size <= settings["largest_file"] and not is_binary(path):
+                documents.append(Document(f"text/{path.relative_to(text).as_posix()}", path))
+    first = {}
+    for document in sorted(documents, key=lambda document: document.key):
+        first.setdefault(digest(document.path.read_bytes()), document)
+    return sorted(first.values(), key=lambda document: digest(b"order of " + os.fsencode(document.key)))
+
+
+def find_files(root: Path) -> Iterator[Path]:
+    """The files of a folder that are not hidden, links to folders not followed."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _LEFT_OUT]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def is_binary(path: Path) -> bool:
+    """Whether there is a zero byte near its start."""
+    with path.open("rb") as file:
+        return b"\0" in file.read(8192)
+
+
+def read(document: Document) -> str:
+    """The text of a file, as READING says."""
+    return document.path.read_bytes().decode("utf-8", errors="replace")
 
 
 def write_parts(documents: Sequence[Document], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -135,9 +170,7 @@ def write_parts(documents: Sequence[Document], settings: dict[str, Any], folder:
     train, held_out = split_documents(documents, settings["held_out"])
     sample = train[:: settings["tokenizer_sample"]]
     say(f"training the tokenizer on {len(sample):,} of {len(train):,} files")
-    texts = (piece for document in sample for piece in document.pieces() if piece is not None)
-    # Words are not cut: the corpus stays the one of the rows so far.
-    tokenizer = train_tokenizer(texts, settings["vocab_size"], longest_word=None)
+    tokenizer = train_tokenizer(map(read, sample), settings["vocab_size"], longest_word=None)  # words are not cut
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     manifest = {
         "vocab_size": tokenizer.get_vocab_size(),
@@ -161,7 +194,7 @@ def encode(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray
     """Token ids of the documents, some documents at a time, each with a separator behind it."""
     separator, remaining = [tokenizer.token_to_id(SEPARATOR)], iter(documents)
     while batch := list(itertools.islice(remaining, _FILES_AT_ONCE)):
-        encodings = tokenizer.encode_batch_fast(["".join(filter(None, document.pieces())) for document in batch])
+        encodings = tokenizer.encode_batch_fast(list(map(read, batch)))
         yield np.array([i for e in encodings for i in itertools.chain(e.ids, separator)], DTYPE)
 
 

@@ -105,10 +105,15 @@ def write_part(path: Path, ids: np.ndarray) -> dict[str, Any]:
     return {"file": path.name, "tokens": len(ids), "blake2b": digest(data)}
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes ``corpus.json`` from ``vocab_size``, ``tokenizer``, ``held_out``, ``train`` and anything else to tell."""
-    text = json.dumps({"id": _identify(manifest), **manifest}, indent=1)
-    (folder / "corpus.json").write_text(text, encoding="utf-8")
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Writes ``corpus.json`` from ``vocab_size``, ``tokenizer``, ``held_out``, ``train`` and anything else to tell.
+
+    Returns:
+        What it holds: the same and ``id``.
+    """
+    manifest = {"id": _identify(manifest), **manifest}
+    (folder / "corpus.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return manifest
 
 
 def digest(data: bytes) -> str:
