@@ -27,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         OSError: naming ``path``, if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with naming(path):
+    with naming(path, temporary):
         try:
             write(temporary)
             sync(temporary)
@@ -38,11 +38,22 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Lets errors of writing a file be OSErrors that name it, those of a full disk above all, which name none."""
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Lets errors of using a file be OSErrors that name it, those of a full disk above all, which name none.
+
+    Args:
+        path: the file, or a folder of files.
+        temporary: what the file is called until it is complete.
+
+    Raises:
+        OSError: that one; or as it came, if it names another file: one that was read meanwhile.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
+        named = getattr(error, "filename", None)
+        if isinstance(named, str | os.PathLike) and not {path, temporary} & {Path(named), *Path(named).parents}:
+            raise
         told = re.search(r"os error (\d+)", str(error))  # as the library of safetensors has it
         number = getattr(error, "errno", None) or (int(told[1]) if told else None)
         reason = os.strerror(number) if number else str(error)

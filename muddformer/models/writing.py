@@ -5,6 +5,7 @@ The library's own function needs all tensors of a file in memory.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import write_atomically
+from .._files import naming, write_atomically
 from .stored import DTYPES, StoredTensor
 
 __all__ = ["write_tensors"]
@@ -90,7 +91,7 @@ class _TensorFile:
             if path and part.dtype == dtype:
                 self._copy(path, place, size)
             else:
-                part = self._read(path, place, part) if path else part
+                part = torch.frombuffer(self._read(path, place, part.nbytes), dtype=part.dtype) if path else part
                 cast = part.to(dtype)
                 if dtype == torch.float16 and not torch.equal(cast.isfinite(), part.isfinite()):
                     raise ValueError(f"dtype must hold the values, but those of {name} are too large for float16")
@@ -107,17 +108,22 @@ class _TensorFile:
     def _copy(self, path: str, place: int, size: int) -> None:
         """Appends a part of another file, which the kernel copies."""
         while size:
-            count = os.sendfile(self._file.fileno(), self._source(path), place, size)
+            try:
+                count = os.sendfile(self._file.fileno(), self._source(path), place, size)
+            except OSError:
+                self._read(path, place, size)  # says so if this is the file that fails
+                raise
             if count == 0:
-                raise OSError(f"{path}: ends before its tensors do")
+                self._read(path, place, size)  # raises
             place, size = place + count, size - count
 
-    def _read(self, path: str, place: int, like: Tensor) -> Tensor:
-        """A copy of a part of a file that is mapped as ``like``."""
-        data = bytearray(os.pread(self._source(path), like.nbytes, place))
-        if len(data) != like.nbytes:
-            raise OSError(f"{path}: ends before its tensors do")
-        return torch.frombuffer(data, dtype=like.dtype)
+    def _read(self, path: str, place: int, size: int) -> bytearray:
+        """A copy of a part of another file."""
+        with naming(Path(path)):
+            data = bytearray(os.pread(self._source(path), size, place))
+        if len(data) != size:
+            raise OSError(errno.EIO, "it ends before its tensors do", path)
+        return data
 
     def _source(self, path: str) -> int:
         if path not in self._sources:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,12 +15,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers.models import make
 from helpers.paths import PACKAGE
 from muddformer import MUDDFormer
+from muddformer._files import write_atomically
 from muddformer.models import from_pretrained, load_config, save_pretrained
+from muddformer.models.stored import StoredTensor
+from muddformer.models.writing import write_tensors
 
 IDS = torch.arange(6)[None]
 
@@ -283,3 +288,35 @@ def test_any_damage_is_harmless(intact: Path, tmp_path: Path, data: st.DataObjec
         assert str(tmp_path) in str(error)
     else:
         assert model(torch.zeros(1, 1, dtype=torch.int64)).shape[:2] == (1, 1)
+
+
+def test_a_source_that_cannot_be_read_is_what_is_named(tmp_path: Path) -> None:
+    for missing in (tmp_path / "other" / "source", tmp_path / "source"):
+        with pytest.raises(FileNotFoundError) as caught:
+            write_atomically(tmp_path / "target", lambda scratch, missing=missing: shutil.copyfile(missing, scratch))
+        assert caught.value.filename == str(missing)
+    with pytest.raises(OSError) as caught:
+        write_atomically(tmp_path / "no folder" / "target", lambda scratch: scratch.write_text("text"))
+    assert caught.value.filename == str(tmp_path / "no folder" / "target")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_ends_early_is_what_is_named(directory: Path, tmp_path: Path) -> None:
+    """A file that is cut while it is converted; the tensors are mapped, so that they are read from the file itself."""
+    source = directory / "model.safetensors"
+    for dtype in (torch.float32, torch.bfloat16):
+        with safe_open(source, "pt") as file:
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = {torch.float32: "F32", torch.bfloat16: "BF16"}
+            tensors = {
+                name: StoredTensor(list(value.shape), names[dtype], lambda value=value: value)
+                for name, value in values.items()
+            }
+            whole = source.read_bytes()
+            os.truncate(source, 4096)
+            with pytest.raises(OSError, match="ends before its tensors do") as caught:
+                write_tensors(tmp_path / "target.safetensors", tensors, lambda count: None)
+            assert caught.value.filename == str(source)
+            assert not list(tmp_path.glob("*target*"))
+            with source.open("r+b") as again:  # the same file, or the mapping would be of another
+                again.write(whole)
