@@ -30,6 +30,7 @@ class Rule(NamedTuple):
         results: what the results are: the argument that each is the gradient of, a name in ``local``, or None for one
             of tokens; empty: all are of tokens.
         plain: whether parameters may be plain tensors, which count as replicated.
+        alike: parameters that are DTensors all or none: the backward is given the first alone.
     """
 
     tokens: str
@@ -37,6 +38,7 @@ class Rule(NamedTuple):
     local: tuple[str, ...] = ()
     results: tuple[str | None, ...] = ()
     plain: bool = True
+    alike: tuple[str, ...] = ()
 
 
 _GENERATOR = ("w1", "w2", "prior", "scale")
@@ -44,7 +46,9 @@ _NORMS = ("norm_weights", "norm_biases", "pre_weight", "post_weight")
 
 RULES = {
     "add_norm_backward": Rule("sum", ("weight",), ("rstd", "mean"), ("sum", None, "weight", "weight")),
-    "add_norm_forward": Rule("residual", ("weight", "bias"), ("rstd", "mean"), (None, None, "rstd", "mean")),
+    "add_norm_forward": Rule(
+        "residual", ("weight", "bias"), ("rstd", "mean"), (None, None, "rstd", "mean"), alike=("weight", "bias")
+    ),
     "connection_weights": Rule("x", _GENERATOR),
     "connection_weights_forward": Rule("x", _GENERATOR),
     "connection_weights_backward": Rule("x", _GENERATOR, results=("x", *_GENERATOR)),
@@ -61,7 +65,7 @@ RULES = {
     ),
     "depth_aggregation_step": Rule("hiddens", (*_GENERATOR, "norm_weights", "norm_biases")),
     "linear_backward": Rule("x", ("weight",), results=("x", "weight", "weight")),
-    "linear_forward": Rule("x", ("weight", "bias")),
+    "linear_forward": Rule("x", ("weight", "bias"), alike=("weight", "bias")),
     # Heads are tokens too. The tables are those of the positions that a process has.
     "qk_norm_rotary": Rule("q", ("q_weight", "k_weight"), ("cos", "sin"), ("q", "k")),
     "qk_norm_rotary_backward": Rule(
@@ -115,6 +119,14 @@ class _Spread:
                         f"{label}: expected a DTensor, as {tokens[0][0]} is one, got a plain tensor: "
                         "distribute_tensor(x, mesh, [Replicate()]) makes one of it"
                     )
+        alike = [(name, arguments[name]) for name in rule.alike if isinstance(arguments.get(name), Tensor)]
+        for label, x in alike[1:]:
+            if self.is_spread(x) != self.is_spread(alike[0][1]):
+                kinds = "a plain tensor", "a DTensor"
+                raise ValueError(
+                    f"{label}: expected {kinds[self.is_spread(alike[0][1])]}, as {alike[0][0]} is one, got "
+                    f"{kinds[self.is_spread(x)]}"
+                )
         self.leading = reference.shape[:-1]
         self.placements = list(self.whole)
         for name, value in arguments.items():

@@ -186,6 +186,11 @@ def what_cannot_be_shared_is_refused(mesh: DeviceMesh, _: Path) -> None:
             ops.depth_aggregate([x], w)
     with pytest.raises(ValueError, match=r"weight: expected a DTensor, as hidden is one, .*: distribute_tensor"):
         ops.linear_cross_entropy(hidden, torch.ones(5, 8), torch.zeros(8, dtype=torch.int64))
+    weight, bias = distribute_tensor(torch.ones(8, 8), mesh, [Replicate()]), torch.ones(8)
+    with pytest.raises(ValueError, match="bias: expected a DTensor, as weight is one, got a plain tensor"):
+        ops.linear(hidden, weight, bias)
+    with pytest.raises(ValueError, match="bias: expected a plain tensor, as weight is one, got a DTensor"):
+        ops.add_norm(hidden, hidden, bias, weight[0], norm="layer")
     config = make().config
     for model, bad_mesh, message in (
         (nn.Linear(2, 2), mesh, "model must be a MUDDFormer, got Linear"),
