@@ -279,3 +279,11 @@ def test_inspect_a_checkpoint(run, tmp_path, capsys):
     fails(capsys, ["inspect", str(checkpoint), "--text", str(text)], "too few")
     text.write_text("the query, the key and the value " * 9)
     assert main(["inspect", str(checkpoint), "--text", str(text), "--output", str(tmp_path / "out")]) == 0
+    assert "text: 1 files" in capsys.readouterr().err
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"content": text.read_text()}) + "\n")
+    arguments = ["inspect", str(checkpoint), "--text", str(rows), "--output", str(tmp_path / "rows")]
+    fails(capsys, arguments, "no text in the field 'text'", "--text-field")
+    assert main([*arguments, "--text-field", "content"]) == 0
+    first, second = (json.loads((tmp_path / name / "inspection.json").read_text()) for name in ("out", "rows"))
+    assert first["sinks"] == second["sinks"]

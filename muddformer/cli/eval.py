@@ -13,13 +13,13 @@ import torch
 from muddformer._files import write_atomically
 from muddformer.cli.options import number
 from muddformer.cli.progress import Progress
+from muddformer.cli.texts import add_text_options, read_texts
 from muddformer.errors import InputError
 from muddformer.inference.harness import harness_model
 from muddformer.inference.loading import check_vocabulary, find_device, load_model, resolve_checkpoint
 from muddformer.inference.scoring import TextScore, score_texts
 from muddformer.inference.tasks import TaskFigure, run_tasks
 from muddformer.inference.tokenizer import load_tokenizer
-from muddformer.training.corpus import find_documents
 from muddformer.utils import build_info
 
 HELP = "perplexity of a model over text files, and tasks of lm-evaluation-harness"
@@ -36,8 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option(
         "--checkpoint", required=True, metavar="DIR", help="a checkpoint with tokenizer.json, or a run: its newest one"
     )
-    option("--text", nargs="+", default=[], metavar="PATH", help="text files and folders: their perplexity")
-    option("--pattern", default="*", metavar="GLOB", help=f"names of the files in folders of --text {default}")
+    add_text_options(parser, "text files and folders: their perplexity")
     option("--window", type=count, metavar="N", help="tokens that the model reads at once (default: its block_size)")
     option("--stride", type=count, metavar="N", help="tokens scored in each window (default: half of --window)")
     option(
@@ -87,13 +86,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _texts(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    documents = find_documents(options.text, options.pattern)
+    texts = read_texts(options)
     window = options.window or model.config.block_size
     with Progress("scoring") as progress:
         scores = score_texts(
             model,
             tokenizer,
-            (text for document in documents for text in document.texts()),
+            texts,
             window=window,
             stride=options.stride,
             batch_size=options.batch_size,

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from muddformer._files import write_atomically
 from muddformer.cli.options import number
+from muddformer.cli.texts import add_text_options, read_texts
 from muddformer.errors import InputError
 from muddformer.inference.inspection import Inspection, inspect_model
 from muddformer.inference.loading import find_checkpoints, find_device, load_model, resolve_checkpoint
 from muddformer.inference.tokenizer import load_tokenizer
 from muddformer.models import MUDDFormer
 from muddformer.plots import plot_connection_weights, plot_history_norms, plot_similarities, plot_sinks
-from muddformer.training.corpus import find_documents
 from muddformer.training.data import held_out_batches, prepare_corpus
 from muddformer.training.loop import load_run_settings
 from muddformer.training.metrics import say
@@ -31,7 +31,7 @@ def add_options(inspect: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     option = inspect.add_argument
     option("folder", metavar="DIR", help="a run, whose held-out text is read; or a checkpoint, with --text")
-    option("--text", nargs="+", metavar="FILE", help="text to read in place of the run's held-out text")
+    add_text_options(inspect, "text files and folders to read in place of the run's held-out text")
     option("--tokens", type=number(int, 2), default=16384, metavar="N", help="at most so many (default: %(default)s)")
     option("--output", metavar="DIR", help="where inspection.json and the pictures go (default: DIR/inspection)")
     option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
@@ -71,13 +71,13 @@ def _load(checkpoint: Path, device: torch.device) -> MUDDFormer:
 
 def _batches(folder: Path, checkpoint: Path, model: MUDDFormer, options: argparse.Namespace) -> Sequence[Tensor]:
     """Token ids [1, T], of which one fits into memory at a time."""
-    if options.text is None and checkpoint == folder:
+    if not options.text and checkpoint == folder:
         raise InputError(f"{str(folder)!r} is a checkpoint, not a run with a held-out text: give text with --text")
-    if options.text is None:
+    if not options.text:
         ids = prepare_corpus(load_run_settings(folder).data, say).val
     else:
         tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-        texts = ("".join(pieces) for document in find_documents(options.text) for _, pieces in document.texts())
+        texts = ("".join(pieces) for _, pieces in read_texts(options))
         ids = np.array([i for text in texts for i in tokenizer.encode(text, add_special_tokens=False).ids], np.int64)
     length = min(model.config.block_size, options.tokens, len(ids) - 1)
     if length < 2:

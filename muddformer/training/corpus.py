@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import InputError
 from .text_files import BrokenFile, is_text, read_texts
 
-__all__ = ["Document", "find_documents", "split_documents", "told"]
+__all__ = ["Document", "find_documents", "split_documents", "told", "told_misread"]
 
 _THIRD_PARTY = ("site-packages", "dist-packages", "__pycache__")
 
@@ -63,10 +63,10 @@ class Document:
             return
         yield None
 
-    def texts(self) -> Iterator[tuple[str, list[str]]]:
+    def texts(self, misread: list[int] | None = None) -> Iterator[tuple[str, list[str]]]:
         """Its texts in pieces, each with a name: the key, and from the second text on its number from 0 behind it."""
         number, pieces = 0, []
-        for piece in self.pieces():
+        for piece in self.pieces(misread):
             if piece is not None:
                 pieces.append(piece)
                 continue
@@ -108,7 +108,7 @@ def find_documents(
             raise InputError(f"{given!r} is neither a file nor a folder")
         else:
             raise InputError(f"{given!r} does not exist")
-        for document in found:  # a file named twice counts once
+        for document in sorted(found, key=lambda document: document.key):  # a file of several names has the first one
             documents.setdefault(document.path.resolve(), document)
     if not documents:
         places = ", ".join(repr(str(path)) for path in paths) or repr(str(root))
@@ -123,6 +123,16 @@ def told(left_out: Mapping[str, Sequence[str]]) -> str:
         more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
         parts.append(f"{len(names):,} {reason} ({', '.join(names[:3])}{more})")
     return "; left out: " + ", ".join(parts) if parts else ""
+
+
+def told_misread(misread: Mapping[str, int]) -> str:
+    """What could not be read as UTF-8: by file, the places in it. Not empty."""
+    names = sorted(misread, key=misread.__getitem__, reverse=True)
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    return (
+        f"{len(names):,} files are not UTF-8 and have no byte order mark: {sum(misread.values()):,} places in them "
+        f"became U+FFFD ({listed}); convert them, with iconv for example, if they matter"
+    )
 
 
 def split_documents(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:

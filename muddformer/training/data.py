@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import InputError, require
 from ..inference.tokenizer import SEPARATOR, parse_tokenizer, train_tokenizer
-from .corpus import Document, find_documents, split_documents, told
+from .corpus import Document, find_documents, split_documents, told, told_misread
 from .settings import DataSettings
 
 if TYPE_CHECKING:
@@ -205,13 +205,8 @@ def _tell(corpus: Corpus, left_out: Mapping[str, Sequence[str]], say: Callable[[
     """Says what was read, what was left out, and why."""
     read = corpus.header["read"]
     say(f"text: {read['files']:,} files, {read['bytes']:,} bytes of UTF-8{told(left_out)}")
-    if misread := read["misread"]:
-        names = sorted(misread, key=misread.__getitem__, reverse=True)
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-        say(
-            f"{len(names):,} files are not UTF-8 and have no byte order mark: {sum(misread.values()):,} places in them "
-            f"became U+FFFD ({listed}); convert them, with iconv for example, if they matter"
-        )
+    if read["misread"]:
+        say(told_misread(read["misread"]))
     return corpus
 
 

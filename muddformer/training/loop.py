@@ -20,7 +20,7 @@ from .._files import FileLock, read_json, write_atomically
 from ..errors import Diverged, InputError
 from ..inference.inspection import inspect_model
 from ..inference.loading import find_checkpoints, find_device, load_model
-from ..models import Pretrained
+from ..models import MUDDFormer, Pretrained, family_of
 from .data import Batches, held_out_batches, prepare_corpus
 from .metrics import MetricsFile, Progress, Row, TensorBoard, peak_memory_mib, say
 from .modelling import make_config, make_model
@@ -69,6 +69,12 @@ class Trainer:
         self.run = run
         self.device = _set_up_torch(settings)
         make_config(settings.model, vocab_size=1)  # a bad value is told before the text is read
+        model_class = family_of(settings.model).model
+        if settings.train.log_connections and not issubclass(model_class, MUDDFormer):
+            raise InputError(
+                "train.log_connections must be false: model.model_type names a "
+                f"{model_class.__name__}, and only a MUDDFormer can be inspected"
+            )
         _check_folder(run, resume, overwrite)
         self._lock = _lock_folder(run)
         try:

@@ -195,7 +195,8 @@ def _json_texts(path: Path, field: str, misread: list[int]) -> Iterator[str]:
         if not isinstance(text, str):
             fields = ", ".join(map(shown, list(row)[:9])) if isinstance(row, dict) else f"a {type(row).__name__}"
             raise InputError(
-                f"{str(path)!r}, line {number}: no text in the field {field!r} (data.text_field); it has {fields}"
+                f"{str(path)!r}, line {number}: no text in the field {field!r} (data.text_field, --text-field); "
+                f"it has {fields}"
             )
         yield text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair is no text
 
@@ -206,7 +207,7 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
         table = parquet.ParquetFile(path)
         if field not in table.schema_arrow.names:
             names = ", ".join(map(shown, table.schema_arrow.names[:9]))
-            raise InputError(f"{str(path)!r}: no field {field!r} (data.text_field); it has {names}")
+            raise InputError(f"{str(path)!r}: no field {field!r} (data.text_field, --text-field); it has {names}")
         for batch in table.iter_batches(batch_size=256, columns=[field]):
             for text in batch.column(0).to_pylist():
                 if text is not None and not isinstance(text, str):

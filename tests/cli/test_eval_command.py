@@ -77,6 +77,21 @@ def test_perplexity(capsys, folder, tmp_path):
     assert lines[-1][3] == f"{texts['total']['nats_per_token']:.4f}"
 
 
+def test_what_was_read_is_said(capsys, folder, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "rows.jsonl").write_text(json.dumps({"content": "the key and the query"}) + "\n")
+    (texts / "latin.txt").write_bytes("größe\n".encode("latin-1"))
+    (texts / "empty.txt").touch()
+    assert evaluate(folder, "--text", texts, "--text-field", "content") == 0
+    output, errors = capsys.readouterr()
+    assert "texts/rows.jsonl" in output
+    assert "text: 2 files; left out: 1 empty (empty.txt)" in errors.splitlines()
+    assert "1 files are not UTF-8 and have no byte order mark: 2 places" in errors
+    assert evaluate(folder, "--text", texts, "--pattern", "*.jsonl") == 2
+    assert "no text in the field 'text' (data.text_field, --text-field); it has 'content'" in capsys.readouterr().err
+
+
 def test_many_texts_have_one_line(capsys, folder, tmp_path):
     for number in range(21):
         (tmp_path / f"{number}.txt").write_text("the key\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from muddformer.errors import InputError
@@ -24,6 +26,24 @@ def test_find_documents_skips_what_is_no_text(tmp_path):
     assert keys(find_documents([str(root)])) == ["root/a.md", "root/b.txt", "root/sub/c.txt"]
     assert keys(find_documents([str(root)], "*.txt")) == ["root/b.txt", "root/sub/c.txt"]
     assert keys(find_documents([str(root / "b.txt"), str(root)], "*.txt")) == ["b.txt", "root/sub/c.txt"]  # once
+
+
+def test_a_file_of_several_names_has_the_first_on_every_disk(tmp_path, monkeypatch):
+    root, walk = tmp_path / "root", os.walk
+    for name in ("a", "b", "c"):
+        (root / name).mkdir(parents=True)
+    (root / "b" / "text.txt").write_text("text")
+    (root / "a" / "link.txt").symlink_to("../b/text.txt")
+    (root / "c" / "link.txt").symlink_to("../b/text.txt")
+    for backwards in (False, True):
+
+        def ordered(*args, backwards=backwards, **kwargs):
+            for folder, folders, files in walk(*args, **kwargs):
+                folders.sort(reverse=backwards)
+                yield folder, folders, files
+
+        monkeypatch.setattr(os, "walk", ordered)
+        assert keys(find_documents([str(root)])) == ["root/a/link.txt"]
 
 
 def test_default_corpus_is_the_standard_library():

@@ -14,7 +14,7 @@ from helpers.runs import MODEL, trained
 from muddformer.errors import Diverged, InputError
 from muddformer.inference.loading import find_checkpoints
 from muddformer.inference.text import stream_text, stream_tokens
-from muddformer.models import from_pretrained
+from muddformer.models import FAMILIES, Family, MUDDFormerConfig, Pretrained, from_pretrained
 from muddformer.training import loop, modelling
 from muddformer.training.metrics import read_metrics
 
@@ -150,3 +150,15 @@ def test_streamed_text_is_whole(make_settings, tmp_path):
     tokens = list(stream_tokens(trainer.model.eval(), ids, 40, 3.0))
     tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
     assert "".join(pieces) == trainer.corpus.tokenizer.decode(tokens) and len(pieces) == len(tokens) + 1
+
+
+def test_connections_of_another_family_cannot_be_logged(make_settings, tmp_path, monkeypatch):
+    class Recurrent(Pretrained):
+        pass
+
+    monkeypatch.setitem(FAMILIES, "recurrent", Family(MUDDFormerConfig, Recurrent))
+    monkeypatch.setattr(loop, "make_config", lambda *args, **kwargs: None)
+    settings = make_settings(log_connections=True).merge({"model": {"model_type": "recurrent"}})
+    with pytest.raises(InputError, match=r"train.log_connections must be false: model.model_type .* Recurrent"):
+        loop.Trainer(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -68,7 +68,7 @@ def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": [*TEXTS, None], "n": [1, 2, 3, 4, 5]}), path)
     assert read(path) == [part for text in [*TEXTS, ""] for part in ([text, None] if text else [None])]
-    with pytest.raises(InputError, match=r"no field 'body' \(data\.text_field\); it has 'text', 'n'"):
+    with pytest.raises(InputError, match=r"no field 'body' \(data\.text_field, --text-field\); it has 'text', 'n'"):
         read(path, "body")
     with pytest.raises(InputError, match="holds a int, not a text"):
         read(path, "n")
