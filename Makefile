@@ -23,7 +23,7 @@ sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc muddformer -
 cmake_build = build/$(1)-$(tag)
 cmake_jobs := $(shell $(PYTHON) -c 'import os; m = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"); print(max(1, min(os.cpu_count(), m >> 31)))')
 
-.PHONY: demo test test-python test-cpp tests-cpp smoke asan valgrind report docs doxygen lint format install clean gtest
+.PHONY: demo test test-python test-cpp tests-cpp smoke asan valgrind report quality quality-report docs doxygen lint format install clean gtest
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -96,6 +96,16 @@ gtest:
 report: $(installed)
 	$(bin)/python benchmarks/report.py
 	$(bin)/python benchmarks/plot.py
+
+# docs/quality.md and its pictures, from benchmarks/results/quality.csv; and the rows, on a machine with a GPU: what
+# ended is not repeated.
+quality-report: $(installed)
+	$(bin)/python benchmarks/quality/report.py benchmarks/results/quality.csv
+
+quality: $(installed)
+	$(bin)/python benchmarks/quality/corpus.py build/quality
+	$(bin)/python benchmarks/quality/run.py benchmarks/quality/runs/*.yaml --corpus build/quality/parts \
+		--out build/quality/runs --rows benchmarks/results/quality.csv
 
 # build/docs/html/index.html; a warning is an error.
 docs: $(VENV)/.docs-$(tag) doxygen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ SET = {
 @pytest.fixture
 def quality() -> Iterator[SimpleNamespace]:
     """The programs as modules."""
-    with programs(QUALITY, "corpus", "parts", "report", "rows", "run", "sets", "stats", "trainer") as modules:
+    with programs(QUALITY, *(path.stem for path in sorted(QUALITY.glob("*.py")))) as modules:
         yield modules
 
 
@@ -251,6 +252,51 @@ def test_sets(quality, tmp_path):
             quality.sets.load_set(path)
 
 
+@pytest.mark.slow
+def test_every_form_trains(quality, one_thread):
+    """Each model of the sets, small, gives finite gradients under autocast as the runs have it."""
+    from muddformer.models import build_model
+    from muddformer.training.modelling import make_config
+
+    small = {"n_layer": 5, "dim": 32, "n_head": 2, "block_size": 16, "intermediate_size": 256}
+    runs = [run for path in sorted(QUALITY.glob("runs/*.yaml")) for run in quality.sets.load_set(path).runs]
+    forms = {str(model): model for model in ({**run.model, **small} for run in runs)}
+    assert len(forms) == 18
+    ids = torch.arange(33).reshape(3, 11) % 31
+    for model in (build_model(make_config(fields, 31)) for fields in forms.values()):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, ids)
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_float8_history(quality):
+    from muddformer.models import MUDDFormerConfig, build_model
+
+    torch.manual_seed(0)
+    x = (torch.randn(7, 64) * torch.tensor(10.0) ** torch.arange(-3, 4)[:, None]).requires_grad_()
+    near = quality.float8_history.rounded(x)
+    # Half of the last of 3 bits; below the smallest normal number, 2 ** -6 of a scale of 448, half of its last bit.
+    bound = torch.maximum(x.detach().abs() / 16, x.detach().abs().amax(-1, keepdim=True) / 448 * 2**-10)
+    assert ((near - x).abs() <= bound * 1.001).all() and not torch.equal(near, x)
+    torch.testing.assert_close(quality.float8_history.rounded(near), near, rtol=1e-6, atol=0)
+    near.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert torch.equal(quality.float8_history.rounded(torch.zeros(2, 4)), torch.zeros(2, 4))
+
+    fields = {**SET["model"], "vocab_size": 31, "n_layer": 3}
+    models = [build_model(MUDDFormerConfig(**fields, model_type=t)) for t in ("muddformer", "float8-history")]
+    assert type(models[1]) is quality.float8_history.Float8History
+    models[1].load_state_dict(models[0].state_dict())
+    ids = torch.arange(20)[None]
+    assert torch.equal(models[0](ids), models[1](ids)), "fresh connections read the newest hidden state alone"
+    with torch.no_grad():
+        for da in (da for model in models for da in model.dynamic_dense):
+            da.w2.weight.fill_(0.02)
+    losses = [model(ids, ids) for model in models]
+    assert losses[0] != losses[1] and losses[0].item() == pytest.approx(losses[1].item(), rel=1e-2)
+
+
 def test_costs_are_interpolated_never_extrapolated(quality):
     points = [(1.0, 3.0), (4.0, 2.0), (16.0, 1.5)]
     assert quality.stats.cost_at_loss(points, 2.5) == pytest.approx(2.0)
@@ -294,6 +340,37 @@ def test_page_from_rows(quality, tmp_path):
     assert "2.5 times the compute. MUDD at 0M tokens: 2.000 ± 0.000: NOT reached" in text
     assert "1.5 times the seconds. MUDD at 0M tokens: 1.600 ± 0.000: reached" in text
     assert "-0.200 ± 0.000" in text and "**2.8" in text and "diverged by" in text
+
+
+def test_the_page_is_what_the_rows_give(quality):
+    assert quality.report.main([str(BENCHMARKS / "results" / "quality.csv"), "--check"]) == 0
+
+
+@needs_dpkg
+@pytest.mark.slow
+def test_page_of_what_connections_learn(quality, made, tmp_path, tiny_set, capsys, one_thread):
+    pytest.importorskip("matplotlib")
+    runs, found = tmp_path / "out", tmp_path / "inspection.json"
+    inspect = [str(runs), "--corpus", str(made), "--output", str(found), "--tokens", "64", "--device", "cpu"]
+    train = [str(tiny_set), "--corpus", str(made), "--out", str(runs), "--device", "cpu"]
+    assert quality.run.main(train) == 0
+    assert quality.inspection.main(inspect) == 2
+    assert "holds no checkpoints: run.py --keep" in capsys.readouterr().err
+    (runs / "rows.csv").unlink()
+    assert quality.run.main([*train, "--keep"]) == 0
+    assert quality.inspection.main(inspect) == 0
+    page = ["--sets", str(tiny_set), "--page", str(tmp_path / "page.md"), "--inspection", str(found)]
+    assert quality.report.main([str(runs / "rows.csv"), *page]) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert "## What the connections learn" in text and "| plain | " in text and "| MUDD | " in text
+    pictures = {"quality_weights.png", "quality_similarities.png", "quality_sinks.png", "quality_norms.png"}
+    assert pictures <= {path.name for path in tmp_path.iterdir()}
+    models = {model["form"]: model for model in json.loads(found.read_text())}
+    assert list(models["mudd"]["norms"]) == ["256", "512", "768"] and models["mudd"]["tokens"] == 64
+    assert models["plain"]["plan"] == {}
+    found.write_text(found.read_text().replace(models["mudd"]["run"], "another"))
+    assert quality.report.main([str(runs / "rows.csv"), *page]) == 2
+    assert "in no set: another" in capsys.readouterr().err
 
 
 def _rows_of(quality, run):

@@ -52,9 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = sum(part["tokens"] for part in manifest["train"])
     print(f"corpus {manifest['id']}: {tokens:,} training tokens in {args.folder / 'parts'}")
     if manifest["id"] != settings.get("id", manifest["id"]):
-        say(
-            f"corpus.py: {args.packages} is of corpus {settings['id']}, whose rows cannot be compared with rows of this"
-        )
+        say(f"corpus.py: {args.packages} is of corpus {settings['id']}: rows of the two cannot be compared")
     return 0
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from stats import interval
+
+from muddformer.plots import plot_connection_weights, plot_history_norms, plot_similarities, plot_sinks
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -15,7 +17,14 @@ import matplotlib.pyplot as plt
 if TYPE_CHECKING:
     from report import Results
 
-__all__ = ["draw_stability", "draw_time"]
+__all__ = ["INSPECTION_PICTURES", "draw_inspection", "draw_stability", "draw_time"]
+
+INSPECTION_PICTURES = {
+    "quality_weights.png": "Connection weights",
+    "quality_similarities.png": "Likeness of the hidden states of any two blocks",
+    "quality_sinks.png": "Attention to the first token",
+    "quality_norms.png": "Norms of the history over training",
+}
 
 _COLOURS = ("#5f6368", "#2e7d32", "#6a3d9a", "#1f78b4", "#e08214", "#b2182b")
 
@@ -68,6 +77,19 @@ def draw_stability(results: Sequence[Results], path: Path) -> None:
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_inspection(models: dict[str, dict[str, Any]], folder: Path) -> None:
+    """The pictures of what connections do, of models by their labels; weights and norms are of the last with some."""
+    weights, similarities, sinks, norms = (folder / name for name in INSPECTION_PICTURES)
+    label, chosen = [(label, model) for label, model in models.items() if model["plan"]][-1]
+    plan, ways = ({int(i): value for i, value in chosen[name].items()} for name in ("plan", "ways"))
+    means, stds = ({int(i): value for i, value in chosen[name].items()} for name in ("weight_means", "weight_stds"))
+    plot_connection_weights(means, stds, plan, ways, weights, label)
+    plot_similarities({label: model["similarities"]["x"] for label, model in models.items()}, similarities)
+    plot_sinks({label: model["sinks"] for label, model in models.items()}, sinks)
+    by_tokens = {f"{int(tokens) / 1e6:.0f}M tokens": values for tokens, values in chosen["norms"].items()}
+    plot_history_norms(by_tokens, norms, label)
 
 
 def _panels(count: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:

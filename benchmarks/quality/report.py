@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from pictures import draw_stability, draw_time
+from pictures import INSPECTION_PICTURES, draw_inspection, draw_stability, draw_time
 from rows import Row, read_rows
 from sets import KINDS, Run, RunSet, load_set
 from stats import cost_at_loss, format_interval, interval
@@ -29,16 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("rows", type=Path, help="CSV file that run.py wrote")
     p.add_argument("--sets", type=Path, nargs="+", default=sorted(Path(__file__).parent.glob("runs/*.yaml")))
     p.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
+    p.add_argument("--inspection", type=Path, default=ROOT / "benchmarks" / "results" / "quality_inspection.json")
     p.add_argument("--check", action="store_true", help="write nothing, fail if the page is not what the rows give")
     args = p.parse_args(arguments)
     try:
         results = [Results(load_set(path), read_rows(args.rows)) for path in args.sets]
-        text = page([result for result in results if result.final])
+        models = json.loads(args.inspection.read_text(encoding="utf-8")) if args.inspection.exists() else []
+        text = page([result for result in results if result.final], models)
         if args.check:
             return int(not (args.page.exists() and args.page.read_text(encoding="utf-8") == text))
         args.page.parent.mkdir(parents=True, exist_ok=True)
         args.page.write_text(text, encoding="utf-8")
         draw([result for result in results if result.final], args.page.parent)
+        if models:
+            draw_inspection(_labelled(models, results), args.page.parent)
     except InputError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
@@ -82,8 +89,13 @@ class Results:
         return sorted({run.tokens for run, _ in self.runs(form=form)})
 
 
-def page(results: Sequence[Results]) -> str:
-    """The text of docs/quality.md."""
+def page(results: Sequence[Results], models: Sequence[dict[str, Any]] = ()) -> str:
+    """The text of docs/quality.md.
+
+    Args:
+        results: of the sets that have some.
+        models: what inspection.py found.
+    """
     lines = ["# Quality: the same loss for less", "", *_opening(results), ""]
     for kind in KINDS:
         chosen = [result for result in results if result.set.kind == kind]
@@ -96,6 +108,8 @@ def page(results: Sequence[Results]) -> str:
             lines += [f"### {result.set.title}", "", *_SECTIONS[kind](result), ""]
             if result.set.note:
                 lines += [" ".join(result.set.note.split()), ""]
+    if models:
+        lines += ["## What the connections learn", "", *_inspection(_labelled(models, results)), ""]
     return "\n".join(lines)
 
 
@@ -242,6 +256,38 @@ def _stability(result: Results) -> list[str]:
         rows.append([*cells, f"{norm:.2f}", f"{loss:.2f}"])
     heads = ["", "peak learning rate", "seed", "held-out loss", "largest gradient norm", "largest loss"]
     return [*_table(heads, rows), "", "The largest of any step after the warm-up."]
+
+
+def _labelled(models: Sequence[dict[str, Any]], results: Sequence[Results]) -> dict[str, dict[str, Any]]:
+    """What inspection.py found by the labels of the forms, in the order of their sets."""
+    labels = {run.id: result.set.labels[run.form] for result in results for run in result.set.runs}
+    order = list(labels)
+    if unknown := [model["run"] for model in models if model["run"] not in labels]:
+        raise InputError(f"the inspection is of runs that are in no set: {', '.join(unknown)}")
+    return {labels[m["run"]]: m for m in sorted(models, key=lambda m: order.index(m["run"]))}
+
+
+def _inspection(models: dict[str, dict[str, Any]]) -> list[str]:
+    rows = []
+    for label, model in models.items():
+        sinks = [share for layer in model["sinks"] for share in layer]
+        alike = [statistics.fmean(m[i][i - 1] for i in range(1, len(m))) for m in model["similarities"].values()]
+        norms = model["history_rms"]
+        cells = [label, *(f"{value:.3f}" for value in alike), f"{statistics.fmean(sinks):.1%}"]
+        rows.append([*cells, f"{norms[0]:.3g}", f"{norms[-1]:.3g}"])
+    first = next(iter(models.values()))
+    streams = {"q": "queries", "k": "keys", "v": "values", "x": "hidden states"}
+    heads = ["", *(streams[name] for name in first["similarities"]), "attention to the first token", "X_0", "X_L"]
+    trained = _join(f"{model['size']}, {_millions(model['trained'])} tokens" for model in models.values())
+    return [
+        f"Models of {trained}; means over {first['tokens']:,} held-out tokens, as `muddformer inspect` measures them:",
+        "cosine similarity of what a block is given, or makes, to that of the block before; share of the attention",
+        "that later tokens pay to the first; root mean square of the first and the last hidden state.",
+        "",
+        *_table(heads, rows),
+        "",
+        *(f"![{title}]({name})\n" for name, title in INSPECTION_PICTURES.items()),
+    ]
 
 
 def _device(result: Results) -> str:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--list", action="store_true", help="show the runs and what is left to do, and train none")
     p.add_argument("--seconds", type=float, help="stop after so many, with checkpoints")
     p.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds")
-    p.add_argument("--keep", action="store_true", help="keep the last checkpoint of finished runs")
+    p.add_argument("--keep", action="store_true", help="keep checkpoints of all evaluations, for inspection.py")
     p.add_argument("--commit", help="of the code, for the rows, on a machine that has no git")
     p.add_argument("--processes", type=int, help="runs at a time, one on a GPU; as many as there are GPUs if not given")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

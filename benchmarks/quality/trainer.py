@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import float8_history  # noqa: F401  (registers its model type)
 import torch
 from parts import Parts
 from rows import Row, append_row
@@ -46,7 +47,7 @@ class Trainer:
         device: to train on.
         deadline: in seconds of time.time(); None: none.
         checkpoint_every: seconds between checkpoints.
-        keep: keep the last checkpoint of a finished run.
+        keep: keep a checkpoint of every evaluation, also when the run has finished.
         revision: of the code, for the rows; None: what git says.
     """
 
@@ -137,7 +138,7 @@ class _Progress:
             self.losses, self.norms = _numbers(self.losses), _numbers(self.norms)
             if evaluate:
                 state = self._evaluate()
-            if not state and save:
+            if not state and (save or (evaluate and trainer.keep)):
                 self._save()
                 saved, state = time.time(), "cut" if late else ""
             clock = time.perf_counter()
@@ -233,7 +234,8 @@ class _Progress:
             "losses": self.losses,
             "norms": self.norms,
         }
-        save_checkpoint(self.folder, self.model, self.optimizer, self.trainer.parts.tokenizer_json, training, 1)
+        kept = self.run.evaluations + 1 if self.trainer.keep else 1
+        save_checkpoint(self.folder, self.model, self.optimizer, self.trainer.parts.tokenizer_json, training, kept)
 
     def _restore(self, folder: Path) -> None:
         checkpoint = Checkpoint(folder)
