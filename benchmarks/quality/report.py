@@ -36,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--check", action="store_true", help="write nothing, fail if the page is not what the rows give")
     args = p.parse_args(arguments)
     try:
-        results = [Results(load_set(path), read_rows(args.rows)) for path in args.sets]
+        results = [result for path in args.sets if (result := Results(load_set(path), read_rows(args.rows))).compares()]
         models = json.loads(args.inspection.read_text(encoding="utf-8")) if args.inspection.exists() else []
-        text = page([result for result in results if result.final], models)
+        text = page(results, models)
         if args.check:
             return int(not (args.page.exists() and args.page.read_text(encoding="utf-8") == text))
         args.page.parent.mkdir(parents=True, exist_ok=True)
         args.page.write_text(text, encoding="utf-8")
-        draw([result for result in results if result.final], args.page.parent)
+        draw(results, args.page.parent)
         if models:
             draw_inspection(_labelled(models, results), args.page.parent)
     except InputError as error:
@@ -70,6 +70,10 @@ class Results:
                 self.rows.setdefault(row.run, []).append(row)
         self.final = {i: found[-1] for i, found in self.rows.items() if found[-1].state}
 
+    def compares(self) -> bool:
+        """Whether there is more than the baseline."""
+        return any(run.id in self.final and run.form != self.set.baseline for run in self.set.runs)
+
     def runs(self, **fields: object) -> list[tuple[Run, Row]]:
         """Finished runs whose fields have these values, with their last rows."""
         return [
@@ -93,7 +97,7 @@ def page(results: Sequence[Results], models: Sequence[dict[str, Any]] = ()) -> s
     """The text of docs/quality.md.
 
     Args:
-        results: of the sets that have some.
+        results: of the sets that compare something.
         models: what inspection.py found.
     """
     lines = ["# Quality: the same loss for less", "", *_opening(results), ""]
@@ -217,28 +221,21 @@ def _sweep(result: Results) -> list[str]:
 
 
 def _ablation(result: Results) -> list[str]:
-    base = result.by_seed(_loss, form=result.set.baseline)
-    rows = []
-    for form, label in result.set.labels.items():
-        found = result.runs(form=form)
-        if not found:
-            continue
-        losses = result.by_seed(_loss, form=form)
-        differences = [loss - base[seed] for seed, loss in losses.items() if seed in base]
-        row = found[0][1]
-        cells = [label, f"{row.parameters / 1e6:.1f}M", f"{row.flops_per_token / 1e9:.3f}"]
-        cells += [format_interval(list(losses.values()), 3), str(len(losses))]
-        rows.append([*cells, "0" if form == result.set.baseline else format_interval(differences, 3)])
-    tokens = _join(_millions(run.tokens) for run in result.set.runs)
-    heads = [
-        "",
-        "parameters",
-        "GFLOP a token",
-        "held-out loss",
-        "seeds",
-        f"minus {result.set.labels[result.set.baseline]}",
-    ]
-    return [f"After {tokens} tokens.", "", *_table(heads, rows)]
+    base, lines = result.set.baseline, []
+    heads = ["", "parameters", "GFLOP a token", "held-out loss", "seeds", f"minus {result.set.labels[base]}"]
+    for budget in sorted({run.tokens for run, _ in result.runs()}):
+        of_base, rows = result.by_seed(_loss, form=base, tokens=budget), []
+        for form, label in result.set.labels.items():
+            losses = result.by_seed(_loss, form=form, tokens=budget)
+            if not losses:
+                continue
+            differences = [loss - of_base[seed] for seed, loss in losses.items() if seed in of_base]
+            row = result.runs(form=form, tokens=budget)[0][1]
+            cells = [label, f"{row.parameters / 1e6:.1f}M", f"{row.flops_per_token / 1e9:.3f}"]
+            cells += [format_interval(list(losses.values()), 3), str(len(losses))]
+            rows.append([*cells, "0" if form == base else format_interval(differences, 3)])
+        lines += [f"After {_millions(budget)} tokens.", "", *_table(heads, rows), ""]
+    return lines[:-1]
 
 
 def _stability(result: Results) -> list[str]:
