@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["call", "check_kind", "is_int64", "kind_of"]
+__all__ = ["call", "check_kind", "constant", "is_int64", "kind_of"]
 
 
 def kind_of(value: object) -> str:
@@ -62,3 +62,20 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
         for argument, value in zip(op._schema.arguments, arguments, strict=False):
             check_kind(argument.name, value, str(argument.type))
         raise
+
+
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remembers what a function answers, and makes that a constant to torch.compile.
+
+    torch.compiler.assume_constant_result sets the same mark, but imports all of torch._dynamo to do it.
+    """
+    answers: dict[tuple[Any, ...], Any] = {}
+
+    def remembered(*arguments: Any) -> Any:
+        answer = answers.get(arguments)
+        if answer is None:
+            answer = answers[arguments] = function(*arguments)
+        return answer
+
+    remembered._dynamo_marked_constant = True
+    return remembered
