@@ -4,10 +4,12 @@
 #   TORCH_VERSION=2.11.0     the torch to install; the newest where it is not given
 #   VENV=.venv               the virtual environment
 #   MUDDFORMER_CUDA=OFF      AUTO (default), ON or OFF: CUDA kernels
+#   EXTRA=test               the optional dependencies to install; smoke: those of `make smoke` alone
 
 PYTHON ?= python3
 TORCH_VERSION ?=
 VENV ?= .venv
+EXTRA ?= test
 ifeq ($(origin CXX),default)
 CXX := c++
 endif
@@ -17,13 +19,15 @@ bin := $(VENV)/bin
 here := $(if $(filter /%,$(VENV)),,$(CURDIR)/)
 tag := $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-torch-$(or $(TORCH_VERSION),newest)
 ready := $(VENV)/.ready-$(tag)
-installed := $(VENV)/.installed-$(tag)
+installed := $(VENV)/.installed-$(tag)-$(EXTRA)
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc muddformer -type f \
 	-not -name '*.so' -not -name '*.pyc' -not -path 'muddformer/include/*' -not -path 'muddformer/share/*')
 cmake_build = build/$(1)-$(tag)
 cmake_jobs := $(shell $(PYTHON) -c 'import os; m = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"); print(max(1, min(os.cpu_count(), m >> 31)))')
+# Each process of the tests has the threads of torch and, on a GPU, a context there.
+test_jobs := $(shell $(PYTHON) -c 'print(min(4, $(cmake_jobs)))')
 
-.PHONY: demo test test-python test-cpp tests-cpp smoke asan valgrind report quality quality-report docs doxygen lint format install clean gtest
+.PHONY: demo venv test test-python test-cpp tests-cpp smoke asan valgrind report quality quality-report docs doxygen lint format install clean gtest
 .DELETE_ON_ERROR:
 
 demo: $(installed)
@@ -32,6 +36,8 @@ demo: $(installed)
 test: test-cpp test-python
 
 install: $(installed)
+
+venv: $(ready)
 
 # ---- set-up -----------------------------------------------------------------------------------------------------
 $(ready):
@@ -46,13 +52,13 @@ $(ready):
 
 $(installed): $(ready) $(sources)
 	rm -rf build/lib* build/bdist*
-	$(bin)/python -m pip install --quiet --no-build-isolation ".[test]"
+	$(bin)/python -m pip install --quiet --no-build-isolation ".[$(EXTRA)]"
 	@$(bin)/python -I -c 'import muddformer.utils as u; print("muddformer: CUDA kernels:", u.build_info()["CUDA kernels"])'
 	touch $@
 
 # ---- tests ------------------------------------------------------------------------------------------------------
 test-python: $(installed)
-	$(bin)/pytest tests
+	$(bin)/pytest tests --numprocesses $(test_jobs) --dist loadfile
 
 test-cpp: tests-cpp
 	$(bin)/ctest --test-dir $(call cmake_build,tests-cpp) --output-on-failure --parallel $(cmake_jobs)

@@ -67,9 +67,9 @@ class CMakeBuild(build_ext):
         ]
         if shutil.which("ninja", path=environment["PATH"]):
             arguments.append("-GNinja")
-        for language in ("CXX", "CUDA"):
-            if shutil.which("ccache"):
-                arguments.append(f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache")
+        if shutil.which("ccache"):  # which takes no source with precompiled headers from its cache, as it is set up
+            arguments += [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA")]
+            arguments.append("-DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON")
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         try:
             for command in (

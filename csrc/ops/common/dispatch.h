@@ -116,6 +116,11 @@ Spelled<Parameters...> spelled_of(Result (*)(Parameters...));
 template <auto kernel>
 inline constexpr auto flat = Flat<kernel, decltype(kernel), decltype(spelled_of(kernel))>::call;
 
+// Appended, since GCC 12 takes a sum of the two for an overflow where <string> comes from a precompiled header.
+inline std::string qualified(const char* name) {
+  return std::string("muddformer::").append(name);
+}
+
 template <typename Function>
 class Operator;
 template <typename Result, typename... Parameters>
@@ -123,7 +128,7 @@ class Operator<Result(Parameters...)> {
  public:
   explicit Operator(const char* name, const char* overload = "")
       : handle_(c10::Dispatcher::singleton()
-                    .findSchemaOrThrow((std::string("muddformer::") + name).c_str(), overload)
+                    .findSchemaOrThrow(qualified(name).c_str(), overload)
                     .typed<typename FunctionOf<Spelled<Parameters...>>::Type>()) {}
 
   Result operator()(Parameters... parameters) const {
