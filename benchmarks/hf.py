@@ -1,8 +1,9 @@
 """transformers' generate beside our own eager decoding, and a step of its Trainer beside our loop, of one model.
 
 Both sides run the same modules. Decoding: greedy, new tokens per second of one prompt, without torch.compile and CUDA
-graphs. Training: AdamW with torch's fused kernel, gradients clipped, one batch a step; a step is the time between the
-ends of two optimizer steps. Both sides in turns within one process, medians.
+graphs. Training: AdamW with torch's fused kernel, gradients clipped, one batch a step; a step is the time of a run of
+steps, without its first ones, by their number. Both sides in turns within one process, medians. Beside each figure
+stands the speed that transformers is to have of ours.
 
     python benchmarks/hf.py --csv benchmarks/results/h100_hf.csv
     python benchmarks/hf.py --layers 4 --dim 256 --vocab 2048 --length 128 --tokens 32    (on a CPU)
@@ -11,19 +12,21 @@ ends of two optimizer steps. Both sides in turns within one process, medians.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import statistics
 import tempfile
 import time
 from typing import Any
 
 import torch
+import transformers
 from common import parser, write_rows
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import muddformer
 import muddformer.hf
+
+TARGETS = {"decode": 0.9, "train_step": 0.97}
 
 
 def synchronize(device: torch.device) -> None:
@@ -62,25 +65,28 @@ def decoding(ours: nn.Module, theirs: nn.Module, args: Any, device: torch.device
     return rows("decode", "tokens_per_s", {name: args.tokens / statistics.median(t) for name, t in times.items()})
 
 
-class Clock(TrainerCallback):
-    """Times between the ends of optimizer steps."""
+WARM = 3  # steps that do not count
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.ends: list[float] = []
+
+class Clock(TrainerCallback):
+    """Times a run of optimizer steps; the device is waited for at its ends alone, as in a run without a clock."""
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self.device, self.steps, self.done = device, steps, 0
+        self.begin = self.seconds = 0.0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        synchronize(self.device)
-        self.ends.append(time.perf_counter())
-
-
-def between(ends: list[float]) -> float:
-    """The median time of a step, without the first ones."""
-    return statistics.median(b - a for a, b in itertools.pairwise(ends[2:]))
+        self.done += 1
+        if self.done == WARM:
+            synchronize(self.device)
+            self.begin = time.perf_counter()
+        elif self.done == self.steps:
+            synchronize(self.device)
+            self.seconds = (time.perf_counter() - self.begin) / (self.steps - WARM)
 
 
 def step_of_trainer(model: nn.Module, data: list[dict[str, Tensor]], args: Any, device: torch.device) -> float:
-    clock = Clock(device)
+    clock = Clock(device, args.steps)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
@@ -97,13 +103,13 @@ def step_of_trainer(model: nn.Module, data: list[dict[str, Tensor]], args: Any, 
             dataloader_pin_memory=device.type == "cuda",
         )
         Trainer(model=model, args=settings, train_dataset=data, callbacks=[clock]).train()
-    return between(clock.ends)
+    return clock.seconds
 
 
 def step_of_ours(model: nn.Module, data: list[dict[str, Tensor]], args: Any, device: torch.device) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
     ids = torch.stack([row["input_ids"] for row in data]).split(args.batch)
-    ends = []
+    clock = Clock(device, args.steps)
     for step in range(args.steps):
         batch = ids[step % len(ids)].to(device)
         cast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
@@ -113,9 +119,8 @@ def step_of_ours(model: nn.Module, data: list[dict[str, Tensor]], args: Any, dev
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        synchronize(device)
-        ends.append(time.perf_counter())
-    return between(ends)
+        clock.on_step_end()
+    return clock.seconds
 
 
 def training(ours: nn.Module, theirs: nn.Module, args: Any, device: torch.device) -> list[dict]:
@@ -134,10 +139,8 @@ def rows(figure: str, unit: str, values: dict[str, float]) -> list[dict]:
     speed = values["transformers"] / values["ours"]
     speed = speed if unit == "tokens_per_s" else 1 / speed
     print(f"{figure:<11}" + "".join(f" {name} {value:.2f} {unit}" for name, value in values.items()) + f"  {speed:.3f}")
-    return [
-        {"figure": figure, "method": name, "unit": unit, "value": round(value, 3), "speed": round(speed, 3)}
-        for name, value in values.items()
-    ]
+    names = {"figure": figure, "unit": unit, "speed": round(speed, 3), "target": TARGETS[figure]}
+    return [{**names, "method": name, "value": round(value, 3)} for name, value in values.items()]
 
 
 def main() -> None:
@@ -148,8 +151,9 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=4, help="sequences of a training step")
     p.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     p.add_argument("--tokens", type=int, default=128, help="tokens to generate")
-    p.add_argument("--steps", type=int, default=10, help="training steps of a turn")
-    p.add_argument("--turns", type=int, default=3, help="turns of both sides")
+    p.add_argument("--steps", type=int, default=13, help="training steps of a turn, the first 3 uncounted")
+    p.add_argument("--turns", type=int, default=5, help="turns of both sides")
+    p.add_argument("--figures", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to measure")
     args = p.parse_args()
     device = torch.device(args.device)
     torch.manual_seed(0)
@@ -159,12 +163,16 @@ def main() -> None:
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict())).to(device)
     theirs.load_state_dict(ours.state_dict())
     shape = {"layers": args.layers, "D": args.dim, "batch": args.batch, "length": args.length}
-    found = training(ours, theirs, args, device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    theirs.load_state_dict(ours.state_dict())
-    with torch.no_grad():
-        found += decoding(ours.to(dtype).eval(), theirs.to(dtype).eval(), args, device)
-    write_rows([{**shape, **row} for row in found], args.csv, device)
+    shape["transformers"] = transformers.__version__
+    if "train_step" in args.figures:
+        found = training(ours, theirs, args, device)
+        write_rows([{**shape, **row} for row in found], args.csv, device)
+        theirs.load_state_dict(ours.state_dict())
+    if "decode" in args.figures:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with torch.no_grad():
+            found = decoding(ours.to(dtype).eval(), theirs.to(dtype).eval(), args, device)
+        write_rows([{**shape, **row} for row in found], args.csv, device)
 
 
 if __name__ == "__main__":
