@@ -86,7 +86,9 @@ class Attend:
         y, weights = self.function(attention, q, k, v, mask, dropout=0.0, scaling=scale, **self.kwargs)
         if self.keep:
             self.weights.append(weights)
-        return y
+        if y.dim() == 4:
+            return y
+        return y.reshape(q.shape[0], q.shape[2], q.shape[1], -1)  # vLLM's is [B * T, H * E]
 
 
 def eager_attention(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -22,6 +24,7 @@ from ..nn import MUDDStack, RMSNorm
 from ..nn.norm import plain_parameters
 from .attention import CACHE, Attend, LayerCache, make_mask
 from .configuration import MUDDFormerConfig, MUDDPythiaConfig
+from .devices import check_device_map
 from .files import check_directory, write_entry
 
 __all__ = ["MUDDFormer", "MUDDFormerModel", "MUDDPythia", "MUDDPythiaModel"]
@@ -112,7 +115,9 @@ class MUDDFormerModel(Backbone, PreTrained):
         Args:
             input_ids: token ids [B, T].
             attention_mask: [B, tokens so far], 0 for padding on either side; or one that the attention function takes.
-            position_ids: [B, T] or [1, T]. None: from the number of tokens in the cache on.
+            position_ids: [B, T] or [1, T], each below ``block_size``: without a cache a row may hold several sequences
+                behind each other, if the attention function keeps them apart. None: from the number of tokens in the
+                cache on.
             past_key_values, cache: a cache of transformers, under either name.
             inputs_embeds: X_0 [B, T, D], in place of ``input_ids``.
             use_cache: make a cache if there is none. None: as the configuration says, not in training.
@@ -130,10 +135,7 @@ class MUDDFormerModel(Backbone, PreTrained):
         elif cache is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         past = 0 if cache is None else cache.get_seq_length()
-        if isinstance(past, int) and past + x.shape[1] > self.config.block_size:
-            raise ValueError(
-                f"a sequence must have at most block_size={self.config.block_size} tokens, got {past + x.shape[1]}"
-            )
+        self._check_length(past, x, cache, position_ids)
         if position_ids is None:
             position_ids = (past + torch.arange(x.shape[1], device=x.device)).unsqueeze(0)
         mask = make_mask(self.config, x, attention_mask, cache, position_ids, past)
@@ -155,6 +157,14 @@ class MUDDFormerModel(Backbone, PreTrained):
             attentions=tuple(attend.weights) if want_weights else None,
             **{CACHE: cache},
         )
+
+    def _check_length(self, past: Any, x: Tensor, cache: Any, position_ids: Tensor | None) -> None:
+        most = self.config.block_size
+        if position_ids is None or cache is not None:
+            if isinstance(past, int) and past + x.shape[1] > most:
+                raise ValueError(f"a sequence must have at most block_size={most} tokens, got {past + x.shape[1]}")
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling() and (position_ids >= most).any():
+            raise ValueError(f"position_ids must be below block_size={most}, got {int(position_ids.max())}")
 
     def _wants(self, name: str, kwargs: dict[str, Any]) -> bool:
         """Whether a call, or else the configuration, asks for an output."""
@@ -279,16 +289,6 @@ def causal_loss(
     return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
 
 
-def check_device_map(device_map: Any) -> None:
-    """Refuses several devices: every block reads the hidden states of all blocks before it."""
-    devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
-    if len(devices) > 1:
-        raise ValueError(
-            f"device_map must put a model with MUDD connections on one device, got {', '.join(sorted(devices))}: every "
-            "block reads the hidden states of all blocks before it"
-        )
-
-
 for config, base, causal_lm in (
     (MUDDFormerConfig, MUDDFormerModel, MUDDFormer),
     (MUDDPythiaConfig, MUDDPythiaModel, MUDDPythia),
@@ -296,3 +296,6 @@ for config, base, causal_lm in (
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, base, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    # vLLM gives the base model a head of its own and looks for the weight under this name.
+    head = [WeightRenaming(r"^output\.", "lm_head.")]
+    register_checkpoint_conversion_mapping(base.__name__, head, overwrite=True)

@@ -7,7 +7,8 @@ import fnmatch
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers.hf import small
@@ -45,7 +46,9 @@ def test_no_module_reads_the_weight_of_another(variant: str) -> None:
         assert model(ids, labels=ids).loss.isfinite()
 
 
-def test_kwargs_reach_the_attention_function() -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_kwargs_reach_the_attention_function(flat: bool) -> None:
+    """Which may return what it was to return, or [B * T, H * E] as vLLM's does."""
     seen = []
 
     def attention(module, q, k, v, mask, **kwargs):
@@ -53,7 +56,8 @@ def test_kwargs_reach_the_attention_function() -> None:
             (module.layer_idx, module.is_causal, kwargs["instances"][module.layer_idx], q.shape, kwargs["scaling"])
         )
         kwargs.pop("instances")
-        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+        y, weights = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+        return y.reshape(-1, y.shape[-2] * y.shape[-1]) if flat else y, weights
 
     AttentionInterface.register("server", attention)
     model, ids = small("gqa"), some_ids(1)
@@ -81,6 +85,28 @@ def test_positions_of_one_flat_batch() -> None:
         gaps = model(ids, position_ids=torch.arange(0, 14, 2)[None], use_cache=False).logits
     torch.testing.assert_close(shifted, expected, rtol=1e-3, atol=1e-4)  # rotary positions are relative
     assert not torch.allclose(gaps, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_flat_batch_may_be_longer_than_a_sequence() -> None:
+    model = small()
+    most = model.config.block_size
+    ids, positions = some_ids(1, most + 6), torch.cat([torch.arange(most), torch.arange(6)])[None]
+    with torch.no_grad():
+        flat = model(ids, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(flat[:, :most], model(ids[:, :most]).logits, rtol=1e-3, atol=1e-4)
+        with pytest.raises(ValueError, match=f"position_ids must be below block_size={most}, got {most + 5}"):
+            model(ids, position_ids=torch.arange(most + 6)[None], use_cache=False)
+
+
+def test_the_head_by_the_name_that_a_server_looks_for() -> None:
+    """vLLM makes a base model of AutoModel and a head of its own, and renames weights as transformers would."""
+    model = small()
+    base = AutoModel.from_config(model.config)
+    (renaming,) = get_checkpoint_conversion_mapping(type(base).__name__)
+    renamed = {renaming.rename_source_key(name)[0] for name in model.state_dict()}
+    assert renamed == {*base.state_dict(), "lm_head.weight"}
+    for name in (type(model).__name__, model.config.model_type):  # our own keep theirs
+        assert get_checkpoint_conversion_mapping(name) is None
 
 
 @pytest.mark.parametrize("variant", ["default", "pythia"])

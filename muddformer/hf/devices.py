@@ -1,0 +1,36 @@
+"""Where models with connections may lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["check_device_map", "check_one_device"]
+
+
+def check_one_device(name: str, devices: Iterable[Any]) -> None:
+    """Refuses several devices.
+
+    Args:
+        name: of the argument.
+        devices: of its parts.
+
+    Raises:
+        ValueError: naming the devices.
+    """
+    names = sorted(set(map(str, devices)))
+    if len(names) > 1:
+        raise ValueError(
+            f"{name} must have one device, because every block reads the hidden states of all blocks before it, got "
+            f"{', '.join(names)}"
+        )
+
+
+def check_device_map(device_map: Any) -> None:
+    """Refuses a ``device_map`` of transformers, or what it was made to, with several devices.
+
+    Raises:
+        ValueError: naming the devices.
+    """
+    if isinstance(device_map, dict):
+        check_one_device("device_map", device_map.values())
