@@ -8,9 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from muddformer.cli.options import number
+from muddformer.cli.options import add_dtype_option, chosen_dtype, number
 from muddformer.cli.progress import Progress
 from muddformer.errors import InputError
 from muddformer.inference.loading import check_vocabulary, resolve_checkpoint
@@ -18,8 +16,6 @@ from muddformer.inference.tokenizer import load_tokenizer
 from muddformer.models.convert import LAYOUTS, convert, read_source_config
 
 HELP = "make a checkpoint directory of another one, of the public release, or of a GPT-NeoX or Llama model"
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--mudd", action="store_true", help="give a plain model fresh MUDD connections: it computes the same")
     help = "with --mudd: an option of the connections, such as pre_norm=true; repeatable"
     option("--set", action="append", default=[], metavar="KEY=VALUE", help=help)
-    option("--dtype", choices=_DTYPES, help="of the weights that are written (default: as they are stored)")
+    add_dtype_option(parser, "of the weights that are written")
     option("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help=f"of each file {default}")
     option("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help=f"of fresh connections {default}")
 
@@ -55,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
                 options.target,
                 layout=options.to,
                 connections=connections,
-                dtype=options.dtype and getattr(torch, options.dtype),
+                dtype=chosen_dtype(options),
                 max_shard_bytes=options.max_shard_size,
                 seed=options.seed,
                 progress=progress.update,

@@ -6,9 +6,23 @@ import argparse
 import math
 from collections.abc import Callable
 
+import torch
+
 from muddformer.training.settings import Settings, load_file, load_preset, preset_names
 
-__all__ = ["add_set_option", "add_source_options", "chosen_settings", "number"]
+__all__ = ["add_dtype_option", "add_set_option", "add_source_options", "chosen_dtype", "chosen_settings", "number"]
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def add_dtype_option(parser: argparse.ArgumentParser, help: str) -> None:
+    """The option ``--dtype``: of what ``help`` says."""
+    parser.add_argument("--dtype", choices=_DTYPES, help=f"{help} (default: as they are stored)")
+
+
+def chosen_dtype(options: argparse.Namespace) -> torch.dtype | None:
+    """What ``--dtype`` names."""
+    return None if options.dtype is None else getattr(torch, options.dtype)
 
 
 def add_source_options(parser: argparse.ArgumentParser, default: str) -> None:

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..nn import ConnectionOptions, Connections
 from ..nn.norm import register_norm
 from ._attached import AttachedAttention, AttachedLayer, AttachedModel, Family, give_class, has_own_forward
+from .devices import check_device_map, check_one_device
 
 __all__ = ["FAMILIES", "attach", "load_attached"]
 
@@ -66,7 +67,7 @@ def attach(model: PreTrainedModel, options: ConnectionOptions | None = None, **f
             f"{model.config.name_or_path!r} with them"
         )
     options = ConnectionOptions.of(options, fields, multiway=True)
-    _check_fresh(options)
+    options.check_unnoticed()
     family = _family_of(model, base)
     _check_unwrapped(model, base, family)
     _attach(base, family, options)
@@ -102,11 +103,12 @@ def load_attached(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
             _attach(base, _family_of(self, base), options)
 
     Loaded.__name__, Loaded.__qualname__, Loaded.__module__ = origin.__name__, origin.__qualname__, origin.__module__
+    check_device_map(kwargs.get("device_map"))
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = Loaded.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     if missing := sorted(name for name in info["missing_keys"] if "connections." in name):
         raise ValueError(f"{path} lacks {len(missing)} weights of its connections, among them {missing[0]}")
-    _check_one_device(model)
+    check_device_map(getattr(model, "hf_device_map", None))
     model.__class__ = origin
     return (model, info) if wants_info else model
 
@@ -130,19 +132,6 @@ def _attach(base: PreTrainedModel, family: Family, options: ConnectionOptions) -
         give_class(layer, AttachedLayer, family)
     give_class(base, AttachedModel, family)
     base.connections = connections.train(base.training)
-
-
-def _check_fresh(options: ConnectionOptions) -> None:
-    """Refuses options with which fresh connections are no identity."""
-    if options.pre_norm and options.post_norm == "none":
-        raise ValueError(
-            "post_norm must be 'residual' or 'all' with pre_norm=True, got 'none': the model would at once compute "
-            "something else"
-        )
-    if options.cap is not None and options.cap <= 1:
-        raise ValueError(
-            f"cap must be more than 1, got {options.cap:g}: the model would at once compute something else"
-        )
 
 
 def _family_of(model: PreTrainedModel, base: PreTrainedModel) -> Family:
@@ -180,15 +169,7 @@ def _check_unwrapped(model: PreTrainedModel, base: PreTrainedModel, family: Fami
             )
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         raise ValueError("model must not be sharded yet: attach() comes first")
-    _check_one_device(model)
-
-
-def _check_one_device(model: PreTrainedModel) -> None:
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) > 1:
-        raise ValueError(
-            f"model must be on one device, because a layer reads all earlier hidden states, got {', '.join(devices)}"
-        )
+    check_one_device("model", (parameter.device for parameter in model.parameters()))
 
 
 def _class_of(path: str | os.PathLike[str], config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from ..models import MUDDFormerConfig as ModelConfig
 from ..models import release
+from ..models.foreign import check_rope
 
 __all__ = ["CONFIGS", "MUDDFormerConfig", "MUDDPythiaConfig"]
 
@@ -64,7 +65,7 @@ class MUDDFormerConfig(PretrainedConfig):
                 f"model_type must be {self.model_type!r} for a {type(self).__name__}, got {came!r}: "
                 f"AutoModelForCausalLM finds the class of a directory, after import muddformer.hf for {known}"
             )
-        rope = values.pop("rope_parameters", None) or {}
+        rope = values.pop("rope_parameters", None)
         names = _STANDARD if release.is_official(values) else {**_STANDARD, "num_key_value_heads": "n_kv_heads"}
         values = {names.get(name, name): value for name, value in values.items()}
         own = {name: values.pop(name) for name in (_FIELDS | _RELEASE) & values.keys()}
@@ -94,10 +95,7 @@ class MUDDFormerConfig(PretrainedConfig):
 
     @rope_parameters.setter
     def rope_parameters(self, value: dict[str, Any] | None) -> None:
-        value = value or {}
-        kind = value.get("rope_type", value.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"rope_parameters must have rope_type 'default', got {kind!r}")
+        value = check_rope(value)
         self.rope_base = value.get("rope_theta") or self.rope_base
         self.rotary_pct = value.get("partial_rotary_factor") or self.rotary_pct
 

@@ -11,6 +11,7 @@ import torch
 from ..errors import InputError
 from ..models import Pretrained, from_pretrained
 from ..models.checkpoint import NOT_FETCHED
+from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,6 +21,7 @@ __all__ = [
     "checkpoint_name",
     "find_checkpoints",
     "find_device",
+    "load_both",
     "load_model",
     "resolve_checkpoint",
 ]
@@ -37,6 +39,22 @@ def load_model(folder: Path) -> Pretrained:
         return from_pretrained(folder)
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"cannot load a model from {str(folder)!r}: {error}") from error
+
+
+def load_both(folder: Path, device: str, dtype: torch.dtype | None = None) -> tuple[Pretrained, Tokenizer]:
+    """The model of a checkpoint folder, in eval mode, and its tokenizer.
+
+    Args:
+        device: see :func:`find_device`.
+        dtype: of the parameters. None: as they are stored.
+
+    Raises:
+        InputError: if one of them is missing or broken, or they do not belong together; for an unknown device.
+    """
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    model = load_model(folder)
+    check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    return model.to(find_device(device), dtype).eval(), tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:

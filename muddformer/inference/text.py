@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .generate import generate_stream
-from .loading import check_vocabulary, find_device, load_model, resolve_checkpoint
-from .tokenizer import SEPARATOR, StreamDecoder, load_tokenizer
+from .loading import load_both, resolve_checkpoint
+from .tokenizer import SEPARATOR, StreamDecoder
 
 __all__ = ["stream_text", "stream_tokens"]
 
@@ -41,10 +41,7 @@ def stream_text(
     Raises:
         InputError: at once, if the checkpoint cannot be used.
     """
-    folder = resolve_checkpoint(checkpoint)
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    model = load_model(folder).to(find_device(device)).eval()
-    check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    model, tokenizer = load_both(resolve_checkpoint(checkpoint), device)
     decoder = StreamDecoder(tokenizer)
     end = tokenizer.token_to_id(SEPARATOR)
     ids = tokenizer.encode(prompt).ids or [0 if end is None else end]

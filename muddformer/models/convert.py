@@ -183,11 +183,7 @@ def _with_connections(source: Path, config: Any, fields: Mapping[str, Any]) -> M
     known = {field.name for field in dataclasses.fields(ConnectionOptions)} - {"dense", "gelu_approximate"}
     check_keys(fields, known | {"separate_norms"}, "the connections that a model can be given")
     config = config.replace(**fields, dense=True)
-    if (config.pre_norm and config.post_norm == "none") or (config.cap is not None and config.cap <= 1):
-        raise ValueError(
-            "connections must leave what the model computes as it is: no pre_norm without a post_norm, no cap of at "
-            f"most 1, got pre_norm={config.pre_norm}, post_norm={config.post_norm!r}, cap={config.cap}"
-        )
+    config.check_unnoticed()
     return config
 
 
@@ -280,6 +276,8 @@ def _write(
 
 def _claim(staging: Path, digest: str) -> None:
     """Makes sure that what is in the folder is of this conversion, and removes the file that it was interrupted in."""
+    for path in staging.glob(f".{_STATE}.*.tmp"):  # at its very beginning
+        path.unlink()
     if (staging / _STATE).exists():
         if read_json(staging / _STATE).get("plan") != digest:
             raise FileExistsError(f"{staging} is of another conversion: remove it, or repeat that one")

@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import MUDDFormerConfig
 from .stored import StoredTensor
 
-__all__ = ["FOREIGN", "Foreign"]
+__all__ = ["FOREIGN", "Foreign", "check_rope"]
 
 
 class Foreign(NamedTuple):
@@ -99,16 +99,26 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rotary(values: Mapping[str, Any], theta: str, part: str, default_part: float) -> dict[str, Any]:
     """Base and rotated part: in ``rope_parameters`` since version 5, before that in others."""
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    rope = check_rope(values.get("rope_scaling") or values.get("rope_parameters"))
+    return {
+        "rope_base": rope.get("rope_theta", values.get(theta, 10000.0)),
+        "rotary_pct": rope.get("partial_rotary_factor", values.get(part, default_part)),
+    }
+
+
+def check_rope(rope: Any) -> Mapping[str, Any]:
+    """What transformers calls ``rope_parameters`` (None: an empty mapping), if our models can express it.
+
+    Raises:
+        ValueError: if it is no mapping, or of another ``rope_type`` than the default.
+    """
+    rope = {} if rope is None else rope
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters must be an object, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type must be 'default' (no scaling of rotary positions here), got {kind!r}")
-    return {
-        "rope_base": rope.get("rope_theta", values.get(theta, 10000.0)),
-        "rotary_pct": rope.get("partial_rotary_factor", values.get(part, default_part)),
-    }
+    return rope
 
 
 def _expect(values: Mapping[str, Any], name: str, default: Any, *choices: Any) -> None:

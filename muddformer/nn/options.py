@@ -94,6 +94,23 @@ class ConnectionOptions:
                 f"their older hidden states, got flush_interval={self.flush_interval} and window={self.window}"
             )
 
+    def check_unnoticed(self) -> None:
+        """Refuses options with which fresh connections would change what a model computes.
+
+        Raises:
+            ValueError: for a pre-norm without post-norm, or a cap of at most 1.
+        """
+        if self.dense and self.pre_norm and self.post_norm == "none":
+            raise ValueError(
+                "post_norm must be 'residual' or 'all' with pre_norm=True, got 'none': fresh connections would at once "
+                "change what the model computes"
+            )
+        if self.dense and self.cap is not None and self.cap <= 1:
+            raise ValueError(
+                f"cap must be more than 1, got {self.cap:g}: fresh connections would at once change what the model "
+                "computes"
+            )
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 

@@ -350,6 +350,17 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert the_same(from_pretrained(tmp_path / "b").state_dict(), model.state_dict())
 
 
+def test_a_conversion_that_was_killed_at_its_beginning(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "a")
+    partial = tmp_path / "b.partial"
+    partial.mkdir()
+    for name in (".conversion.json.1.tmp", "conversion.lock"):
+        (partial / name).write_text("1")
+    convert(tmp_path / "a", tmp_path / "b")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "model.safetensors"]
+
+
 real = module.write_tensors
 
 
@@ -402,8 +413,8 @@ def test_bad_sources_and_arguments(tmp_path: Path) -> None:
             convert(tmp_path / "a", tmp_path / "b", **options)
     make("plain").save_pretrained(tmp_path / "plain")
     for fields, match in (
-        ({"pre_norm": True}, "must leave what the model computes"),
-        ({"cap": 1.0}, "must leave what the model computes"),
+        ({"pre_norm": True}, "post_norm must be 'residual' or 'all' with pre_norm=True, got 'none'"),
+        ({"cap": 1.0}, "cap must be more than 1, got 1:"),
         ({"gelu_approximate": "tanh"}, "unknown key 'gelu_approximate'"),
         ({"dense": False}, "unknown key 'dense'"),
         ({"dim": 3}, "unknown key 'dim'"),
