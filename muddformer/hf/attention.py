@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import Cache, PretrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,10 +21,11 @@ CACHE = "cache" if "cache" in {field.name for field in dataclasses.fields(BaseMo
 )  # fmt: skip
 """What this version of transformers calls a cache, in calls and in outputs."""
 
+_UPDATE_TAKES_PLACES = "cache_kwargs" in inspect.signature(Cache.update).parameters
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
-def make_mask(config: PretrainedConfig, x: Tensor, mask: Any, cache: Any, position_ids: Tensor, past: Any) -> Any:
+def make_mask(config: PretrainedConfig, x: Tensor, mask: Any, cache: Any, position_ids: Tensor, places: Tensor) -> Any:
     """The mask that the attention function of ``config`` takes; None where causal, or nothing hidden, says it all.
 
     Args:
@@ -33,7 +34,7 @@ def make_mask(config: PretrainedConfig, x: Tensor, mask: Any, cache: Any, positi
         mask: [B, tokens of the cache and T], 0 for padding; or made already; or None.
         cache: of transformers, or None.
         position_ids: [B, T] or [1, T].
-        past: number of tokens in the cache.
+        places: of the T tokens in the cache, [T].
     """
     if not config.is_causal and "or_mask_function" not in _MASK_ARGUMENTS:
         raise ValueError("config must have causal=True with this version of transformers, got False")
@@ -45,20 +46,26 @@ def make_mask(config: PretrainedConfig, x: Tensor, mask: Any, cache: Any, positi
         "cache": cache,
         "past_key_values": cache,
         "position_ids": position_ids,
-        "cache_position": past + torch.arange(x.shape[1], device=x.device),
+        "cache_position": places,
     }
     return create_causal_mask(**{name: value for name, value in given.items() if name in _MASK_ARGUMENTS})
 
 
 class LayerCache:
-    """A cache of transformers as :class:`muddformer.models.layers.Attention` calls it."""
+    """A cache of transformers as :class:`muddformer.models.layers.Attention` calls it.
 
-    def __init__(self, cache: Any) -> None:
+    Args:
+        cache: of transformers.
+        places: of the new tokens in the cache [T], which a static cache of older versions has to be told.
+    """
+
+    def __init__(self, cache: Any, places: Tensor) -> None:
         self.cache = cache
+        self.given = ({"cache_position": places},) if _UPDATE_TAKES_PLACES else ()
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values [B, heads, count, head width] of one block; returns the ones to attend to."""
-        return self.cache.update(k, v, layer)
+        return self.cache.update(k, v, layer, *self.given)
 
 
 class Attend:

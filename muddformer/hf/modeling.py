@@ -136,9 +136,10 @@ class MUDDFormerModel(Backbone, PreTrained):
             cache = DynamicCache(config=self.config)
         past = 0 if cache is None else cache.get_seq_length()
         self._check_length(past, x, cache, position_ids)
+        places = past + torch.arange(x.shape[1], device=x.device)
         if position_ids is None:
-            position_ids = (past + torch.arange(x.shape[1], device=x.device)).unsqueeze(0)
-        mask = make_mask(self.config, x, attention_mask, cache, position_ids, past)
+            position_ids = places.unsqueeze(0)
+        mask = make_mask(self.config, x, attention_mask, cache, position_ids, places)
         want_weights = self._wants("output_attentions", kwargs)
         attend = Attend(self.config._attn_implementation, {"position_ids": position_ids, **kwargs}, want_weights)
         hiddens = [x] if self._wants("output_hidden_states", kwargs) else None
@@ -148,7 +149,7 @@ class MUDDFormerModel(Backbone, PreTrained):
                     hook = layer.register_forward_hook(lambda module, args, y: hiddens.append(y))
                     stack.callback(hook.remove)
             rotary = self.rotary(x.shape[1], position_ids)
-            layers_cache = None if cache is None else LayerCache(cache)
+            layers_cache = None if cache is None else LayerCache(cache, places)
             x = MUDDStack.forward(self, x, rotary=rotary, mask=mask, cache=layers_cache, attend=attend)
         x = self.norm(x)
         return BaseModelOutputWithPast(
@@ -297,5 +298,5 @@ for config, base, causal_lm in (
     AutoModel.register(config, base, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     # vLLM gives the base model a head of its own and looks for the weight under this name.
-    head = [WeightRenaming(r"^output\.", "lm_head.")]
+    head = [WeightRenaming("output.weight", "lm_head.weight")]
     register_checkpoint_conversion_mapping(base.__name__, head, overwrite=True)

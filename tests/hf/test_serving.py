@@ -121,4 +121,5 @@ def test_the_tensor_parallel_plan_is_complete(variant: str) -> None:
     for layer in model.layers:
         names = dict(layer.attention.named_children())
         assert all(type(names[name]) is nn.Linear for name in ("wq", "wk", "wv", "wo"))
-    assert {"output", *plan} <= model._tp_plan.keys()
+    assert plan.keys() <= model._tp_plan.keys()
+    assert type(model)._tp_plan.keys() == {"output"}  # of a class, which transformers 5.0 leaves out, for every model
