@@ -67,6 +67,7 @@ def sharded_by_trainer(kind: str, folder: str) -> None:
     """Four steps; the last two of them again, from the checkpoint between."""
     # accelerate shards on accelerators alone: here processes of the CPU pass for such.
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # the default of newer versions
     multi = accelerate.DistributedType.MULTI_GPU
     accelerate.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", multi)
     options = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}, "save_strategy": "steps", "save_steps": 2}
