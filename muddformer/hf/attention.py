@@ -77,7 +77,7 @@ class Attend:
         keep: keep what it returns beside its result, the attention weights.
 
     Attributes:
-        weights: those that were kept, [B, H, T, length] for each block.
+        weights: those that were kept, [B, H, T, length] for each block; none where the function has none to show.
     """
 
     def __init__(self, implementation: str | None, kwargs: dict[str, Any], keep: bool) -> None:
@@ -91,7 +91,7 @@ class Attend:
         """See :func:`muddformer.models.layers.scaled_dot_product`."""
         scale = 1.0 / math.sqrt(attention.head_dim)  # to the last bit what torch takes for None
         y, weights = self.function(attention, q, k, v, mask, dropout=0.0, scaling=scale, **self.kwargs)
-        if self.keep:
+        if self.keep and weights is not None:
             self.weights.append(weights)
         if y.dim() == 4:
             return y

@@ -40,6 +40,8 @@ def test_what_does_not_load(tmp_path) -> None:
     without.save_pretrained(tmp_path / "lost")
     with pytest.raises(ValueError, match=r"lost lacks \d+ weights of its connections, among them model.connections."):
         load_attached(tmp_path / "lost")
+    with pytest.raises(ValueError, match=r"device_map must have one device, .* got 0, cpu"):
+        load_attached(tmp_path / "attached", device_map={"": "cpu", "model.layers.1": 0})
     model.config.architectures = ["LlamaForNothing"]
     model.config.save_pretrained(tmp_path / "attached")
     with pytest.raises(ValueError, match="was saved as 'LlamaForNothing', which transformers"):

@@ -110,6 +110,8 @@ def test_attention_and_hidden_states_of_generation(model: PreTrainedModel, ids: 
     ]
     assert [len(step) for step in found.hidden_states] == [blocks + 1] * 5
     assert torch.equal(torch.stack(found.logits, 1).argmax(-1), found.sequences[:, 6:])
+    model.set_attn_implementation("sdpa")  # which has no weights to show
+    assert not model(ids, output_attentions=True).attentions
 
 
 def test_resized_embeddings_saved_and_trained(kind: str, model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
