@@ -2,8 +2,8 @@
 
 Both sides run the same modules. Decoding: greedy, new tokens per second of one prompt, without torch.compile and CUDA
 graphs. Training: AdamW with torch's fused kernel, gradients clipped, one batch a step; a step is the time of a run of
-steps, without its first ones, by their number. Trainer's look at every loss for NaN, which waits for the device, is off,
-as our loop has none. Both sides in turns within one process, medians. Beside each figure stands the speed that
+steps, without its first ones, by their number. Trainer's look at every loss for NaN, which waits for the device, is
+off, as our loop has none. Both sides in turns within one process, medians. Beside each figure stands the speed that
 transformers is to have of ours.
 
     python benchmarks/hf.py --csv benchmarks/results/h100_hf.csv
@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from common import parser, write_rows
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def step_of_ours(model: nn.Module, data: list[dict[str, Tensor]], args: Any, dev
         batch = ids[step % len(ids)].to(device)
         cast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
         with cast:
-            loss = model(batch[:, :-1], targets=batch[:, 1:])
+            loss = model(batch, targets=F.pad(batch[:, 1:], (0, 1), value=-100))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -126,7 +127,7 @@ def step_of_ours(model: nn.Module, data: list[dict[str, Tensor]], args: Any, dev
 
 
 def training(ours: nn.Module, theirs: nn.Module, args: Any, device: torch.device) -> list[dict]:
-    """Milliseconds of a step of both; Trainer makes one position more, which has no label."""
+    """Milliseconds of a step of both, of as many positions, the last of which has no label."""
     count = args.batch * args.steps
     data = [{"input_ids": row, "labels": row} for row in torch.randint(args.vocab, (count, args.length))]
     times: dict[str, list[float]] = {"ours": [], "transformers": []}
