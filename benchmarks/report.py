@@ -46,7 +46,7 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTAL
 
 # ---- training steps ---------------------------------------------------------------------------------------------
 FORMS = {"mudd": "MUDD", "prepost": "MUDD, PrePostDANorm", "2x2": "MUDD, k x p = 2 x 2"}
-STEP_FILES = ("h200_train_step", "h100_train_step")  # of equal runs the later file's counts
+STEP_FILES = ("h200_train_step", "h100_train_step")  # of the runs of a day the later file's count
 RUNS = {
     "compile": "whole model compiled",
     "block": "every block compiled",
@@ -76,7 +76,7 @@ def step_line(run: dict[str, Row], method: str, short: bool) -> Line:
 
 def steps(hows: Sequence[str], short: bool = False) -> str:
     """A line for each size and form; the short table has those alone that were measured beside both twins."""
-    rows = [row for name in STEP_FILES for row in read(name)]
+    rows = sorted((row for name in STEP_FILES for row in read(name)), key=lambda row: row["date"])
     runs = step_runs(rows)
     lines = []
     for size in latest((r for r in rows if not r["method"].startswith("plain")), "model", "batch"):
@@ -293,6 +293,37 @@ def demo() -> str:
     return table(head, lines)
 
 
+# ---- operators of a block ---------------------------------------------------------------------------------------
+def linear() -> str:
+    """A linear layer with a residual, beside its products by themselves."""
+    found = latest(read("h100_linear"), "tokens", "in", "out", "kind", "method")
+    lines = []
+    for key in dict.fromkeys(k[:3] for k in found):
+        cells, used = [f"{key[0]} x {key[1]} -> {key[2]}"], []
+        for kind in ("forward", "both"):
+            eager, compiled, ours = (found.get((*key, kind, method)) for method in ("eager", "compile", "ours"))
+            used += [r for r in (eager, compiled, ours) if r]
+            cells += [several([eager, compiled, ours], "ms"), fraction(ours)]
+        lines.append((cells, used))
+    head = [f"{KINDS[kind]}: eager, compile, ours, ms" for kind in ("forward", "both")]
+    return table(["tokens x in -> out", head[0], "of the product", head[1], "of the three products"], lines)
+
+
+def block_ops() -> str:
+    """The elementwise operators of a block."""
+    found = latest(read("h100_block_ops"), "tokens", "D", "norms", "kind", "method")
+    lines = []
+    for key in dict.fromkeys(k[:3] for k in found):
+        cells, used = [f"{key[0]} x {key[1]}", key[2]], []
+        for kind in ("forward", "backward"):
+            eager, compiled, ours = (found.get((*key, kind, method)) for method in ("eager", "compile", "ours"))
+            used += [r for r in (eager, compiled, ours) if r]
+            cells += [several([eager, compiled, ours], "ms"), fraction(ours)]
+        lines.append((cells, used))
+    head = [f"{kind}: eager, compile, ours, ms" for kind in ("forward", "backward")]
+    return table(["tokens x D", "operator", head[0], "of the floor", head[1], "of the floor"], lines, 2)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: steps(["compile"], short=True),
     "train_step": lambda: steps(["compile"]),
@@ -310,6 +341,8 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "connection_weights": lambda: operator("h100_connection_weights", ["forward", "both", "chained"]),
     "deferred_flush": flush,
+    "linear": linear,
+    "block_ops": block_ops,
     "decode": decode,
     "depth_aggregate_cpu": lambda: operator("cpu_depth_aggregate", ["forward", "both", "chained"]),
     "cpp_step": cpp_step,

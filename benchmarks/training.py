@@ -46,7 +46,7 @@ KEPT = [  # by selective checkpointing: matrix products and attention; all else 
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
     )
-]
+] + [torch.ops.muddformer.linear_forward.default]
 selective_contexts = functools.partial(create_selective_checkpoint_contexts, KEPT)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from helpers.models import VARIANTS, make, scramble, some_ids
 from helpers.naive_model import naive_logits
@@ -65,6 +67,18 @@ def test_operators_are_used() -> None:
     assert called(lambda: make(use_qk_norm=True)(ids)) == OPERATORS
     assert called(lambda: make("plain")(ids)) == OPERATORS
     assert called(lambda: make("pythia")(ids)) == {"linear", "qk_norm_rotary"}  # GELU, a parallel residual
+
+
+@pytest.mark.usefixtures("operators")
+def test_selective_checkpointing_keeps_products() -> None:
+    ids, calls = some_ids(), []
+    kept = [torch.ops.muddformer.linear_forward.default]
+    for context_fn in (None, functools.partial(create_selective_checkpoint_contexts, kept)):
+        model = make()
+        model.gradient_checkpointing, model.checkpoint_context_fn = True, context_fn
+        loss = model(ids, ids)
+        calls.append(called(loss.backward))
+    assert calls == [OPERATORS, OPERATORS - {"linear"}]
 
 
 class Doubled(nn.Module):
