@@ -1,8 +1,9 @@
 """Where the time of a training step goes: the kernels of a plain step and of a MUDD step, by kind, so that every
 millisecond of the difference has a name.
 
-The rows are the kinds, in milliseconds of a step; "between kernels" is what the step takes beyond them. It also prints
-the longest kernels of both.
+The rows are the kinds, in milliseconds of a step; a kernel that is launched before its predecessor has ended, to wait
+for it, counts from that end on. "Between kernels" is what the step takes beyond them. It also prints the longest
+kernels of both.
 
     python benchmarks/profile_step.py --model 24x1024:8 --csv benchmarks/results/h100_profile_step.csv
 """
@@ -27,11 +28,11 @@ KINDS = {  # the first that matches the name of a kernel (on a CPU: of an operat
     "connection weights forward": r"connection_weights_forward|muddformer::connection_weights(_chained)?$",
     "connection weights backward": r"weights_(hidden|input)_backward|muddformer.*(reduce_kernel|sum_rows_kernel)"
     r"|muddformer::connection_weights.*backward",
-    "attention": r"flash|fmha|sdpa|efficient_attention|cudnn.*attention",
+    "attention": r"flash|fmha|sdpa|efficient_attention|cudnn.*attention|cudnn::fusion",
     "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|splitk|triton_tem|aten::(mm|addmm|bmm)$|mkldnn.*linear",
     "optimizer": r"adam|multi_tensor_apply",
-    "loss": r"softmax|nll_loss|cross_entropy",
-    "norms and elementwise": r"triton_|cpp_fused|elementwise|_norm|at::native::reduce_kernel|embedding|cat",
+    "loss": r"softmax|nll_loss|cross_entropy|token_losses",
+    "norms and elementwise": r"triton_|cpp_fused|elementwise|_norm|swiglu|at::native::reduce_kernel|embedding|cat",
     "copies and fills": r"memcpy|memset|aten::(copy_|fill_|zero_)$",
 }
 REST = ("other kernels", "between kernels")
@@ -52,10 +53,14 @@ def profiled(method: Method, shape: Shape, device: torch.device, seconds: float)
             if device.type == "cuda":
                 torch.cuda.synchronize()
     kernels: dict[str, list] = collections.defaultdict(lambda: [0.0, 0.0])
-    for event in found.events():
+    end = 0.0
+    for event in sorted(found.events(), key=lambda event: event.time_range.start):
         if event.is_user_annotation or (device.type == "cuda" and event.device_type != DeviceType.CUDA):
             continue  # an annotation encloses kernels that count themselves
-        us = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        us = event.self_cpu_time_total
+        if device.type == "cuda":  # a kernel may begin before the one before it has ended, and wait for it
+            us = max(event.time_range.end - max(event.time_range.start, end), 0.0)
+            end = max(end, event.time_range.end)
         kernels[event.name][0] += us / STEPS / 1e3
         kernels[event.name][1] += 1 / STEPS
     gc.collect()

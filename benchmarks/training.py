@@ -146,7 +146,7 @@ def make_model(method: Method, shape: Shape, reference_path: Path | None = None)
     return build_model(MUDDFormerConfig(**{**fields, **FORMS[method.form], **method.fields}))
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The blocks of a model of any form: its first list of modules."""
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m))
 
@@ -160,7 +160,7 @@ def _checkpoint_blocks(model: nn.Module, selective: bool) -> None:
         model.gradient_checkpointing = True
         model.checkpoint_context_fn = options.get("context_fn")
     else:
-        for block in _blocks(model):
+        for block in blocks_of(model):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
@@ -197,7 +197,7 @@ def training_step(
 
     with naive_connections(method.form == "naive"):
         if method.run == "block":
-            for block in _blocks(model):
+            for block in blocks_of(model):
                 block.compile()
         elif method.run in ("ckpt", "selective"):
             _checkpoint_blocks(model, method.run == "selective")
