@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from torch._library.utils import get_layout_constraint_tag
 
 from . import _library  # noqa: F401  (loads libmuddformer, which registers the operators)
 from ._imports import when_imported
@@ -17,8 +18,6 @@ __all__: list[str] = []
 
 
 def _call_as_they_are(lowering: ModuleType) -> None:
-    from torch._library.utils import get_layout_constraint_tag
-
     for schema in torch._C._jit_get_all_schemas():
         namespace, _, name = schema.name.partition("::")
         if namespace == "muddformer":
