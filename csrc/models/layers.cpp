@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../nn/checks.h"
+#include "../nn/operators.h"
 #include "../ops/qk_norm_rotary/qk_norm_rotary.h"
 #include "../ops/swiglu/swiglu.h"
 
@@ -134,7 +135,10 @@ at::Tensor AttentionImpl::forward(const at::Tensor& xq, const at::Tensor& xk, co
 std::tuple<at::Tensor, at::Tensor> AttentionImpl::norm_and_rotate(const at::Tensor& q,
                                                                   const at::Tensor& k,
                                                                   const Rotary& rotary) {
-  if (q.is_cuda()) {
+  const auto fits = [&q](const at::Tensor& weight) {
+    return weight.scalar_type() == q.scalar_type() || weight.scalar_type() == at::kFloat;
+  };
+  if (runs_operators(q) && (!q_norm || (fits(q_norm->weight) && fits(k_norm->weight)))) {
     if (!q_norm) return qk_norm_rotary(q, k, rotary.cos, rotary.sin);
     return qk_norm_rotary(q, k, rotary.cos, rotary.sin, q_norm->weight, k_norm->weight,
                           q_norm->eps());
@@ -173,7 +177,7 @@ at::Tensor FeedForwardImpl::forward(const at::Tensor& x, const at::Tensor& resid
   const at::Tensor gate = w1->forward(x);
   if (!w3) return w2->forward(at::gelu(gate, config_.gelu_approximate), residual);
   const at::Tensor up = w3->forward(x);
-  return w2->forward(gate.is_cuda() ? swiglu(gate, up) : at::silu(gate) * up, residual);
+  return w2->forward(runs_operators(gate) ? swiglu(gate, up) : at::silu(gate) * up, residual);
 }
 
 BlockImpl::BlockImpl(const MUDDFormerConfig& config, int64_t index, bool separate_norms,

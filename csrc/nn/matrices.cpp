@@ -1,10 +1,12 @@
 #include "matrices.h"
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 
 #include <optional>
 
 #include "../ops/linear/linear.h"
+#include "operators.h"
 
 namespace muddformer {
 
@@ -34,7 +36,14 @@ at::Tensor LinearImpl::forward(const at::Tensor& x, const at::Tensor& residual) 
   const auto given = [](const at::Tensor& t) {
     return t.defined() ? std::optional(t) : std::nullopt;
   };
-  if (x.is_cuda()) return linear(x, weight, given(bias), given(residual));
+  const bool autocast = at::autocast::is_autocast_enabled(x.device().type());
+  const at::ScalarType dtype =
+      autocast ? at::autocast::get_autocast_dtype(x.device().type()) : x.scalar_type();
+  const bool added = residual.defined() &&
+                     (residual.scalar_type() == dtype || residual.scalar_type() == at::kFloat);
+  if (runs_operators(x) && (added || !residual.defined())) {
+    return linear(x, weight, given(bias), given(residual));
+  }
   const at::Tensor y = at::linear(x, weight, given(bias));
   return residual.defined() ? residual + y : y;
 }

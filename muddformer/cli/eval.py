@@ -14,7 +14,7 @@ from muddformer.cli.progress import Progress
 from muddformer.cli.texts import add_text_options, read_texts
 from muddformer.errors import InputError
 from muddformer.inference.harness import harness_model
-from muddformer.inference.loading import load_both, resolve_checkpoint
+from muddformer.inference.loading import load_model_and_tokenizer, resolve_checkpoint
 from muddformer.inference.scoring import TextScore, score_texts
 from muddformer.inference.tasks import TaskFigure, run_tasks
 from muddformer.utils import build_info
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output is not None and not Path(options.output).absolute().parent.is_dir():
         raise InputError(f"--output {options.output!r} is in a folder that is not there")
     folder = resolve_checkpoint(Path(options.checkpoint))
-    model, tokenizer = load_both(folder, options.device, chosen_dtype(options))
+    model, tokenizer = load_model_and_tokenizer(folder, options.device, chosen_dtype(options))
     report = {
         "checkpoint": str(folder),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from muddformer.training.corpus import find_documents, told, told_misread
+from muddformer.training.corpus import find_documents, report_misread, told
 from muddformer.training.metrics import say
 
 __all__ = ["add_text_options", "read_texts"]
@@ -41,6 +41,6 @@ def read_texts(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
             if counts:
                 misread[document.key] = sum(counts)
         if misread:
-            say(told_misread(misread))
+            say(report_misread(misread))
 
     return texts()

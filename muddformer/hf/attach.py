@@ -67,7 +67,7 @@ def attach(model: PreTrainedModel, options: ConnectionOptions | None = None, **f
             f"{model.config.name_or_path!r} with them"
         )
     options = ConnectionOptions.of(options, fields, multiway=True)
-    options.check_unnoticed()
+    options.check_keeps_outputs()
     family = _family_of(model, base)
     _check_unwrapped(model, base, family)
     _attach(base, family, options)

@@ -164,7 +164,12 @@ class MUDDFormerModel(Backbone, PreTrained):
         if position_ids is None or cache is not None:
             if isinstance(past, int) and past + x.shape[1] > most:
                 raise ValueError(f"a sequence must have at most block_size={most} tokens, got {past + x.shape[1]}")
-        elif x.device.type == "cpu" and not torch.compiler.is_compiling() and (position_ids >= most).any():
+        # Elsewhere than on a CPU the values cost a wait: only for more tokens than one sequence has.
+        elif (
+            not torch.compiler.is_compiling()
+            and (x.device.type == "cpu" or x.shape[1] > most)
+            and (position_ids >= most).any()
+        ):
             raise ValueError(f"position_ids must be below block_size={most}, got {int(position_ids.max())}")
 
     def _wants(self, name: str, kwargs: dict[str, Any]) -> bool:

@@ -21,8 +21,8 @@ __all__ = [
     "checkpoint_name",
     "find_checkpoints",
     "find_device",
-    "load_both",
     "load_model",
+    "load_model_and_tokenizer",
     "resolve_checkpoint",
 ]
 
@@ -41,7 +41,9 @@ def load_model(folder: Path) -> Pretrained:
         raise InputError(f"cannot load a model from {str(folder)!r}: {error}") from error
 
 
-def load_both(folder: Path, device: str, dtype: torch.dtype | None = None) -> tuple[Pretrained, Tokenizer]:
+def load_model_and_tokenizer(
+    folder: Path, device: str, dtype: torch.dtype | None = None
+) -> tuple[Pretrained, Tokenizer]:
     """The model of a checkpoint folder, in eval mode, and its tokenizer.
 
     Args:

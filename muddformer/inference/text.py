@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .generate import generate_stream
-from .loading import load_both, resolve_checkpoint
+from .loading import load_model_and_tokenizer, resolve_checkpoint
 from .tokenizer import SEPARATOR, StreamDecoder
 
 __all__ = ["stream_text", "stream_tokens"]
@@ -41,7 +41,7 @@ def stream_text(
     Raises:
         InputError: at once, if the checkpoint cannot be used.
     """
-    model, tokenizer = load_both(resolve_checkpoint(checkpoint), device)
+    model, tokenizer = load_model_and_tokenizer(resolve_checkpoint(checkpoint), device)
     decoder = StreamDecoder(tokenizer)
     end = tokenizer.token_to_id(SEPARATOR)
     ids = tokenizer.encode(prompt).ids or [0 if end is None else end]

@@ -183,7 +183,7 @@ def _with_connections(source: Path, config: Any, fields: Mapping[str, Any]) -> M
     known = {field.name for field in dataclasses.fields(ConnectionOptions)} - {"dense", "gelu_approximate"}
     check_keys(fields, known | {"separate_norms"}, "the connections that a model can be given")
     config = config.replace(**fields, dense=True)
-    config.check_unnoticed()
+    config.check_keeps_outputs()
     return config
 
 

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .._library import _C
 from ..nn import BlockHistory, RMSNorm
-from ..nn.norm import as_stream_norms, is_plain, plain_parameters
+from ..nn.norm import as_stream_norms, autocast_dtype, is_plain, plain_parameters
 from .config import MUDDFormerConfig
 from .kv_cache import KVCache
 
 __all__ = ["Attention", "Block", "FeedForward", "Rotary", "RotaryEmbedding", "apply_rotary"]
 
+_BUILT = bool(_C.cuda_version)
 Attend = Callable[["Attention", Tensor, Tensor, Tensor, Any], Tensor]
 
 
@@ -154,7 +156,7 @@ class Attention(nn.Module):
         """
         pairs = (self.wq, xq), (self.wk, xk), (self.wv, xv)
         q, k, v = (linear(w, x).unflatten(-1, (-1, self.head_dim)) for w, x in pairs)
-        q, k = (heads.transpose(1, 2) for heads in self._norm_and_rotate(q, k, rotary.cos, rotary.sin))
+        q, k = (heads.transpose(1, 2) for heads in self._norm_and_rotate(q, k, *rotary))
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
@@ -165,7 +167,8 @@ class Attention(nn.Module):
         norms = () if self.q_norm is None else (self.q_norm, self.k_norm)
         if runs_operators(q):
             known = as_stream_norms(norms, q)
-            if known is not None and known.kind in ("none", "rms"):
+            dtypes = q.dtype, torch.float32
+            if known is not None and known.kind != "layer" and all(w.dtype in dtypes for w in known.weights):
                 return ops.qk_norm_rotary(q, k, cos, sin, *known.weights, eps=known.eps)
         if norms:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -278,38 +281,46 @@ class Block(nn.Module):
         elif not normed:
             inputs = [norm(x) for norm, x in zip(self.stream_norms[:3], inputs or [residual] * 3, strict=True)]
         attended = self.attention(*inputs, rotary, mask, cache, attend)
+        fused = runs_operators(residual) and is_plain(self.feed_forward, FeedForward)
         if self.parallel:
             x, normed = residual + attended, self.ffn_norm(residual)
         else:
-            x, normed = add_norm(self.ffn_norm, attended, residual)
-        if is_plain(self.feed_forward, FeedForward):
-            return self.feed_forward(normed, x)
-        return x + self.feed_forward(normed)
+            # What a feed-forward network that is called gets has the dtype of the stream, as the norm leaves it.
+            x, normed = add_norm(self.ffn_norm, attended, residual, None if fused else residual.dtype)
+        return self.feed_forward(normed, x) if fused else x + self.feed_forward(normed)
 
 
 def runs_operators(x: Tensor) -> bool:
-    """Whether the parts of a block are operators of the library: on CUDA, but for a DTensor.
+    """Whether the parts of a block are operators of the library: on CUDA, if this is a build for it, but for a DTensor.
 
     Under torch.compile too, which makes a slower step of the same formulas, and keeps more of it for the backward.
     """
-    return type(x) is Tensor and x.is_cuda
+    return _BUILT and type(x) is Tensor and x.is_cuda
 
 
 def linear(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``residual + module(x)``, for a plain linear layer by one operator (:func:`muddformer.ops.linear`)."""
-    parameters = plain_parameters(module, x, nn.Linear) if runs_operators(x) else None
-    if parameters is not None:
-        return ops.linear(x, *parameters, residual)
+    if runs_operators(x):
+        dtypes = autocast_dtype(x) or x.dtype, torch.float32
+        parameters = plain_parameters(module, x, nn.Linear)
+        if parameters is not None and (residual is None or residual.dtype in dtypes):
+            return ops.linear(x, *parameters, residual)
     y = module(x)
     return y if residual is None else residual + y
 
 
-def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """``residual + x`` and its norm, for a plain norm by one operator (:func:`muddformer.ops.add_norm`)."""
-    known = as_stream_norms([norm], residual) if runs_operators(residual) else None
-    if known is not None:
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``residual + x`` and its norm, for a plain norm by one operator (:func:`muddformer.ops.add_norm`).
+
+    Args:
+        dtype: of the normed tensor, see the operator.
+    """
+    stream = residual.dtype
+    added = x.dtype == stream or (stream == torch.float32 and x.dtype in (torch.bfloat16, torch.float16))
+    known = as_stream_norms([norm], residual) if added and runs_operators(residual) else None
+    if known is not None and known.weights[0].dtype in (stream, torch.float32):
         bias = None if known.biases is None else known.biases[0]
-        return ops.add_norm(x, residual, known.weights[0], bias, norm=known.kind, eps=known.eps)
+        return ops.add_norm(x, residual, known.weights[0], bias, norm=known.kind, eps=known.eps, dtype=dtype)
     total = residual + x
     return total, norm(total)
 

@@ -100,7 +100,7 @@ def plain_parameters(module: nn.Module, x: Tensor, *types: type[nn.Module]) -> t
     if "weight" not in parameters:
         parameters = own
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) not in _ORDINARY and type(weight) is not type(x):
+    if (type(weight) not in _ORDINARY and type(weight) is not type(x)) or weight.layout is not torch.strided:
         return None
     if bias is not None and type(bias) not in _ORDINARY and type(bias) is not type(x):
         return None

@@ -94,7 +94,7 @@ class ConnectionOptions:
                 f"their older hidden states, got flush_interval={self.flush_interval} and window={self.window}"
             )
 
-    def check_unnoticed(self) -> None:
+    def check_keeps_outputs(self) -> None:
         """Refuses options with which fresh connections would change what a model computes.
 
         Raises:

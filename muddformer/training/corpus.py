@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import InputError
 from .text_files import BrokenFile, is_text, read_texts
 
-__all__ = ["Document", "find_documents", "split_documents", "told", "told_misread"]
+__all__ = ["Document", "find_documents", "report_misread", "split_documents", "told"]
 
 _THIRD_PARTY = ("site-packages", "dist-packages", "__pycache__")
 
@@ -125,7 +125,7 @@ def told(left_out: Mapping[str, Sequence[str]]) -> str:
     return "; left out: " + ", ".join(parts) if parts else ""
 
 
-def told_misread(misread: Mapping[str, int]) -> str:
+def report_misread(misread: Mapping[str, int]) -> str:
     """What could not be read as UTF-8: by file, the places in it. Not empty."""
     names = sorted(misread, key=misread.__getitem__, reverse=True)
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import InputError, require
 from ..inference.tokenizer import SEPARATOR, parse_tokenizer, train_tokenizer
-from .corpus import Document, find_documents, split_documents, told, told_misread
+from .corpus import Document, find_documents, report_misread, split_documents, told
 from .settings import DataSettings
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _tell(corpus: Corpus, left_out: Mapping[str, Sequence[str]], say: Callable[[
     read = corpus.header["read"]
     say(f"text: {read['files']:,} files, {read['bytes']:,} bytes of UTF-8{told(left_out)}")
     if read["misread"]:
-        say(told_misread(read["misread"]))
+        say(report_misread(read["misread"]))
     return corpus
 
 

@@ -123,6 +123,53 @@ def test_parts_are_not_bypassed(variant: str, part: str, change: str, monkeypatc
     torch.testing.assert_close(model(ids), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["default", "plain", "pythia-sequential"])
+def test_dtypes_that_meet(
+    variant: str, dtype: torch.dtype, norms: torch.dtype, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever single steps compute, operators do, or leave it to the steps."""
+    model, ids = make(variant, use_qk_norm=True).to(dtype), some_ids()
+    for layer in model.layers:
+        layer.ffn_norm.to(norms)
+    results = []
+    for operators in (False, True):
+        monkeypatch.setattr(layers, "runs_operators", lambda x, on=operators: on and type(x) is Tensor)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            try:
+                results.append(model(ids).float())
+            except (RuntimeError, TypeError):  # torch's products refuse two dtypes
+                results.append(None)
+    if results[0] is not None:
+        torch.testing.assert_close(results[1], results[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.usefixtures("operators")
+def test_a_feed_forward_network_that_is_called_gets_the_dtype_of_the_stream() -> None:
+    seen = []
+
+    class Watching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.dtype)
+            return x
+
+    model = make("plain")
+    model.layers[1].feed_forward = Watching()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(some_ids())
+    assert seen == [torch.float32]
+
+
+@pytest.mark.usefixtures("operators")
+def test_positions_may_be_a_pair() -> None:
+    model = make()
+    x, rotary = torch.randn(1, 7, model.config.dim), model.rotary(7)
+    block = model.layers[0]
+    assert torch.equal(block(x, rotary=tuple(rotary)), block(x, rotary=rotary))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -43,7 +43,7 @@ struct AddNormFunction : torch::autograd::Function<AddNormFunction> {
     // Inputs are counted without those that are not there.
     const std::array<bool, 2> wanted{ctx->needs_input_grad(2),
                                      ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(3)};
-    const PastAutogradWithoutGradients guard;
+    const PastAutogradInBackward guard(grads);
     const auto [grad_residual, grad_x, grad_weight, grad_bias] = add_norm_backward(
         grads[0].defined() ? std::optional(grads[0]) : std::nullopt, grads[1], saved[0], saved[1],
         saved[2], saved[3], ctx->saved_data["norm"].toStringRef(), x_dtype, wanted);
@@ -65,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor> add_norm_composite(const at::Tensor& x,
     variable_list results = AddNormFunction::apply(x, residual, weight, bias, options);
     return {std::move(results[0]), std::move(results[1])};
   }
-  const at::AutoDispatchBelowADInplaceOrView guard;
+  const PastAutograd guard(x, residual, weight, bias);
   const auto forward = add_norm_forward(x, residual, weight, bias, options);
   return {std::get<0>(forward), std::get<1>(forward)};
 }

@@ -6,17 +6,42 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
 namespace muddformer::detail {
 
-// While gradients are off, calls go past the autograd kernels. Those of operators without
-// derivatives, which are there to name the operator in an error, take long for lists of tensors.
-class PastAutogradWithoutGradients {
+// A tangent of forward mode, of which no operator has a derivative.
+inline bool has_tangent(const at::Tensor& tensor) {
+  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+}
+inline bool has_tangent(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && has_tangent(*tensor);
+}
+inline bool has_tangent(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const at::Tensor& tensor) { return has_tangent(tensor); });
+}
+
+// Calls go past the autograd kernels, but for inputs with tangents, which these refuse by name.
+class PastAutograd {
  public:
-  PastAutogradWithoutGradients() {
-    if (!c10::GradMode::is_enabled()) guard_.emplace();
+  template <typename... Inputs>
+  explicit PastAutograd(const Inputs&... inputs) {
+    if (!(has_tangent(inputs) || ...)) guard_.emplace();
+  }
+
+ private:
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
+};
+
+// The same in a backward while gradients are off. The autograd kernels of operators without
+// derivatives, which are there to name the operator in an error, take long for lists of tensors.
+class PastAutogradInBackward {
+ public:
+  explicit PastAutogradInBackward(at::TensorList grads) {
+    if (!c10::GradMode::is_enabled() && !has_tangent(grads)) guard_.emplace();
   }
 
  private:
@@ -32,7 +57,7 @@ inline bool only_autograd_watches() {
 }
 
 // Whether a tensor is no more than memory with sizes, strides and autograd's data.
-inline bool is_plain(const at::Tensor& tensor) {
+inline bool is_ordinary(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet kPlain = c10::autograd_dispatch_keyset_with_ADInplaceOrView |
                                          c10::autocast_dispatch_keyset |
                                          c10::DispatchKeySet(c10::DispatchKey::Dense);
@@ -53,19 +78,9 @@ inline std::vector<at::Tensor> without_edges(at::TensorList tensors, int64_t cou
   std::vector<at::Tensor> result = tensors.vec();
   const bool unwatched = only_autograd_watches();
   for (int64_t j = 0; j < count; ++j) {
-    result[j] = unwatched && is_plain(result[j]) ? alias_of(result[j]) : result[j].detach();
+    result[j] = unwatched && is_ordinary(result[j]) ? alias_of(result[j]) : result[j].detach();
   }
   return result;
-}
-
-// Appends inputs of an autograd function to its outputs. Autograd makes a view of an input that is
-// returned; with an alias that it does not know it has less to do.
-inline void hand_on(std::vector<at::Tensor>& outputs, at::TensorList inputs) {
-  const bool unwatched = only_autograd_watches();
-  outputs.reserve(outputs.size() + inputs.size());
-  for (const at::Tensor& input : inputs) {
-    outputs.push_back(unwatched && is_plain(input) ? alias_of(input) : input);
-  }
 }
 
 }  // namespace muddformer::detail

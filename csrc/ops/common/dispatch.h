@@ -116,7 +116,8 @@ Spelled<Parameters...> spelled_of(Result (*)(Parameters...));
 template <auto kernel>
 inline constexpr auto flat = Flat<kernel, decltype(kernel), decltype(spelled_of(kernel))>::call;
 
-// Appended, since GCC 12 takes a sum of the two for an overflow where <string> comes from a precompiled header.
+// Appended, since GCC 12 takes a sum of the two for an overflow where <string> comes from a
+// precompiled header.
 inline std::string qualified(const char* name) {
   return std::string("muddformer::").append(name);
 }

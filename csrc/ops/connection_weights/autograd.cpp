@@ -42,7 +42,7 @@ struct ConnectionWeights : torch::autograd::Function<ConnectionWeights<kChained>
     ctx->saved_data["cap"] = options.cap;
     ctx->set_materialize_grads(false);
     variable_list outputs = {std::move(weights)};
-    if (kChained) hand_on(outputs, x);
+    if (kChained) outputs.push_back(x);
     return outputs;
   }
 
@@ -64,7 +64,7 @@ struct ConnectionWeights : torch::autograd::Function<ConnectionWeights<kChained>
         optional(saved[5]),
         saved[6],
         saved[7]};
-    const PastAutogradWithoutGradients guard;
+    const PastAutogradInBackward guard(grads);
     const auto [dx, dw1, dw2, dprior, dscale] = connection_weights_backward(
         grads[0], optional(grad_x), saved[0], saved[1], saved[2], saved[3], forward, wanted);
     const auto if_wanted = [&](size_t i, const at::Tensor& grad) {
@@ -87,7 +87,9 @@ at::Tensor connection_weights_autograd(const at::Tensor& x, const at::Tensor& w1
                                        const at::Tensor& w2, const at::Tensor& prior,
                                        const GeneratorOptions& options) {
   check_all_defined(x, w1, w2, prior);
-  if (!needs_gradient(x, w1, w2, prior, options)) {
+  const bool tangents = has_tangent(x) || has_tangent(w1) || has_tangent(w2) ||
+                        has_tangent(prior) || has_tangent(options.scale);  // which are refused
+  if (!tangents && !needs_gradient(x, w1, w2, prior, options)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return connection_weights(x, w1, w2, prior, options);
   }
@@ -99,7 +101,7 @@ std::tuple<at::Tensor, at::Tensor> connection_weights_chained_composite(
     const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2, const at::Tensor& prior,
     const GeneratorOptions& options) {
   if (!needs_gradient(x, w1, w2, prior, options)) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
+    const PastAutograd guard(x, w1, w2, prior, options.scale);
     return {connection_weights(x, w1, w2, prior, options), x};
   }
   check_all_defined(x, w1, w2, prior);

@@ -33,10 +33,9 @@ struct DeferGradients : torch::autograd::Function<DeferGradients> {
     const at::Tensor& like = hiddens[0];
     const at::Tensor zero = at::zeros({}, like.options());
     c10::SymDimVector shape(like.sym_sizes().begin(), like.sym_sizes().end() - 1);
-    variable_list outputs;
-    hand_on(outputs, hiddens);
+    variable_list outputs = hiddens.vec();
     const at::Tensor ticket = zero.expand_symint(like.sym_sizes());
-    const bool aliases = only_autograd_watches() && is_plain(ticket);
+    const bool aliases = only_autograd_watches() && is_ordinary(ticket);
     for (size_t i = 0; i < ways.size(); ++i) {
       for (int64_t c = 0; c < ways[i]; ++c) {
         outputs.push_back(aliases ? alias_of(ticket) : zero.expand_symint(like.sym_sizes()));
@@ -66,7 +65,7 @@ struct DeferGradients : torch::autograd::Function<DeferGradients> {
       next = end + 1;
     }
     variable_list result(grads.begin(), grads.begin() + count);
-    const PastAutogradWithoutGradients guard;
+    const PastAutogradInBackward guard(grads);
     if (!weights.empty()) result = deferred_flush(optional_tensors(result), grad_sums, weights);
     result.resize(count + 2);
     return result;

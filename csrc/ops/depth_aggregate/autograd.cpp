@@ -34,7 +34,7 @@ struct DepthAggregate : torch::autograd::Function<DepthAggregate<kChained>> {
     ctx->saved_data["deferred"] = deferred;
     ctx->set_materialize_grads(false);
     variable_list outputs = depth_aggregate(hiddens, weights);
-    if (kChained) hand_on(outputs, hiddens.slice(deferred));
+    if (kChained) outputs.insert(outputs.end(), hiddens.begin() + deferred, hiddens.end());
     return outputs;
   }
 
@@ -49,7 +49,7 @@ struct DepthAggregate : torch::autograd::Function<DepthAggregate<kChained>> {
     const size_t inputs = saved.size() + ctx->saved_data["tickets"].toInt() + 1;
     if (std::any_of(grad_outputs.begin(), grad_outputs.end(),
                     [](const at::Tensor& grad) { return grad.defined(); })) {
-      const PastAutogradWithoutGradients guard;
+      const PastAutogradInBackward guard(grads);
       auto [own, grad_weights] =
           depth_aggregate_backward(optional_tensors(grad_outputs), optional_tensors(result),
                                    hiddens, saved.back(), deferred);
@@ -80,7 +80,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_def
   const auto requires_grad = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
   if (!at::GradMode::is_enabled() ||
       !(weights.requires_grad() || std::any_of(hiddens.begin(), hiddens.end(), requires_grad))) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
+    const PastAutograd guard(hiddens, weights);
     return {depth_aggregate(hiddens, weights), hiddens.vec()};
   }
   check_all_defined(hiddens, "hiddens");

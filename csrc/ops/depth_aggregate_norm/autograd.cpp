@@ -99,7 +99,7 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
     ctx->saved_data["tickets"] = static_cast<int64_t>(tickets.size());
     ctx->saved_data["deferred"] = deferred;
     ctx->set_materialize_grads(false);
-    hand_on(outputs, hiddens.slice(deferred));
+    outputs.insert(outputs.end(), hiddens.begin() + deferred, hiddens.end());
     if (tensors.pre) outputs.back() = std::move(newest);
     return outputs;
   }
@@ -125,7 +125,7 @@ struct DepthAggregateNorm : torch::autograd::Function<DepthAggregateNorm> {
       result.resize(count);
       return result;
     }
-    const PastAutogradWithoutGradients guard;
+    const PastAutogradInBackward guard(grads);
     auto [own, grad_weights, grad_norm_weights, grad_norm_biases, grad_pre_weight, grad_post_weight,
           grad_sums] =
         depth_aggregate_norm_backward(
@@ -173,7 +173,7 @@ StreamsAndHiddens deferred_composite(at::TensorList hiddens, const at::Tensor& w
   if (!at::GradMode::is_enabled() ||
       !(weights.requires_grad() || std::any_of(hiddens.begin(), hiddens.end(), requires_grad) ||
         std::any_of(tensors.list.begin(), tensors.list.end(), requires_grad))) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
+    const PastAutograd guard(hiddens, weights, tensors.list);
     auto [streams, newest, mix, statistics] = depth_aggregate_norm_forward(hiddens, weights, norms);
     std::vector<at::Tensor> handed_on = hiddens.vec();
     if (norms.pre_weight.has_value()) handed_on.back() = std::move(newest);

@@ -58,7 +58,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                         bias && ctx->needs_input_grad(2)};
     variable_list result(6);
-    const PastAutogradWithoutGradients guard;
+    const PastAutogradInBackward guard(grads);
     if (wanted[0] || wanted[1] || wanted[2]) {
       const at::Tensor grad = grads[0].to(saved[0].scalar_type());
       const auto [dx, dw, db] = linear_backward(grad, saved[0], saved[1], dtype("weight"), wanted);

@@ -3,10 +3,11 @@
 //   y = x W^T + b + residual
 //
 // x is [..., in], W [out, in], b [out], residual and y [..., out]. float64, float32, bfloat16 or
-// float16. On CUDA the residual is added in the epilogue of the product, which cuBLASLt has rounded to
-// the dtype of x by then, as PyTorch's two steps do. The gradient of a float32 W beside a narrower x comes straight from the narrower
-// operands, without having been rounded to 16 bits in between. What PyTorch's own product does as
-// fast is left to it. The functions go through the dispatcher.
+// float16. On CUDA the residual is added in the epilogue of the product; where the result has 16
+// bits, the product has been rounded to them by then, as by PyTorch's two steps. The gradient of a
+// float32 W beside a narrower x comes straight from the narrower operands, without having been
+// rounded to 16 bits in between. What PyTorch's own product does as fast is left to it. The
+// functions go through the dispatcher.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -40,7 +40,7 @@ struct QkNormRotaryFunction : torch::autograd::Function<QkNormRotaryFunction> {
     const bool norms = saved[4].defined();
     const std::array<bool, 2> wanted{norms && ctx->needs_input_grad(4),
                                      norms && ctx->needs_input_grad(5)};
-    const PastAutogradWithoutGradients guard;
+    const PastAutogradInBackward guard(grads);
     const auto [grad_q, grad_k, grad_q_weight, grad_k_weight] = qk_norm_rotary_backward(
         grads[0], grads[1], optional(saved[0]), optional(saved[1]), saved[2], saved[3],
         optional(saved[4]), optional(saved[5]), ctx->saved_data["eps"].toDouble(), wanted);
@@ -63,9 +63,11 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotary_autograd(
        {std::pair(q, "q"), std::pair(k, "k"), std::pair(cos, "cos"), std::pair(sin, "sin")}) {
     check_defined(tensor, {name});
   }
-  if (at::GradMode::is_enabled() &&
-      (q.requires_grad() || k.requires_grad() || (q_weight && q_weight->requires_grad()) ||
-       (k_weight && k_weight->requires_grad()))) {
+  const bool tangents = has_tangent(q) || has_tangent(k) || has_tangent(q_weight) ||
+                        has_tangent(k_weight);  // which the function refuses
+  if (tangents || (at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() ||
+                                                  (q_weight && q_weight->requires_grad()) ||
+                                                  (k_weight && k_weight->requires_grad())))) {
     variable_list results = QkNormRotaryFunction::apply(q, k, cos, sin, q_weight, k_weight, eps);
     return {std::move(results[0]), std::move(results[1])};
   }

@@ -26,7 +26,7 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const bool fused = !saved[1].defined();
-    const PastAutogradWithoutGradients guard;
+    const PastAutogradInBackward guard(grads);
     const auto [grad_gate, grad_up] =
         swiglu_backward(grads[0], saved[0], fused ? std::nullopt : std::optional(saved[1]));
     return {grad_gate, fused ? at::Tensor() : grad_up};
@@ -35,7 +35,9 @@ struct SwigluFunction : torch::autograd::Function<SwigluFunction> {
 
 at::Tensor swiglu_autograd(const at::Tensor& gate, const std::optional<at::Tensor>& up) {
   check_defined(gate, {"gate"});
-  if (at::GradMode::is_enabled() && (gate.requires_grad() || (up && up->requires_grad()))) {
+  const bool tangents = has_tangent(gate) || has_tangent(up);  // which the function refuses
+  if (tangents ||
+      (at::GradMode::is_enabled() && (gate.requires_grad() || (up && up->requires_grad())))) {
     return SwigluFunction::apply(gate, up);
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
