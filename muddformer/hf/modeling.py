@@ -72,6 +72,8 @@ class PreTrained(PreTrainedModel):
 class MUDDFormerModel(Backbone, PreTrained):
     """Embedding, blocks and final norm."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^(output|lm_head)\.weight$"]  # noqa: RUF012  (of a directory with a head)
+
     def __init__(self, config: MUDDFormerConfig) -> None:
         PreTrained.__init__(self, config)
         self._build(config)
@@ -181,6 +183,7 @@ class MUDDFormerModel(Backbone, PreTrained):
 class MUDDFormer(MUDDFormerModel, GenerationMixin):
     """The language model, with the name that it has in the public release."""
 
+    _keys_to_ignore_on_load_unexpected = None
     _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}  # noqa: RUF012
     _tp_plan = {"output": "colwise_rep"}  # noqa: RUF012
     _fsdp_plan = {"output": "keep_full_weight"}  # noqa: RUF012
