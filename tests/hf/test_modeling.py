@@ -15,6 +15,7 @@ from helpers.hf import small, tiny_tokenizer, twin
 from helpers.models import VARIANTS, make, scramble, some_ids
 from helpers.paths import TESTS
 from muddformer import hf
+from muddformer.hf.devices import check_device_map
 
 GOLDEN = sorted((TESTS / "golden").glob("*.safetensors"))
 
@@ -193,6 +194,12 @@ def test_rope_parameters() -> None:
         hf.MUDDFormerConfig(rope_parameters={"rope_type": "yarn"})
 
 
+def test_one_device_has_many_names() -> None:
+    check_device_map({"a": 0, "b": "cuda:0", "c": torch.device("cuda", 0)})
+    check_device_map({"a": "cpu", "b": torch.device("cpu")})
+    check_device_map("auto")
+
+
 def test_bad_directories(tmp_path: Path) -> None:
     model = small()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -208,7 +215,7 @@ def test_bad_directories(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tok_embeddings.weight must have shape \[99, 32\], got \[61, 32\]"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     config()
-    with pytest.raises(ValueError, match=r"device_map must have one device, .* got 0, cpu"):
+    with pytest.raises(ValueError, match=r"device_map must have one device, .* got cpu, cuda:0"):
         AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu", "layers.1": 0})
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
