@@ -135,10 +135,9 @@ at::Tensor AttentionImpl::forward(const at::Tensor& xq, const at::Tensor& xk, co
 std::tuple<at::Tensor, at::Tensor> AttentionImpl::norm_and_rotate(const at::Tensor& q,
                                                                   const at::Tensor& k,
                                                                   const Rotary& rotary) {
-  const auto fits = [&q](const at::Tensor& weight) {
-    return weight.scalar_type() == q.scalar_type() || weight.scalar_type() == at::kFloat;
-  };
-  if (runs_operators(q) && (!q_norm || (fits(q_norm->weight) && fits(k_norm->weight)))) {
+  const at::ScalarType dtype = q.scalar_type();
+  if (runs_operators(q) &&
+      (!q_norm || (fits_beside(q_norm->weight, dtype) && fits_beside(k_norm->weight, dtype)))) {
     if (!q_norm) return qk_norm_rotary(q, k, rotary.cos, rotary.sin);
     return qk_norm_rotary(q, k, rotary.cos, rotary.sin, q_norm->weight, k_norm->weight,
                           q_norm->eps());

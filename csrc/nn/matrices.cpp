@@ -36,13 +36,13 @@ at::Tensor LinearImpl::forward(const at::Tensor& x, const at::Tensor& residual) 
   const auto given = [](const at::Tensor& t) {
     return t.defined() ? std::optional(t) : std::nullopt;
   };
-  const bool autocast = at::autocast::is_autocast_enabled(x.device().type());
-  const at::ScalarType dtype =
-      autocast ? at::autocast::get_autocast_dtype(x.device().type()) : x.scalar_type();
-  const bool added = residual.defined() &&
-                     (residual.scalar_type() == dtype || residual.scalar_type() == at::kFloat);
-  if (runs_operators(x) && (added || !residual.defined())) {
-    return linear(x, weight, given(bias), given(residual));
+  if (runs_operators(x)) {
+    const at::ScalarType dtype = at::autocast::is_autocast_enabled(at::kCUDA)
+                                     ? at::autocast::get_autocast_dtype(at::kCUDA)
+                                     : x.scalar_type();
+    if (!residual.defined() || fits_beside(residual, dtype)) {
+      return linear(x, weight, given(bias), given(residual));
+    }
   }
   const at::Tensor y = at::linear(x, weight, given(bias));
   return residual.defined() ? residual + y : y;

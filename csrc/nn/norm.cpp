@@ -36,10 +36,9 @@ at::Tensor NormImpl::forward(const at::Tensor& x) {
 std::tuple<at::Tensor, at::Tensor> NormImpl::forward_sum(const at::Tensor& x,
                                                          const at::Tensor& residual) {
   const at::ScalarType dtype = residual.scalar_type();
-  const bool weight_fits = weight.scalar_type() == dtype || weight.scalar_type() == at::kFloat;
   const bool x_fits = x.scalar_type() == dtype ||
                       (dtype == at::kFloat && at::isReducedFloatingType(x.scalar_type()));
-  if (runs_operators(x) && weight_fits && x_fits) {
+  if (runs_operators(x) && fits_beside(weight, dtype) && x_fits) {
     AddNormOptions options;
     options.norm = kind_ == NormKind::kLayerNorm ? "layer" : "rms";
     options.eps = eps_;

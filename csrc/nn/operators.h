@@ -8,4 +8,9 @@ namespace muddformer {
 // On CUDA, if this is a build for it: on a CPU nothing is gained.
 bool runs_operators(const at::Tensor& x);
 
+// Whether operators take a weight or a residual beside tensors of a dtype: of that dtype or float32.
+inline bool fits_beside(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype || tensor.scalar_type() == at::kFloat;
+}
+
 }  // namespace muddformer

@@ -167,8 +167,7 @@ class Attention(nn.Module):
         norms = () if self.q_norm is None else (self.q_norm, self.k_norm)
         if runs_operators(q):
             known = as_stream_norms(norms, q)
-            dtypes = q.dtype, torch.float32
-            if known is not None and known.kind != "layer" and all(w.dtype in dtypes for w in known.weights):
+            if known is not None and known.kind != "layer" and all(fits_beside(w, q.dtype) for w in known.weights):
                 return ops.qk_norm_rotary(q, k, cos, sin, *known.weights, eps=known.eps)
         if norms:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -298,12 +297,16 @@ def runs_operators(x: Tensor) -> bool:
     return _BUILT and type(x) is Tensor and x.is_cuda
 
 
+def fits_beside(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether operators take a weight or a residual beside tensors of a dtype: of that dtype or float32."""
+    return tensor.dtype in (dtype, torch.float32)
+
+
 def linear(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``residual + module(x)``, for a plain linear layer by one operator (:func:`muddformer.ops.linear`)."""
     if runs_operators(x):
-        dtypes = autocast_dtype(x) or x.dtype, torch.float32
         parameters = plain_parameters(module, x, nn.Linear)
-        if parameters is not None and (residual is None or residual.dtype in dtypes):
+        if parameters is not None and (residual is None or fits_beside(residual, autocast_dtype(x) or x.dtype)):
             return ops.linear(x, *parameters, residual)
     y = module(x)
     return y if residual is None else residual + y
@@ -318,7 +321,7 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor, dtype: torch.dtype | 
     stream = residual.dtype
     added = x.dtype == stream or (stream == torch.float32 and x.dtype in (torch.bfloat16, torch.float16))
     known = as_stream_norms([norm], residual) if added and runs_operators(residual) else None
-    if known is not None and known.weights[0].dtype in (stream, torch.float32):
+    if known is not None and fits_beside(known.weights[0], stream):
         bias = None if known.biases is None else known.biases[0]
         return ops.add_norm(x, residual, known.weights[0], bias, norm=known.kind, eps=known.eps, dtype=dtype)
     total = residual + x
