@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.models import make, scramble, some_ids
 from muddformer import MUDDFormerConfig
 from muddformer.reference import connection_weights, depth_aggregate
 
@@ -107,3 +108,21 @@ def naive_logits(c: MUDDFormerConfig, p: dict[str, Tensor], ids: Tensor) -> Tens
             streams = [mixed[ways.index(way)] if way in ways else raw[i] for way in "qkvr"]
     x = naive_norm(c, p, "norm", streams[3])
     return F.linear(x, p.get("output.weight", p["tok_embeddings.weight"]))
+
+
+def check_against_naive(variant: str) -> None:
+    """Logits, loss and every gradient of a model of a variant, in float64."""
+    model = scramble(make(variant)).double()
+    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    ids, targets = some_ids(), some_ids()
+    logits, expected = model(ids), naive_logits(model.config, parameters, ids)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    loss = model(ids, targets)
+    loss.backward()
+    expected = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    for name, parameter in model.named_parameters():
+        grad = parameters[name].grad
+        assert parameter.grad is not None and grad is not None, f"no gradient for {name}"
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-8, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")

@@ -8,13 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from helpers.models import VARIANTS, make, scramble, some_ids
-from helpers.naive_model import naive_logits
+from helpers.naive_model import check_against_naive
 from muddformer.models import layers
 
 OPERATORS = {"linear", "qk_norm_rotary", "swiglu", "add_norm"}
@@ -49,16 +48,7 @@ def called(run: Callable[[], object]) -> set[str]:
 @pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_naive(variant: str) -> None:
-    model = scramble(make(variant)).double()
-    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    ids, targets = some_ids(), some_ids()
-    expected = F.cross_entropy(naive_logits(model.config, parameters, ids).flatten(0, 1), targets.flatten())
-    expected.backward()
-    loss = model(ids, targets)
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-8, atol=1e-9, msg=name)
+    check_against_naive(variant)
 
 
 @pytest.mark.usefixtures("operators")

@@ -11,26 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.models import SMALL, VARIANTS, make, scramble, some_ids
-from helpers.naive_model import naive_logits
+from helpers.naive_model import check_against_naive
 from muddformer import MUDDFormerConfig, build_model
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_naive(variant: str) -> None:
-    model = scramble(make(variant)).double()
-    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    ids, targets = some_ids(), some_ids()
-    logits, expected = model(ids), naive_logits(model.config, parameters, ids)
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    loss = model(ids, targets)
-    loss.backward()
-    expected = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
-    expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
-    for name, parameter in model.named_parameters():
-        grad = parameters[name].grad
-        assert parameter.grad is not None and grad is not None, f"no gradient for {name}"
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-8, atol=1e-9)
+    check_against_naive(variant)
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "pre" and VARIANTS[v].get("dense", True)])
