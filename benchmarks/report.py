@@ -294,32 +294,34 @@ def demo() -> str:
 
 
 # ---- operators of a block ---------------------------------------------------------------------------------------
+def methods(name: str, columns: Sequence[str], kinds: Sequence[str]) -> list[Line]:
+    """For each case its columns, and of each kind the times of eager, torch.compile and ours, and our fraction."""
+    found = latest(read(name), *columns, "kind", "method")
+    lines = []
+    for key in dict.fromkeys(k[: len(columns)] for k in found):
+        cells, used = list(key), []
+        for kind in kinds:
+            three = [found.get((*key, kind, method)) for method in ("eager", "compile", "ours")]
+            used += [row for row in three if row]
+            cells += [several(three, "ms"), fraction(three[-1])]
+        lines.append((cells, used))
+    return lines
+
+
 def linear() -> str:
     """A linear layer with a residual, beside its products by themselves."""
-    found = latest(read("h100_linear"), "tokens", "in", "out", "kind", "method")
-    lines = []
-    for key in dict.fromkeys(k[:3] for k in found):
-        cells, used = [f"{key[0]} x {key[1]} -> {key[2]}"], []
-        for kind in ("forward", "both"):
-            eager, compiled, ours = (found.get((*key, kind, method)) for method in ("eager", "compile", "ours"))
-            used += [r for r in (eager, compiled, ours) if r]
-            cells += [several([eager, compiled, ours], "ms"), fraction(ours)]
-        lines.append((cells, used))
+    lines = methods("h100_linear", ("tokens", "in", "out"), ("forward", "both"))
+    for cells, _ in lines:
+        cells[:3] = [f"{cells[0]} x {cells[1]} -> {cells[2]}"]
     head = [f"{KINDS[kind]}: eager, compile, ours, ms" for kind in ("forward", "both")]
     return table(["tokens x in -> out", head[0], "of the product", head[1], "of the three products"], lines)
 
 
 def block_ops() -> str:
     """The elementwise operators of a block."""
-    found = latest(read("h100_block_ops"), "tokens", "D", "norms", "kind", "method")
-    lines = []
-    for key in dict.fromkeys(k[:3] for k in found):
-        cells, used = [f"{key[0]} x {key[1]}", key[2]], []
-        for kind in ("forward", "backward"):
-            eager, compiled, ours = (found.get((*key, kind, method)) for method in ("eager", "compile", "ours"))
-            used += [r for r in (eager, compiled, ours) if r]
-            cells += [several([eager, compiled, ours], "ms"), fraction(ours)]
-        lines.append((cells, used))
+    lines = methods("h100_block_ops", ("tokens", "D", "norms"), ("forward", "backward"))
+    for cells, _ in lines:
+        cells[:2] = [f"{cells[0]} x {cells[1]}"]
     head = [f"{kind}: eager, compile, ours, ms" for kind in ("forward", "backward")]
     return table(["tokens x D", "operator", head[0], "of the floor", head[1], "of the floor"], lines, 2)
 
