@@ -72,7 +72,7 @@ tests-cpp: $(installed) gtest
 # The build and the core of the operators and models alone: for a second version of torch.
 smoke: $(installed)
 	$(bin)/pytest tests/ops/test_depth_aggregate.py tests/ops/test_connection_weights.py tests/models/test_golden.py \
-		tests/test_package.py tests/test_consumer.py
+		tests/models/test_training_step.py tests/test_package.py tests/test_consumer.py
 
 # The C++ tests with the library's CPU side under AddressSanitizer and UndefinedBehaviorSanitizer.
 asan: $(ready) gtest

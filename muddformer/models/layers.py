@@ -5,7 +5,7 @@ B, T: batch and sequence length; D: model width; H: heads; E: width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +35,6 @@ class Rotary:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.cos = cos
         self.sin = sin
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield self.cos
-        yield self.sin
 
 
 class RotaryEmbedding(nn.Module):
@@ -136,7 +132,7 @@ class Attention(nn.Module):
         xq: Tensor,
         xk: Tensor,
         xv: Tensor,
-        rotary: Rotary,
+        rotary: Rotary | tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         attend: Attend | None = None,
@@ -145,7 +141,7 @@ class Attention(nn.Module):
 
         Args:
             xq, xk, xv: normed streams [B, T, D]; they may be one tensor.
-            rotary: of the T positions.
+            rotary: of the T positions; a pair of cosines and sines too.
             mask: bool [T, length of the cache], True where a query sees a key; or whatever ``attend`` takes. None:
                 causal among the T, or none.
             cache: keys and values of earlier positions: a :class:`KVCache`, or what else has its ``update``.
@@ -154,9 +150,10 @@ class Attention(nn.Module):
         Returns:
             [B, T, D].
         """
-        pairs = (self.wq, xq), (self.wk, xk), (self.wv, xv)
-        q, k, v = (linear(w, x).unflatten(-1, (-1, self.head_dim)) for w, x in pairs)
-        q, k = (heads.transpose(1, 2) for heads in self._norm_and_rotate(q, k, *rotary))
+        pair = rotary if isinstance(rotary, tuple) else (rotary.cos, rotary.sin)
+        projections = (self.wq, xq), (self.wk, xk), (self.wv, xv)
+        q, k, v = (linear(w, x).unflatten(-1, (-1, self.head_dim)) for w, x in projections)
+        q, k = (heads.transpose(1, 2) for heads in self._norm_and_rotate(q, k, *pair))
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.index, k, v)

@@ -27,8 +27,8 @@ def qk_norm_rotary(
     Args:
         q: queries [B, T, H, E], as the projection leaves them; a slice of a wider one too.
         k: keys [B, T, Hk, E].
-        cos, sin: of the T positions, float32 [T, half] or, where each sequence has positions of its own, [B, T, half],
-            half <= E / 2. They get no gradients.
+        cos, sin: of the T positions, float32 [T, half] or [1, T, half] or, where each sequence has positions of its
+            own, [B, T, half], half <= E / 2. They get no gradients.
         q_weight, k_weight: of the norms, [E] each, of the dtype of ``q`` or float32; None, both of them: no norms.
         eps: added to the mean square, at least 0.
 

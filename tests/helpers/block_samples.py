@@ -49,9 +49,13 @@ def results_and_gradients(function: Callable, sample: Sample, dtype: torch.dtype
     """Results, and gradients of their sum weighed with fixed random numbers."""
     leaves = sample.detached(dtype)
     results = leaves.run(function)
+    return [*results, *torch.autograd.grad(results, leaves.leaves(), incoming(results))]
+
+
+def incoming(results: list[Tensor]) -> list[Tensor]:
+    """Random gradients of the results, of numbers that all dtypes have: in each they are the same to the last bit."""
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in results]
-    return [*results, *torch.autograd.grad(results, leaves.leaves(), grads)]
+    return [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in results]
 
 
 def check(ours: Callable, naive: Callable, sample: Sample) -> None:
@@ -174,6 +178,9 @@ def qk_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     angles = 7 * torch.rand(3, 5, 16, device=device)
     own.tensors[2:4] = angles.cos(), angles.sin()
     yield own
+    shared = sample("one-row-of-positions", 3, 5, 4, 2, 32, 16)
+    shared.tensors[2:4] = (table[None] for table in shared.tensors[2:4])
+    yield shared
     if dtype in NARROW:
         float32 = sample("float32-weights", 2, 5, 4, 2, 64, 32)
         float32.tensors[4:] = [t.float() for t in float32.tensors[4:]]

@@ -8,7 +8,7 @@
 
 namespace muddformer::detail {
 
-// [B, T, H, E] -> [B, T, H, E]; the tables are [T, half] or [B, T, half].
+// [B, T, H, E] -> [B, T, H, E]; the tables are [T, half], [1, T, half] or [B, T, half].
 inline at::Tensor rotated(const at::Tensor& x, const at::Tensor& cos_table,
                           const at::Tensor& sin_table) {
   const int64_t half = cos_table.size(-1), rest = x.size(-1) - 2 * half;

@@ -42,7 +42,7 @@ kernels::QkNormRotary arguments(const at::Tensor& q, const at::Tensor& k, const 
   args.eps = static_cast<float>(eps);
   args.cos = cos.const_data_ptr<float>();
   args.sin = sin.const_data_ptr<float>();
-  args.rotary_batch_stride = cos.dim() == 3 ? cos.stride(0) : 0;
+  args.rotary_batch_stride = cos.dim() == 3 && cos.size(0) > 1 ? cos.stride(0) : 0;
   args.rotary_token_stride = cos.stride(-2);
   if (q_weight.defined()) {
     args.weight[kernels::kQueries] = q_weight.const_data_ptr();

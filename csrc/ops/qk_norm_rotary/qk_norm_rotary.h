@@ -24,8 +24,8 @@ namespace muddformer {
 ///
 /// @param q queries [B, T, H, E], as the projection leaves them; a slice of a wider one too.
 /// @param k keys [B, T, Hk, E] of the dtype and device of q; Hk may be another number of heads.
-/// @param cos of the T positions, float32 [T, half] or, where each sequence has positions of its own,
-///   [B, T, half], half <= E / 2. It gets no gradient.
+/// @param cos of the T positions, float32 [T, half] or [1, T, half] or, where each sequence has
+///   positions of its own, [B, T, half], half <= E / 2. It gets no gradient.
 /// @param sin likewise.
 /// @param q_weight of the RMSNorm of q, [E], of the dtype of q or float32; nullopt: no norms.
 /// @param k_weight of that of k, given together with q_weight.

@@ -48,11 +48,12 @@ static void check_tables(const at::Tensor& cos, const at::Tensor& sin, const at:
   TORCH_CHECK_TYPE(cos.scalar_type() == at::kFloat, "cos: expected dtype Float, got ",
                    cos.scalar_type());
   check_same_device(cos, {"cos"}, like, like_name);
-  TORCH_CHECK_VALUE((cos.dim() == 2 || (cos.dim() == 3 && cos.sym_size(0) == batch)) &&
-                        cos.sym_size(-2) == tokens && cos.sym_size(-1) * 2 <= like.sym_size(-1),
-                    "cos: expected shape [T, half] or [B, T, half] with B = ", batch,
-                    ", T = ", tokens, " and half <= E / 2, E = ", like.sym_size(-1), " of ",
-                    like_name, ", got ", cos.sym_sizes());
+  TORCH_CHECK_VALUE(
+      (cos.dim() == 2 || (cos.dim() == 3 && (cos.sym_size(0) == batch || cos.sym_size(0) == 1))) &&
+          cos.sym_size(-2) == tokens && cos.sym_size(-1) * 2 <= like.sym_size(-1),
+      "cos: expected shape [T, half], [1, T, half] or [B, T, half] with B = ", batch,
+      ", T = ", tokens, " and half <= E / 2, E = ", like.sym_size(-1), " of ", like_name, ", got ",
+      cos.sym_sizes());
   check_like(sin, {"sin"}, cos, "cos");
 }
 
