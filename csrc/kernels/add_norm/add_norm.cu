@@ -118,12 +118,12 @@ __device__ __forceinline__ void leave_partial(const float (&sums)[V][E], float* 
   for (int k = 0; k < V; ++k) {
     const int pack = threadIdx.x + k * blockDim.x;
     if (pack >= packs) break;
-#pragma unroll
-    for (int i = 0; i < E; ++i) of_groups[threadIdx.y * dim + pack * E + i] = sums[k][i];
+    store_floats<E>(of_groups + threadIdx.y * dim + pack * E, sums[k]);
   }
   __syncthreads();
   for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < dim; i += threads) {
     float sum = 0.0f;
+#pragma unroll 4
     for (int group = 0; group < blockDim.y; ++group) sum += of_groups[group * dim + i];
     to[i] = sum;
   }

@@ -93,6 +93,19 @@ __device__ __forceinline__ void load_floats(const float* from, float (&to)[E]) {
   }
 }
 
+template <int E>
+__device__ __forceinline__ void store_floats(float* to, const float (&from)[E]) {
+  if constexpr (E == 1) {
+    to[0] = from[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < E; i += 4) {
+      *reinterpret_cast<float4*>(to + i) =
+          make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+    }
+  }
+}
+
 // A pack of a norm's weight or bias, which is float32 (wide) or of type T: it stays in the caches.
 template <typename T, int E>
 __device__ __forceinline__ void load_parameter(const void* from, bool wide, int column,
