@@ -220,6 +220,7 @@ TYPED_TEST(AddNormOf, WidestRows) {
 TYPED_TEST(AddNormOf, ManyRows) {
   ASSERT_NO_FATAL_FAILURE(this->check_both(5001, 64));
   ASSERT_NO_FATAL_FAILURE(this->check_both(3001, 136));
+  ASSERT_NO_FATAL_FAILURE(this->check_both(1201, 2560));  // several warps a row
 }
 
 TYPED_TEST(AddNormOf, StridesAndUnalignedRows) {

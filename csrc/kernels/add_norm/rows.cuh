@@ -70,26 +70,4 @@ __device__ __forceinline__ void group_sums(float (&values)[N], int& turn) {
   }
 }
 
-// A pack of a norm's weight or bias, which is float32 (wide) or of type T: it stays in the caches.
-template <typename T, int E>
-__device__ __forceinline__ void load_parameter(const void* from, bool wide, int column,
-                                               float (&to)[E]) {
-  if constexpr (E == 1) {
-    to[0] = wide ? __ldg(static_cast<const float*>(from) + column)
-                 : static_cast<float>(widen(__ldg(static_cast<const T*>(from) + column)));
-  } else if (std::is_same_v<T, float> || wide) {
-    const float* floats = static_cast<const float*>(from) + column;
-#pragma unroll
-    for (int i = 0; i < E; i += 4) {
-      const float4 four = __ldg(reinterpret_cast<const float4*>(floats + i));
-      to[i] = four.x;
-      to[i + 1] = four.y;
-      to[i + 2] = four.z;
-      to[i + 3] = four.w;
-    }
-  } else if constexpr (E == kVector<T>) {
-    unpack<T>(__ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(from) + column)), to);
-  }
-}
-
 }  // namespace muddformer::kernels

@@ -79,6 +79,14 @@ __device__ __forceinline__ void store_four_to_cluster(uint32_t address, const fl
 #endif
 }
 
+// Lets the next kernel, where that may be launched while this one runs, come to the multiprocessors
+// once all blocks have said so.
+__device__ __forceinline__ void let_next_kernel_come() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // For kernels launched while the one before may still run (launch_wide): lets the next one come to
 // the multiprocessors as soon as there is room, and waits until all that was launched before is
 // done and its results are there.

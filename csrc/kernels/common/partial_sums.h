@@ -5,21 +5,27 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
+#include "device.h"
 #include "dtype.h"
 
 namespace muddformer::kernels {
 
-inline constexpr int kMaxSums = 16;
+struct PartialSum {
+  const float* partial;  // [blocks, dim]
+  int64_t stride;        // floats from one block's sums to the next
+  int blocks;
+  void* to;  // [dim]; nullptr: not wanted
+};
 
 struct PartialSums {
-  const float* partial;  // [blocks, slots, dim]
-  void* to[kMaxSums];    // [slots] pointers to [dim]; nullptr: not wanted
-  int slots;
-  int blocks;
+  PartialSum sums[2];
   int dim;
   DType dtype;  // of what is written: Float32, BFloat16 or Float16
 };
 
-cudaError_t launch_partial_sums(const PartialSums& args, cudaStream_t stream);
+// Right after the kernel that leaves them, which may call let_next_kernel_come() before it does.
+cudaError_t launch_partial_sums(const PartialSums& args, const Device& device, cudaStream_t stream);
 
 }  // namespace muddformer::kernels

@@ -43,15 +43,19 @@ __device__ __forceinline__ void copy_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// For a ring of stages of which all but one are under way.
-__device__ __forceinline__ void copy_wait_stage(int stages) {
-  if (stages == 4) {
+__device__ __forceinline__ void copy_wait(int pending) {
+  if (pending == 2) {
     copy_wait<2>();
-  } else if (stages == 3) {
+  } else if (pending == 1) {
     copy_wait<1>();
   } else {
     copy_wait<0>();
   }
+}
+
+// For a ring of stages of which all but one are under way.
+__device__ __forceinline__ void copy_wait_stage(int stages) {
+  copy_wait(stages - 2);
 }
 
 }  // namespace muddformer::kernels

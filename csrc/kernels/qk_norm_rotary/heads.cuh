@@ -7,8 +7,9 @@
 namespace muddformer::kernels {
 
 inline constexpr int kThreads = 256;
-inline constexpr int kBlocks = 2;                            // of a multiprocessor
-inline constexpr int kForwardHeads = 4, kBackwardHeads = 2;  // of a lane
+inline constexpr int kForwardBlocks = 3, kBackwardBlocks = 2;  // of a multiprocessor
+inline constexpr int kForwardHeads = 2, kBackwardHeads = 2;    // of a lane
+inline constexpr int kStages = 2;                              // of the backward
 
 // How the heads of queries or of keys are split over lanes and blocks.
 struct Split {
@@ -53,23 +54,6 @@ __device__ __forceinline__ T* head_at(const Heads& heads, const Item& at, int he
          at.token * heads.token_stride + head * heads.head_stride;
 }
 
-// P floats, which stay in the caches.
-template <int P>
-__device__ __forceinline__ void load_floats(const float* from, float (&to)[P]) {
-  if constexpr (P == 1) {
-    to[0] = __ldg(from);
-  } else {
-#pragma unroll
-    for (int i = 0; i < P; i += 4) {
-      const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
-      to[i] = four.x;
-      to[i + 1] = four.y;
-      to[i + 2] = four.z;
-      to[i + 3] = four.w;
-    }
-  }
-}
-
 // Cosines and sines of this lane's pairs.
 template <int P, int V>
 struct Angles {
@@ -101,20 +85,9 @@ __device__ __forceinline__ void load_weight(const QkNormRotary& p, int which, in
                                             float (&second)[V][P]) {
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    const int number = lane + k * lanes;
-    const Pair pair = pair_of<P>(number, p.half);
-#pragma unroll
-    for (int i = 0; i < P; ++i) {
-      first[k][i] = second[k][i] = 1.0f;
-      if (p.weight[which] == nullptr || number >= pairs) continue;
-      if (p.wide) {
-        first[k][i] = static_cast<const float*>(p.weight[which])[pair.first + i];
-        second[k][i] = static_cast<const float*>(p.weight[which])[pair.second + i];
-      } else {
-        first[k][i] = widen(static_cast<const T*>(p.weight[which])[pair.first + i]);
-        second[k][i] = widen(static_cast<const T*>(p.weight[which])[pair.second + i]);
-      }
-    }
+    const Pair pair = pair_of<P>(min(lane + k * lanes, pairs - 1), p.half);
+    load_parameter<T, P>(p.weight[which], p.wide, pair.first, first[k]);
+    load_parameter<T, P>(p.weight[which], p.wide, pair.second, second[k]);
   }
 }
 

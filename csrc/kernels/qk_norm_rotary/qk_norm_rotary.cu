@@ -5,11 +5,15 @@
 // the same pairs of several heads of a token, which share cosines and sines. Of the entries that
 // pass through neighbouring packs are a pair, with cosine 1 and sine 0.
 //
-// A block has queries or keys alone. The backward's blocks stay and walk over the tokens, so that
-// a lane keeps the sums of dw in registers.
+// A block has queries or keys alone. The backward of the norms has blocks that stay and walk over
+// the tokens, so that a lane keeps the sums of dw in registers. Each lane asks early for what it
+// needs next, into places of its own in shared memory, so that no lane waits for another.
+//
+// Without norms the backward is the forward with the rotation turned round.
 #include <algorithm>
 #include <limits>
 
+#include "../common/cluster.cuh"
 #include "../common/device.h"
 #include "../common/launch.h"
 #include "../common/partial_sums.h"
@@ -20,9 +24,9 @@ namespace muddformer::kernels {
 namespace {
 
 template <typename T, int P, int V, bool kNorm>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks)
     qk_norm_rotary_kernel(const __grid_constant__ QkNormRotary p,
-                          const __grid_constant__ Splits splits) {
+                          const __grid_constant__ Splits splits, float direction) {
   constexpr int U = V > 1 ? 1 : kForwardHeads;
   const int which = blockIdx.x < splits.of[kQueries].blocks ? kQueries : kKeys;
   const Split& split = splits.of[which];
@@ -32,21 +36,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Item at = item_of(min(item, split.items - 1), split.groups, p.tokens);
   const int heads = item < split.items ? p.heads[which] : 0;
 
-  float a[U][V][P], b[U][V][P];
+  PackBits<T, P> bits[U][V][2];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int head = at.head + u * split.groups;
+    const T* const x = head_at<const T>(p.x[which], at, head);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
+      bits[u][k][0] = bits[u][k][1] = PackBits<T, P>{};
+      if (head >= heads || lane + k * lanes >= split.lane_packs) continue;
       const Pair pair = pair_of<P>(lane + k * lanes, p.half);
-      if (head < heads && lane + k * lanes < split.lane_packs) {
-        const T* const x = head_at<const T>(p.x[which], at, head);
-        load_pack<T, P>(x + pair.first, a[u][k]);
-        load_pack<T, P>(x + pair.second, b[u][k]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < P; ++i) a[u][k][i] = b[u][k][i] = 0.0f;
-      }
+      bits[u][k][0] = load_bits<T, P>(x + pair.first);
+      bits[u][k][1] = load_bits<T, P>(x + pair.second);
     }
   }
   Angles<P, V> angles;
@@ -57,24 +58,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
+    float a[V][P], b[V][P];
+    float square = 0.0f;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      unpack_bits<T, P>(bits[u][k][0], a[k]);
+      unpack_bits<T, P>(bits[u][k][1], b[k]);
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        square = fmaf(a[k][i], a[k][i], fmaf(b[k][i], b[k][i], square));
+      }
+    }
+    float rstd = 1.0f;
     if constexpr (kNorm) {
-      float square = 0.0f;
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-#pragma unroll
-        for (int i = 0; i < P; ++i) {
-          square = fmaf(a[u][k][i], a[u][k][i], fmaf(b[u][k][i], b[u][k][i], square));
-        }
-      }
-      const float rstd = rsqrtf(lane_sum(square, lanes) / static_cast<float>(p.head_dim) + p.eps);
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-#pragma unroll
-        for (int i = 0; i < P; ++i) {
-          a[u][k][i] *= rstd * weight_a[k][i];
-          b[u][k][i] *= rstd * weight_b[k][i];
-        }
-      }
+      rstd = rsqrtf(lane_sum(square, lanes) / static_cast<float>(p.head_dim) + p.eps);
     }
     const int head = at.head + u * split.groups;
     if (head >= heads) continue;
@@ -83,56 +80,63 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int k = 0; k < V; ++k) {
       if (lane + k * lanes >= split.lane_packs) continue;
       const Pair pair = pair_of<P>(lane + k * lanes, p.half);
-      float first[P], second[P];
 #pragma unroll
       for (int i = 0; i < P; ++i) {
-        const float c = angles.cos[k][i], s = angles.sin[k][i];
-        first[i] = a[u][k][i] * c - b[u][k][i] * s;
-        second[i] = a[u][k][i] * s + b[u][k][i] * c;
+        if constexpr (kNorm) {
+          a[k][i] *= rstd * weight_a[k][i];
+          b[k][i] *= rstd * weight_b[k][i];
+        }
+        const float c = angles.cos[k][i], s = angles.sin[k][i] * direction;
+        const float first = a[k][i] * c - b[k][i] * s;
+        b[k][i] = a[k][i] * s + b[k][i] * c;
+        a[k][i] = first;
       }
-      store_pack<T, P>(y + pair.first, first);
-      store_pack<T, P>(y + pair.second, second);
+      store_pack<T, P>(y + pair.first, a[k]);
+      store_pack<T, P>(y + pair.second, b[k]);
     }
   }
 }
 
-// Adds up what the lanes of a block that have the same pairs have, in their order, and leaves it
-// for the second pass.
+// Adds up what the lanes of a block that have the same pairs have, in a fixed order, and leaves it
+// for the second pass. of_warps: [warps][E] in shared memory.
 template <int P, int V>
-__device__ __forceinline__ void leave_partial(const float (&first)[V][P],
-                                              const float (&second)[V][P], const Split& split,
-                                              int half, float* to) {
-  __shared__ float of_thread[kThreads];
-  const int lanes = split.lanes;
-  for (int part = 0; part < 2 * V * P; ++part) {
-    const int k = part / (2 * P), i = part % P;
-    const bool is_second = part / P % 2 != 0;
-    float value = 0.0f;
+__device__ __forceinline__ void leave_partial(float (&first)[V][P], float (&second)[V][P],
+                                              const Split& split, const QkNormRotary& p,
+                                              float* of_warps, float* to) {
+  const int lanes = split.lanes, lane = threadIdx.x % 32;
+  __syncthreads();
 #pragma unroll
-    for (int kk = 0; kk < V; ++kk) {
+  for (int k = 0; k < V; ++k) {
+    const int number = lane + k * lanes;
+    const Pair pair = pair_of<P>(number, p.half);
+    float* const own = of_warps + threadIdx.x / 32 * p.head_dim;
 #pragma unroll
-      for (int ii = 0; ii < P; ++ii) {
-        if (kk == k && ii == i) value = is_second ? second[kk][ii] : first[kk][ii];
+    for (int i = 0; i < P; ++i) {
+      for (int distance = lanes; distance < 32; distance *= 2) {
+        first[k][i] += __shfl_xor_sync(0xffffffffu, first[k][i], distance);
+        second[k][i] += __shfl_xor_sync(0xffffffffu, second[k][i], distance);
+      }
+      if (lane < lanes && number < split.lane_packs) {
+        own[pair.first + i] = first[k][i];
+        own[pair.second + i] = second[k][i];
       }
     }
-    of_thread[threadIdx.x] = value;
-    __syncthreads();
-    const int number = static_cast<int>(threadIdx.x) + k * lanes;
-    if (threadIdx.x < lanes && number < split.lane_packs) {
-      float sum = 0.0f;
-      for (int j = threadIdx.x; j < kThreads; j += lanes) sum += of_thread[j];
-      const Pair pair = pair_of<P>(number, half);
-      to[(is_second ? pair.second : pair.first) + i] = sum;
-    }
-    __syncthreads();
+  }
+  __syncthreads();
+  for (int column = threadIdx.x; column < p.head_dim; column += kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kThreads / 32; ++warp) sum += of_warps[warp * p.head_dim + column];
+    to[column] = sum;
   }
 }
 
-template <typename T, int P, int V, bool kNorm>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+template <typename T, int P, int V>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     qk_norm_rotary_backward_kernel(const __grid_constant__ QkNormRotaryBackward b,
                                    const __grid_constant__ Splits splits) {
   constexpr int U = V > 1 ? 1 : kBackwardHeads;
+  using Bits = PackBits<T, P>;
   const QkNormRotary& p = b.forward;
   const int which = blockIdx.x < splits.of[kQueries].blocks ? kQueries : kKeys;
   const Split& split = splits.of[which];
@@ -140,102 +144,116 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int lanes = split.lanes, lane = threadIdx.x % lanes;
   const float over_dim = 1.0f / static_cast<float>(p.head_dim);
   float weight_a[V][P], weight_b[V][P], grad_a[V][P] = {}, grad_b[V][P] = {};
-  if constexpr (kNorm) {
-    load_weight<T, P, V>(p, which, lane, lanes, split.lane_packs, weight_a, weight_b);
-  }
-  // All lanes of a warp stay together, because sums go from lane to lane.
+  load_weight<T, P, V>(p, which, lane, lanes, split.lane_packs, weight_a, weight_b);
+
+  // Four packs for each pair of a lane: of dy, and of x.
+  extern __shared__ __align__(16) unsigned char shared[];
+  const auto place = [&](int stage, int u, int k) {
+    return reinterpret_cast<Bits*>(shared) + ((stage * U + u) * V + k) * 4 * kThreads + threadIdx.x;
+  };
   const uint32_t block_items = kThreads / lanes;
-  for (uint64_t from = uint64_t{block} * block_items; from < split.items;
-       from += uint64_t{split.blocks} * block_items) {
+  const uint64_t step = uint64_t{split.blocks} * block_items;
+  const auto ask = [&](uint64_t from, int stage) {
+    const uint64_t item = from + threadIdx.x / lanes;
+    if (item < split.items) {
+      const Item at = item_of(static_cast<uint32_t>(item), split.groups, p.tokens);
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int head = at.head + u * split.groups;
+        const T* const dy = head_at<const T>(b.dy[which], at, head);
+        const T* const x = head_at<const T>(p.x[which], at, head);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          if (head >= p.heads[which] || lane + k * lanes >= split.lane_packs) continue;
+          const Pair pair = pair_of<P>(lane + k * lanes, p.half);
+          Bits* const to = place(stage, u, k);
+          copy_bits<T, P>(to, dy + pair.first);
+          copy_bits<T, P>(to + kThreads, dy + pair.second);
+          copy_bits<T, P>(to + 2 * kThreads, x + pair.first);
+          copy_bits<T, P>(to + 3 * kThreads, x + pair.second);
+        }
+      }
+    }
+    copy_commit();
+  };
+
+  const uint64_t begin = uint64_t{block} * block_items;
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) ask(begin + stage * step, stage);
+  int stage = 0;
+  // All lanes of a warp stay together, because sums go from lane to lane.
+  for (uint64_t from = begin; from < split.items; from += step) {
+    ask(from + (kStages - 1) * step, stage == 0 ? kStages - 1 : stage - 1);
     const uint64_t item = from + threadIdx.x / lanes;
     const Item at = item_of(static_cast<uint32_t>(min(item, uint64_t{split.items - 1})),
                             split.groups, p.tokens);
     const int heads = item < split.items ? p.heads[which] : 0;
-    float xa[U][V][P], xb[U][V][P], ya[U][V][P], yb[U][V][P];
+    Angles<P, V> angles;
+    angles.load(p, at, lane, lanes);
+    copy_wait<kStages - 1>();
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int head = at.head + u * split.groups;
+      float xa[V][P], xb[V][P], ya[V][P], yb[V][P];
+      float square = 0.0f;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const Pair pair = pair_of<P>(lane + k * lanes, p.half);
         if (head < heads && lane + k * lanes < split.lane_packs) {
-          const T* const dy = head_at<const T>(b.dy[which], at, head);
-          load_pack<T, P>(dy + pair.first, ya[u][k]);
-          load_pack<T, P>(dy + pair.second, yb[u][k]);
-          if constexpr (kNorm) {
-            const T* const x = head_at<const T>(p.x[which], at, head);
-            load_pack<T, P>(x + pair.first, xa[u][k]);
-            load_pack<T, P>(x + pair.second, xb[u][k]);
-          }
+          const Bits* const bits = place(stage, u, k);
+          unpack_bits<T, P>(bits[0], ya[k]);
+          unpack_bits<T, P>(bits[kThreads], yb[k]);
+          unpack_bits<T, P>(bits[2 * kThreads], xa[k]);
+          unpack_bits<T, P>(bits[3 * kThreads], xb[k]);
         } else {
 #pragma unroll
-          for (int i = 0; i < P; ++i) {
-            xa[u][k][i] = xb[u][k][i] = ya[u][k][i] = yb[u][k][i] = 0.0f;
-          }
+          for (int i = 0; i < P; ++i) xa[k][i] = xb[k][i] = ya[k][i] = yb[k][i] = 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < P; ++i) {
+          const float c = angles.cos[k][i], s = angles.sin[k][i];
+          const float first = ya[k][i] * c + yb[k][i] * s;
+          yb[k][i] = yb[k][i] * c - ya[k][i] * s;
+          ya[k][i] = first;
+          square = fmaf(xa[k][i], xa[k][i], fmaf(xb[k][i], xb[k][i], square));
         }
       }
-    }
-    Angles<P, V> angles;
-    angles.load(p, at, lane, lanes);
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      float square = 0.0f;
+      const float rstd = rsqrtf(lane_sum(square, lanes) * over_dim + p.eps);
+      float along = 0.0f;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
 #pragma unroll
         for (int i = 0; i < P; ++i) {
-          const float c = angles.cos[k][i], s = angles.sin[k][i];
-          const float first = ya[u][k][i] * c + yb[u][k][i] * s;
-          yb[u][k][i] = yb[u][k][i] * c - ya[u][k][i] * s;
-          ya[u][k][i] = first;
-          if constexpr (kNorm) {
-            square = fmaf(xa[u][k][i], xa[u][k][i], fmaf(xb[u][k][i], xb[u][k][i], square));
-          }
+          xa[k][i] *= rstd;
+          xb[k][i] *= rstd;
+          grad_a[k][i] = fmaf(ya[k][i], xa[k][i], grad_a[k][i]);
+          grad_b[k][i] = fmaf(yb[k][i], xb[k][i], grad_b[k][i]);
+          ya[k][i] *= weight_a[k][i];
+          yb[k][i] *= weight_b[k][i];
+          along = fmaf(ya[k][i], xa[k][i], fmaf(yb[k][i], xb[k][i], along));
         }
       }
-      if constexpr (kNorm) {
-        const float rstd = rsqrtf(lane_sum(square, lanes) * over_dim + p.eps);
-        float along = 0.0f;
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-#pragma unroll
-          for (int i = 0; i < P; ++i) {
-            xa[u][k][i] *= rstd;
-            xb[u][k][i] *= rstd;
-            grad_a[k][i] = fmaf(ya[u][k][i], xa[u][k][i], grad_a[k][i]);
-            grad_b[k][i] = fmaf(yb[u][k][i], xb[u][k][i], grad_b[k][i]);
-            ya[u][k][i] *= weight_a[k][i];
-            yb[u][k][i] *= weight_b[k][i];
-            along = fmaf(ya[u][k][i], xa[u][k][i], fmaf(yb[u][k][i], xb[u][k][i], along));
-          }
-        }
-        along = lane_sum(along, lanes) * over_dim;
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-#pragma unroll
-          for (int i = 0; i < P; ++i) {
-            ya[u][k][i] = rstd * (ya[u][k][i] - along * xa[u][k][i]);
-            yb[u][k][i] = rstd * (yb[u][k][i] - along * xb[u][k][i]);
-          }
-        }
-      }
-      const int head = at.head + u * split.groups;
+      along = lane_sum(along, lanes) * over_dim;
       if (head >= heads) continue;
       T* const dx = head_at<T>(b.dx[which], at, head);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         if (lane + k * lanes >= split.lane_packs) continue;
+#pragma unroll
+        for (int i = 0; i < P; ++i) {
+          ya[k][i] = rstd * (ya[k][i] - along * xa[k][i]);
+          yb[k][i] = rstd * (yb[k][i] - along * xb[k][i]);
+        }
         const Pair pair = pair_of<P>(lane + k * lanes, p.half);
-        store_pack<T, P>(dx + pair.first, ya[u][k]);
-        store_pack<T, P>(dx + pair.second, yb[u][k]);
+        store_pack<T, P>(dx + pair.first, ya[k]);
+        store_pack<T, P>(dx + pair.second, yb[k]);
       }
     }
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
-  if constexpr (kNorm) {
-    // Queries' sums first, then those of the keys: each block has one place.
-    leave_partial<P, V>(grad_a, grad_b, split, p.half,
-                        b.workspace + static_cast<int64_t>(blockIdx.x) * p.head_dim);
-  }
+  let_next_kernel_come();
+  // Queries' sums first, then those of the keys: each block has one place.
+  leave_partial<P, V>(grad_a, grad_b, split, p, reinterpret_cast<float*>(shared),
+                      b.workspace + static_cast<int64_t>(blockIdx.x) * p.head_dim);
 }
 
 bool whole_packs(const QkNormRotary& p, const Heads& heads, int pack) {
@@ -247,7 +265,8 @@ bool whole_packs(const QkNormRotary& p, const Heads& heads, int pack) {
 bool has_packs(const QkNormRotary& p, int pack) {
   const bool angles = aligned(p.cos) && aligned(p.sin) && p.rotary_batch_stride % 4 == 0 &&
                       p.rotary_token_stride % 4 == 0;
-  return angles && p.half % pack == 0 && p.head_dim % (2 * pack) == 0 &&
+  const bool weights = aligned(p.weight[0]) && aligned(p.weight[1]);
+  return angles && weights && p.half % pack == 0 && p.head_dim % (2 * pack) == 0 &&
          whole_packs(p, p.x[0], pack) && whole_packs(p, p.x[1], pack) &&
          whole_packs(p, p.y[0], pack) && whole_packs(p, p.y[1], pack);
 }
@@ -280,56 +299,71 @@ cudaError_t split_heads(const QkNormRotary& p, int pack, int packs_each, int hea
   return cudaSuccess;
 }
 
+// direction: 1, or -1 to rotate back.
 template <typename T, int P, int V, bool kNorm>
-cudaError_t launch(const QkNormRotary& p, const Device&, cudaStream_t stream) {
+cudaError_t launch(const QkNormRotary& p, float direction, cudaStream_t stream) {
   Splits splits{};
   const cudaError_t error = split_heads(p, P, V, V > 1 ? 1 : kForwardHeads, 0, splits);
   if (error != cudaSuccess) return error;
   const uint32_t blocks = splits.of[kQueries].blocks + splits.of[kKeys].blocks;
-  qk_norm_rotary_kernel<T, P, V, kNorm><<<blocks, kThreads, 0, stream>>>(p, splits);
+  qk_norm_rotary_kernel<T, P, V, kNorm><<<blocks, kThreads, 0, stream>>>(p, splits, direction);
   return cudaGetLastError();
 }
 
-template <typename T, int P, int V, bool kNorm>
-cudaError_t launch(const QkNormRotaryBackward& b, const Device& device, cudaStream_t stream) {
-  const QkNormRotary& p = b.forward;
-  Splits splits{};
-  const uint32_t most = kNorm ? static_cast<uint32_t>(kBlocks * device.multiprocessors) : 0;
-  const cudaError_t refused = split_heads(p, P, V, V > 1 ? 1 : kBackwardHeads, most, splits);
-  if (refused != cudaSuccess) return refused;
-  const uint32_t blocks = splits.of[kQueries].blocks + splits.of[kKeys].blocks;
-  qk_norm_rotary_backward_kernel<T, P, V, kNorm><<<blocks, kThreads, 0, stream>>>(b, splits);
-  cudaError_t error = cudaGetLastError();
-  if (!kNorm) return error;
-  const float* from = b.workspace;
-  for (int which : {kQueries, kKeys}) {
-    const int count = static_cast<int>(splits.of[which].blocks);
-    PartialSums sums{from,       {b.grad_weight[which]},           1, count,
-                     p.head_dim, p.wide ? DType::Float32 : p.dtype};
-    if (error == cudaSuccess && b.grad_weight[which] != nullptr) {
-      error = launch_partial_sums(sums, stream);
-    }
-    from += static_cast<int64_t>(count) * p.head_dim;
-  }
-  return error;
+template <typename T, int P, int V>
+cudaError_t launch(const QkNormRotary& p, cudaStream_t stream) {
+  return p.weight[kQueries] != nullptr ? launch<T, P, V, true>(p, 1.0f, stream)
+                                       : launch<T, P, V, false>(p, 1.0f, stream);
 }
 
-template <typename T, int P, int V, typename Args>
-cudaError_t with_norms(const Args& args, bool norms, const Device& device, cudaStream_t stream) {
-  return norms ? launch<T, P, V, true>(args, device, stream)
-               : launch<T, P, V, false>(args, device, stream);
+template <typename T, int P, int V>
+cudaError_t launch(const QkNormRotaryBackward& b, cudaStream_t stream) {
+  const QkNormRotary& p = b.forward;
+  if (p.weight[kQueries] == nullptr) {
+    QkNormRotary back = p;
+    for (int which : {kQueries, kKeys}) {
+      back.x[which] = b.dy[which];
+      back.y[which] = b.dx[which];
+    }
+    return launch<T, P, V, false>(back, -1.0f, stream);
+  }
+  Device device{};
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  constexpr int U = V > 1 ? 1 : kBackwardHeads;
+  Splits splits{};
+  const auto most = static_cast<uint32_t>(kBackwardBlocks * device.multiprocessors);
+  error = split_heads(p, P, V, U, most, splits);
+  if (error != cudaSuccess) return error;
+  const size_t places = kStages * U * V * 4 * kThreads * sizeof(PackBits<T, P>);
+  const size_t sums = kThreads / 32 * p.head_dim * sizeof(float);
+  const size_t shared_bytes = std::max(places, sums);
+  const auto kernel = qk_norm_rotary_backward_kernel<T, P, V>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  const uint32_t blocks = splits.of[kQueries].blocks + splits.of[kKeys].blocks;
+  kernel<<<blocks, kThreads, shared_bytes, stream>>>(b, splits);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  const auto of_queries = static_cast<int>(splits.of[kQueries].blocks);
+  PartialSums sums_of_blocks{};
+  sums_of_blocks.sums[kQueries] = {b.workspace, p.head_dim, of_queries, b.grad_weight[kQueries]};
+  sums_of_blocks.sums[kKeys] = {b.workspace + int64_t{of_queries} * p.head_dim, p.head_dim,
+                                static_cast<int>(splits.of[kKeys].blocks), b.grad_weight[kKeys]};
+  sums_of_blocks.dim = p.head_dim;
+  sums_of_blocks.dtype = p.wide ? DType::Float32 : p.dtype;
+  return launch_partial_sums(sums_of_blocks, device, stream);
 }
 
 template <typename T, typename Args>
-cudaError_t with_packs(const Args& args, const QkNormRotary& p, const Device& device,
-                       cudaStream_t stream) {
-  const bool norms = p.weight[kQueries] != nullptr;
+cudaError_t with_packs(const Args& args, const QkNormRotary& p, cudaStream_t stream) {
   if (has_packs(args, kVector<T>)) {
     if (p.head_dim > 64 * kVector<T>) return cudaErrorNotSupported;
-    return with_norms<T, kVector<T>, 1>(args, norms, device, stream);
+    return launch<T, kVector<T>, 1>(args, stream);
   }
   if (p.head_dim > 256) return cudaErrorNotSupported;
-  return with_norms<T, 1, 4>(args, norms, device, stream);
+  return launch<T, 1, 4>(args, stream);
 }
 
 template <typename Args>
@@ -341,16 +375,13 @@ cudaError_t dispatch(const Args& args, const QkNormRotary& p, cudaStream_t strea
   }
   if (p.head_dim % 2 != 0 || p.tokens > INT_MAX || p.batch > INT_MAX) return cudaErrorNotSupported;
   if (p.batch * p.tokens == 0) return cudaSuccess;
-  Device device{};
-  const cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
   switch (p.dtype) {
     case DType::Float32:
-      return with_packs<float>(args, p, device, stream);
+      return with_packs<float>(args, p, stream);
     case DType::BFloat16:
-      return with_packs<__nv_bfloat16>(args, p, device, stream);
+      return with_packs<__nv_bfloat16>(args, p, stream);
     case DType::Float16:
-      return with_packs<__half>(args, p, device, stream);
+      return with_packs<__half>(args, p, stream);
     default:
       return cudaErrorNotSupported;
   }
@@ -362,7 +393,7 @@ cudaError_t qk_norm_rotary_workspace(const QkNormRotaryBackward& b, int64_t& flo
   Device device{};
   const cudaError_t error = current_device(device);
   const bool norms = b.forward.weight[kQueries] != nullptr;
-  floats = norms ? (int64_t{kBlocks} * device.multiprocessors + 2) * b.forward.head_dim : 0;
+  floats = norms ? (int64_t{kBackwardBlocks} * device.multiprocessors + 2) * b.forward.head_dim : 0;
   return error;
 }
 

@@ -66,7 +66,7 @@ struct QkNormRotaryBackward {
 cudaError_t qk_norm_rotary_workspace(const QkNormRotaryBackward& args, int64_t& floats);
 
 // cudaErrorNotSupported, before anything is launched, for other dtypes, heads of more than 512
-// entries (256 where they are no whole vectors), an odd E, and 2^31 tokens or more.
+// entries (256 where they or the weights are no whole vectors), an odd E, and 2^31 tokens or more.
 cudaError_t launch_qk_norm_rotary(const QkNormRotary& args, cudaStream_t stream);
 cudaError_t launch_qk_norm_rotary_backward(const QkNormRotaryBackward& args, cudaStream_t stream);
 
