@@ -91,8 +91,9 @@ __device__ __forceinline__ void let_next_kernel_come() {
 // the multiprocessors as soon as there is room, and waits until all that was launched before is
 // done and its results are there.
 __device__ __forceinline__ void wait_for_kernel_before() {
+  let_next_kernel_come();
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

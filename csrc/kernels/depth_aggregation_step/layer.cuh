@@ -28,6 +28,7 @@
 
 #include <cstddef>
 
+#include "../common/cluster.cuh"
 #include "weights.cuh"
 
 namespace muddformer::kernels {
@@ -314,7 +315,7 @@ __global__ void __launch_bounds__(kStepThreads, 1)
       asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(word));
     }
   }
-  asm volatile("griddepcontrol.launch_dependents;");
+  let_next_kernel_come();
   Step<T, kTokens, kOnce>(args, shared, barriers).run();
 #endif
 }
