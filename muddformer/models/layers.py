@@ -5,7 +5,7 @@ B, T: batch and sequence length; D: model width; H: heads; E: width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class Rotary:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.cos = cos
         self.sin = sin
+
+    def __iter__(self) -> Iterator[Tensor]:  # not for our blocks: torch.compile of 2.11 does not follow it
+        yield self.cos
+        yield self.sin
 
 
 class RotaryEmbedding(nn.Module):
