@@ -160,43 +160,52 @@ def test_positions_may_be_a_pair() -> None:
     assert torch.equal(block(x, rotary=tuple(rotary)), block(x, rotary=rotary))
 
 
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.cpu().double() for name, parameter in model.named_parameters()}
+
+
+def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Norms of the difference: over all parameters, and over those of the connections. What is not found is zero."""
+    squares = {n: float((found.get(n, torch.zeros(())) - grad).square().sum()) for n, grad in wanted.items()}
+    connections = [square for name, square in squares.items() if name.startswith(("dense_bs.", "dynamic_dense."))]
+    return {"all": sum(squares.values()) ** 0.5, "connections": sum(connections) ** 0.5}
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_on_cuda(variant: str, autocast: bool) -> None:
     exact = scramble(make(variant, dim=64, use_qk_norm=True), 0.05).double()
     ids, targets = some_ids(2, 24), some_ids(2, 24)
-    exact(ids, targets).backward()
-    wanted = {name: parameter.grad for name, parameter in exact.named_parameters()}
+    wanted = gradients(exact, exact(ids, targets))
     distances = []
     for device in ("cpu", "cuda"):
         model = copy.deepcopy(exact).float().to(device)
-        model.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             loss = model(ids.to(device), targets.to(device))
-        loss.backward()
-        grads = {name: parameter.grad.cpu().double() for name, parameter in model.named_parameters()}
-        distances.append(sum(float((grads[n] - wanted[n]).square().sum()) for n in wanted) ** 0.5)
-    norm = sum(float(grad.square().sum()) for grad in wanted.values()) ** 0.5
-    assert distances[1] <= 2 * distances[0] + 1e-6 * norm
+        distances.append(distance(gradients(model, loss), wanted)["all"])
+    assert distances[1] <= 2 * distances[0] + 1e-6 * distance({}, wanted)["all"]
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("variant", ["default", "pythia", "plain", "stride-2x2"])
 def test_compiled_on_cuda(variant: str, checkpointing: bool) -> None:
-    model = scramble(make(variant, dim=64, use_qk_norm=True), 0.05).cuda()
+    """Compiled models are as near to float64 as eager ones, both under autocast."""
+    exact = scramble(make(variant, dim=64, use_qk_norm=True), 0.05).double()
+    model = copy.deepcopy(exact).float().cuda()
     model.gradient_checkpointing = checkpointing
-    ids, targets = some_ids(2, 24).cuda(), some_ids(2, 24).cuda()
-    results = []
+    ids, targets = some_ids(2, 24), some_ids(2, 24)
+    wanted = gradients(exact, exact(ids, targets))
+    distances = []
     for run in (model, torch.compile(model, fullgraph=True)):
         with torch.autocast("cuda", torch.bfloat16):
-            loss = run(ids, targets)
-        model.zero_grad()
-        loss.backward()
-        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=0.02, atol=float(eager.abs().max()) * 0.02 + 1e-6)
+            loss = run(ids.cuda(), targets.cuda())
+        distances.append(distance(gradients(model, loss), wanted))
+    for name, eager in distances[0].items():
+        assert distances[1][name] <= 2 * eager, name
 
 
 @pytest.mark.cuda
