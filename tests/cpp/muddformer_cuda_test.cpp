@@ -6,6 +6,7 @@
 #include <torch/cuda.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <map>
 #include <ostream>
 #include <string>
@@ -34,10 +35,10 @@ std::string no_gpu() {
   if (const std::string reason = no_gpu(); !reason.empty()) GTEST_SKIP() << reason
 
 // Parameters moved off their initial values, yet not so far that rounding is magnified by much.
-MUDDFormer scrambled(MUDDFormerConfig config, at::ScalarType dtype) {
+MUDDFormer scrambled(MUDDFormerConfig config, at::ScalarType dtype, uint64_t seed = 0) {
   config.dim = 64;
   config.block_size = 48;
-  MUDDFormer model = samples::scrambled(config, 0.05);
+  MUDDFormer model = samples::scrambled(config, 0.05, {}, seed);
   model->to(dtype);
   return model;
 }
@@ -127,29 +128,60 @@ class CudaModels : public testing::TestWithParam<at::ScalarType> {
   MUDDFormer composed{nullptr}, exact{nullptr}, model{nullptr};
 };
 
-// 80 tokens: more than count as decoding.
+// 80 tokens: more than count as decoding. A model of small hidden states may make much of a rounding:
+// with some parameters and tokens the gradients of 16 bits are a few times as far off as with most,
+// on any device. So the middle one of three draws counts, of each side.
 TEST_P(CudaModels, LossLogitsAndGradients) {
-  const Tensor ids = some_ids(2, 40), targets = ids.roll(-1, 1);
-  const auto pass = [&](MUDDFormer& m) {
+  SKIP_WITHOUT_GPU();
+  constexpr int kDraws = 3;
+  const Tensor ids = some_ids(2, 40);
+  const auto pass = [&](MUDDFormer& m, const Tensor& tokens) {
     const at::Device device = m->tok_embeddings->weight.device();
-    const Tensor loss = m->forward(ids.to(device), targets.to(device));
+    const Tensor loss = m->forward(tokens.to(device), tokens.roll(-1, 1).to(device));
     loss.backward();
-    return loss;
-  };
-  for_each_variant([&] {
-    // A float32 mean over tokens: what rounding the logits leaves of it is small and random.
-    expect_near("loss", pass(model), pass(composed), pass(exact), 2, floor_of(GetParam()) / 64);
-    auto theirs = gradients(composed), wanted = gradients(exact);
-    for (const auto& [name, gradient] : gradients(model)) {
-      expect_near(name, gradient, theirs[name], wanted[name], 3);
-    }
-    const Tensor logits = model->forward(ids.cuda());
-    EXPECT_EQ(logits.scalar_type(), GetParam());
-    expect_near("logits", logits, composed->forward(ids), exact->forward(ids), 2);
+    std::map<std::string, Tensor> results = gradients(m);
+    results["loss"] = loss;
+    results["logits"] = m->forward(tokens.to(device));
     const torch::NoGradGuard no_grad;
-    expect_near("logits without gradients", model->forward(ids.cuda()), composed->forward(ids),
-                exact->forward(ids), 2);
-  });
+    results["logits without gradients"] = m->forward(tokens.to(device));
+    return results;
+  };
+  const auto middle = [](std::vector<double> values) {
+    std::nth_element(values.begin(), values.begin() + kDraws / 2, values.end());
+    return values[kDraws / 2];
+  };
+  struct Draws {
+    std::vector<double> got, composed, norm;
+  };
+  for (const samples::Variant& variant : samples::variants()) {
+    SCOPED_TRACE(variant.name);
+    std::map<std::string, Draws> all;
+    for (int draw = 0; draw < kDraws; ++draw) {
+      composed = scrambled(variant.config, GetParam(), draw);
+      exact = copy(composed, at::kCPU, at::kDouble);
+      model = copy(composed, at::kCUDA, GetParam());
+      const Tensor tokens = ids.roll(draw, 1);
+      const auto got = pass(model, tokens), theirs = pass(composed, tokens),
+                 wanted = pass(exact, tokens);
+      EXPECT_EQ(got.at("logits").scalar_type(), GetParam());
+      for (const auto& [name, value] : got) {
+        ASSERT_TRUE(value.defined()) << name;
+        EXPECT_TRUE(value.is_cuda()) << name;
+        EXPECT_EQ(value.sizes(), wanted.at(name).sizes()) << name;
+        all[name].got.push_back(distance(value, wanted.at(name)));
+        all[name].composed.push_back(distance(theirs.at(name), wanted.at(name)));
+        all[name].norm.push_back(wanted.at(name).norm().item<double>());
+      }
+    }
+    for (const auto& [name, draws] : all) {
+      const bool output = name == "loss" || name.starts_with("logits");
+      // A float32 mean over tokens: what rounding the logits leaves of it is small and random.
+      const double floor = floor_of(GetParam()) / (name == "loss" ? 64 : 1);
+      const double limit =
+          (output ? 2 : 3) * middle(draws.composed) + floor * middle(draws.norm) + 1e-12;
+      EXPECT_LE(middle(draws.got), limit) << name << ", norm " << middle(draws.norm);
+    }
+  }
 }
 
 // At most 64 tokens at a time: a prompt, several tokens and single ones, with a cache.

@@ -54,8 +54,8 @@ inline MUDDFormerConfig small() {
 
 /// A model whose parameters have been moved off their initial values, so that each one counts.
 inline MUDDFormer scrambled(const MUDDFormerConfig& config, double by = 0.2,
-                            at::TensorOptions options = {}) {
-  torch::manual_seed(0);
+                            at::TensorOptions options = {}, uint64_t seed = 0) {
+  torch::manual_seed(seed);
   MUDDFormer model(config, options);
   const at::NoGradGuard no_grad;
   for (at::Tensor& parameter : model->parameters()) {
