@@ -272,7 +272,7 @@ def decode() -> str:
 
 # ---- the rest ---------------------------------------------------------------------------------------------------
 def cpp_step() -> str:
-    rows = read("cpu_cpp_step") + read("h100_cpp_step")
+    rows = read("cpu_cpp_step") + read("h100_cpp_step") + read("h200_cpp_step")
     found = latest(rows, "size", "batch", "tokens", "dtype", "model", "language")
     lines = []
     for key in latest(rows, "size", "batch", "tokens", "dtype", "model"):
@@ -282,6 +282,30 @@ def cpp_step() -> str:
         lines.append((cells, [r for r in made if r]))
     head = ["size, batch x tokens, dtype", "model"]
     return table([*head, *(f"{x}: C++, Python" for x in ("step, ms", "tensors, MiB", "process, MiB"))], lines, 2)
+
+
+def fsdp2_step() -> str:
+    lines = []
+    for r in latest(read("h200_fsdp2_step"), "model", "method").values():
+        model, _, run = r["method"].rpartition("-")
+        cells = [f"{r['model'].replace('x', ' x ')}, {r['batch']} a device", FORMS.get(model, model), RUNS[run]]
+        cells += [number(r[column]) for column in ("ms", "peak_gib")]
+        ours = [number(r[column]) for column in ("throughput_of_plain", "memory_of_plain", "bytes_deferred_ms")]
+        lines.append(([*cells, *(ours if model in FORMS else [NONE] * 3)], [r]))
+    head = ["layers x width, batch", "model", "run", "ms", "GiB a device", "throughput", "memory"]
+    return table([*head, "history at copy speed, ms"], lines, 3)
+
+
+def transformers() -> str:
+    names = {"train_step": "a step of Trainer, ms", "decode": "generate, tokens/s"}
+    found = latest(read("h200_hf"), "layers", "D", "figure", "method")
+    lines = []
+    for key in dict.fromkeys(k[:3] for k in found):
+        ours, theirs = (found[(*key, method)] for method in ("ours", "transformers"))
+        cells = [f"{key[0]} x {key[1]}", names[key[2]], number(ours["value"]), number(theirs["value"])]
+        lines.append(([*cells, number(theirs["speed"]), number(theirs["target"])], [ours, theirs]))
+    head = ["layers x width", "figure", "our loop", "transformers", "speed of transformers", "asked for"]
+    return table(head, lines, 2)
 
 
 def demo() -> str:
@@ -348,6 +372,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "depth_aggregate_cpu": lambda: operator("cpu_depth_aggregate", ["forward", "both", "chained"]),
     "cpp_step": cpp_step,
+    "fsdp2_step": fsdp2_step,
+    "transformers": transformers,
     "demo": demo,
 }
 
