@@ -163,18 +163,23 @@ def main() -> None:
     sizes = {"n_layer": args.layers, "dim": args.dim, "n_head": args.dim // 64, "vocab_size": args.vocab}
     config = muddformer.MUDDFormerConfig(**sizes, block_size=max(args.length, 16 + args.tokens))
     ours = muddformer.build_model(config, device=device)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict())).to(device)
-    theirs.load_state_dict(ours.state_dict())
+
+    def foreign() -> nn.Module:
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict())).to(device)
+        made.load_state_dict(ours.state_dict())
+        return made
+
     shape = {"layers": args.layers, "D": args.dim, "batch": args.batch, "length": args.length}
     shape["transformers"] = transformers.__version__
     if "train_step" in args.figures:
-        found = training(ours, theirs, args, device)
+        found = training(ours, foreign(), args, device)
         write_rows([{**shape, **row} for row in found], args.csv, device)
-        theirs.load_state_dict(ours.state_dict())
     if "decode" in args.figures:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        # A model of its own: what Trainer has trained keeps its forward under autocast.
+        theirs = foreign().to(dtype).eval()
         with torch.no_grad():
-            found = decoding(ours.to(dtype).eval(), theirs.to(dtype).eval(), args, device)
+            found = decoding(ours.to(dtype).eval(), theirs, args, device)
         write_rows([{**shape, **row} for row in found], args.csv, device)
 
 
