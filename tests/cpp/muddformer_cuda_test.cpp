@@ -74,21 +74,32 @@ double floor_of(at::ScalarType dtype) {
   }
 }
 
-// The distance of `got` from `exact` (float64, CPU) is at most `factor` times that of `composed`,
-// the same computation in the same dtype on the CPU, and `floor` of the norm.
-void expect_near(const std::string& name, const Tensor& got, const Tensor& composed,
-                 const Tensor& exact, double factor, double floor) {
-  ASSERT_TRUE(got.defined()) << name;
+// Distances from the result in float64 on the CPU, whose norm it is.
+struct Near {
+  double got, composed, norm;
+};
+
+// Of `got`, on the GPU, and of `composed`, the same computation in the same dtype on the CPU.
+Near measure(const std::string& name, const Tensor& got, const Tensor& composed,
+             const Tensor& exact) {
+  if (!got.defined()) {
+    ADD_FAILURE() << name << " is not defined";
+    return {};
+  }
   EXPECT_TRUE(got.is_cuda()) << name;
   EXPECT_EQ(got.sizes(), exact.sizes()) << name;
-  const double norm = exact.norm().item<double>();
-  const double limit = factor * distance(composed, exact) + floor * norm + 1e-12;
-  EXPECT_LE(distance(got, exact), limit) << name << ", norm " << norm;
+  return {distance(got, exact), distance(composed, exact), exact.norm().item<double>()};
+}
+
+// `got` is at most `factor` times as far off as `composed`, and `floor` of the norm.
+void expect_near(const std::string& name, const Near& near, double factor, double floor) {
+  const double limit = factor * near.composed + floor * near.norm + 1e-12;
+  EXPECT_LE(near.got, limit) << name << ", norm " << near.norm;
 }
 
 void expect_near(const std::string& name, const Tensor& got, const Tensor& composed,
                  const Tensor& exact, double factor) {
-  expect_near(name, got, composed, exact, factor, floor_of(composed.scalar_type()));
+  expect_near(name, measure(name, got, composed, exact), factor, floor_of(composed.scalar_type()));
 }
 
 // A model's gradients by name. Those of the static weights are one entry: each is a few sums that
@@ -110,17 +121,22 @@ std::map<std::string, Tensor> gradients(const MUDDFormer& model) {
 
 class CudaModels : public testing::TestWithParam<at::ScalarType> {
  protected:
-  // Calls check() for every variant (that has a cache, if it needs one), with its models in place.
+  void set_models(const MUDDFormerConfig& config, uint64_t seed = 0) {
+    composed = scrambled(config, GetParam(), seed);
+    exact = copy(composed, at::kCPU, at::kDouble);
+    model = copy(composed, at::kCUDA, GetParam());
+  }
+
+  // Calls check(variant) for every variant (that has a cache, if it needs one), with its models in
+  // place.
   template <class Check>
   void for_each_variant(const Check& check, bool needs_cache = false) {
     SKIP_WITHOUT_GPU();
     for (const samples::Variant& variant : samples::variants()) {
       if (needs_cache && !variant.config.causal) continue;
       SCOPED_TRACE(variant.name);
-      composed = scrambled(variant.config, GetParam());
-      exact = copy(composed, at::kCPU, at::kDouble);
-      model = copy(composed, at::kCUDA, GetParam());
-      check();
+      set_models(variant.config);
+      check(variant);
     }
   }
 
@@ -132,10 +148,9 @@ class CudaModels : public testing::TestWithParam<at::ScalarType> {
 // with some parameters and tokens the gradients of 16 bits are a few times as far off as with most,
 // on any device. So the middle one of three draws counts, of each side.
 TEST_P(CudaModels, LossLogitsAndGradients) {
-  SKIP_WITHOUT_GPU();
   constexpr int kDraws = 3;
   const Tensor ids = some_ids(2, 40);
-  const auto pass = [&](MUDDFormer& m, const Tensor& tokens) {
+  const auto pass = [](MUDDFormer& m, const Tensor& tokens) {
     const at::Device device = m->tok_embeddings->weight.device();
     const Tensor loss = m->forward(tokens.to(device), tokens.roll(-1, 1).to(device));
     loss.backward();
@@ -146,42 +161,31 @@ TEST_P(CudaModels, LossLogitsAndGradients) {
     results["logits without gradients"] = m->forward(tokens.to(device));
     return results;
   };
-  const auto middle = [](std::vector<double> values) {
-    std::nth_element(values.begin(), values.begin() + kDraws / 2, values.end());
-    return values[kDraws / 2];
+  const auto middle = [](std::vector<Near>& draws, double Near::* of) {
+    std::sort(draws.begin(), draws.end(),
+              [of](const Near& left, const Near& right) { return left.*of < right.*of; });
+    return draws[kDraws / 2].*of;
   };
-  struct Draws {
-    std::vector<double> got, composed, norm;
-  };
-  for (const samples::Variant& variant : samples::variants()) {
-    SCOPED_TRACE(variant.name);
-    std::map<std::string, Draws> all;
+  for_each_variant([&](const samples::Variant& variant) {
+    std::map<std::string, std::vector<Near>> by_name;
     for (int draw = 0; draw < kDraws; ++draw) {
-      composed = scrambled(variant.config, GetParam(), draw);
-      exact = copy(composed, at::kCPU, at::kDouble);
-      model = copy(composed, at::kCUDA, GetParam());
+      if (draw > 0) set_models(variant.config, draw);
       const Tensor tokens = ids.roll(draw, 1);
       const auto got = pass(model, tokens), theirs = pass(composed, tokens),
                  wanted = pass(exact, tokens);
       EXPECT_EQ(got.at("logits").scalar_type(), GetParam());
       for (const auto& [name, value] : got) {
-        ASSERT_TRUE(value.defined()) << name;
-        EXPECT_TRUE(value.is_cuda()) << name;
-        EXPECT_EQ(value.sizes(), wanted.at(name).sizes()) << name;
-        all[name].got.push_back(distance(value, wanted.at(name)));
-        all[name].composed.push_back(distance(theirs.at(name), wanted.at(name)));
-        all[name].norm.push_back(wanted.at(name).norm().item<double>());
+        by_name[name].push_back(measure(name, value, theirs.at(name), wanted.at(name)));
       }
     }
-    for (const auto& [name, draws] : all) {
+    for (auto& [name, draws] : by_name) {
+      const Near near{middle(draws, &Near::got), middle(draws, &Near::composed),
+                      middle(draws, &Near::norm)};
       const bool output = name == "loss" || name.starts_with("logits");
       // A float32 mean over tokens: what rounding the logits leaves of it is small and random.
-      const double floor = floor_of(GetParam()) / (name == "loss" ? 64 : 1);
-      const double limit =
-          (output ? 2 : 3) * middle(draws.composed) + floor * middle(draws.norm) + 1e-12;
-      EXPECT_LE(middle(draws.got), limit) << name << ", norm " << middle(draws.norm);
+      expect_near(name, near, output ? 2 : 3, floor_of(GetParam()) / (name == "loss" ? 64 : 1));
     }
-  }
+  });
 }
 
 // At most 64 tokens at a time: a prompt, several tokens and single ones, with a cache.
@@ -198,7 +202,9 @@ TEST_P(CudaModels, CachedDecoding) {
     return at::cat(parts, 1);
   };
   for_each_variant(
-      [&] { expect_near("logits", decode(model), decode(composed), exact->forward(ids), 2); },
+      [&](const samples::Variant&) {
+        expect_near("logits", decode(model), decode(composed), exact->forward(ids), 2);
+      },
       /*needs_cache=*/true);
 }
 
@@ -208,7 +214,7 @@ TEST_P(CudaModels, GenerationWithCache) {
   const torch::NoGradGuard no_grad;
   const Tensor prompt = some_ids(3, 7);
   for_each_variant(
-      [&] {
+      [&](const samples::Variant&) {
         const Tensor ids = generate(model, prompt.cuda(), {.max_new_tokens = 16});
         ASSERT_EQ(ids.sizes(), (std::vector<int64_t>{3, 23}));
         const Tensor logits = model->forward(ids.slice(1, 0, 22)).slice(1, 6).to(at::kDouble);

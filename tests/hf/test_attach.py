@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from helpers.attached import FAMILIES, GROUPED, SIZES, attached, every_family, gradients, make, tokens, two_families
@@ -161,21 +161,11 @@ def test_cuda(family: str, dtype: torch.dtype) -> None:
     expected = gradients(copy.deepcopy(model).double(), ids)
     composed = gradients(copy.deepcopy(model), ids)
     found = gradients(model.to("cuda"), ids.cuda())
-    assert found.keys() == expected.keys()
-
-    def distances(grads: dict[str, Tensor]) -> dict[str, float]:
-        """From float64, relative to norms: of the loss, all gradients, and those of the connections."""
-        chosen = {"loss": ["loss"], "all": [name for name in grads if name != "loss"]}
-        chosen["connections"] = [name for name in grads if ".connections." in name]
-        joined = {kind: [cat(of, names) for of in (grads, expected)] for kind, names in chosen.items()}
-        return {kind: float((got - exact).norm() / exact.norm()) for kind, (got, exact) in joined.items()}
-
-    def cat(grads: dict[str, Tensor], names: list[str]) -> Tensor:
-        return torch.cat([grads[name].cpu().double().flatten() for name in names])
-
-    on_cpu = distances(composed)
-    for kind, error in distances(found).items():
-        assert error <= 2 * on_cpu[kind] + 4 * torch.finfo(dtype).eps, kind
+    for name, value in expected.items():
+        on_cpu, error = (
+            float((x[name].cpu() - value).norm() / value.norm().clamp(min=1e-3)) for x in (composed, found)
+        )
+        assert error < max(1e-3 if dtype == torch.float32 else 0.1, 2 * on_cpu), name
 
 
 def test_options_as_a_whole_and_a_base_model() -> None:
