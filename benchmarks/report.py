@@ -298,7 +298,7 @@ def fsdp2_step() -> str:
 
 def transformers() -> str:
     names = {"train_step": "a step of Trainer, ms", "decode": "generate, tokens/s"}
-    found = latest(read("h200_hf"), "layers", "D", "figure", "method")
+    found = latest([*read("h100_hf"), *read("h200_hf")], "layers", "D", "figure", "method")
     lines = []
     for key in dict.fromkeys(k[:3] for k in found):
         ours, theirs = (found[(*key, method)] for method in ("ours", "transformers"))
@@ -341,6 +341,17 @@ def linear() -> str:
     return table(["tokens x in -> out", head[0], "of the product", head[1], "of the three products"], lines)
 
 
+def cross_entropy() -> str:
+    """Head and loss, with the memory that each takes."""
+    lines = methods("h100_linear_cross_entropy", ("tokens", "D", "V"), ("forward", "both"))
+    for cells, used in lines:
+        cells[:3] = [f"{cells[0]} x {cells[1]}, {cells[2]} classes"]
+        cells.append(several([row for row in used if row["kind"] == "both"], "peak_mib"))
+    head = [f"{KINDS[kind]}: eager, compile, ours, ms" for kind in ("forward", "both")]
+    memory = "peak memory with gradients: eager, compile, ours, MiB"
+    return table(["tokens x D", head[0], "of the floor", head[1], "of the floor", memory], lines)
+
+
 def block_ops() -> str:
     """The elementwise operators of a block."""
     lines = methods("h100_block_ops", ("tokens", "D", "norms"), ("forward", "backward"))
@@ -368,6 +379,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "connection_weights": lambda: operator("h100_connection_weights", ["forward", "both", "chained"]),
     "deferred_flush": flush,
     "linear": linear,
+    "linear_cross_entropy": cross_entropy,
     "block_ops": block_ops,
     "decode": decode,
     "depth_aggregate_cpu": lambda: operator("cpu_depth_aggregate", ["forward", "both", "chained"]),
