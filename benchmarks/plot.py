@@ -95,6 +95,42 @@ def kind_bars(name: str) -> None:
     save(figure, name)
 
 
+def ways_to_train() -> dict[str, tuple[float, float]]:
+    """By way to run a step on H200s: milliseconds of plain16 and MUDD, of one run."""
+    found = {}
+    runs = step_runs(read("h200_train_step"))
+    for how, name in {"eager": "eager", "block": "every block\ncompiled", "compile": "whole model\ncompiled"}.items():
+        pair = (f"plain16-{how}", f"mudd-{how}")
+        run = [r for r in runs if all(m in r and r[m]["model"] == "24x1024" for m in pair)][-1]
+        found[f"{name}\n24x1024"] = tuple(float(run[m]["ms"]) for m in pair)
+    cpp = latest((r for r in read("h200_cpp_step") if r["size"] == "24L x 1024"), "model", "language")
+    pair = tuple(float(cpp[m, "C++"]["step ms"]) for m in ("plain16", "MUDD"))
+    found["C++, each step\nwaited for\n24x1024"] = pair
+    shards = {r["method"]: float(r["ms"]) for r in read("h200_fsdp2_step")}
+    for how, name in {"eager": "eager", "block": "blocks compiled"}.items():
+        found[f"FSDP2, two GPUs\n{name}\n24x2048"] = (shards[f"plain-{how}"], shards[f"mudd-{how}"])
+    return found
+
+
+def ways_bars(name: str) -> None:
+    """A training step of the plain model and of MUDD in every way to run it."""
+    ways = ways_to_train()
+    figure, axis = plt.subplots(figsize=(9, 3.6), constrained_layout=True)
+    for i, (label, colour) in enumerate({"plain, bfloat16 residual stream": "#9aa0a6", "MUDD": "#2e7d32"}.items()):
+        places = [j + 0.4 * i - 0.2 for j in range(len(ways))]
+        heights = [both[i] for both in ways.values()]
+        axis.bar_label(axis.bar(places, heights, 0.38, color=colour, label=label), fmt="%.1f", fontsize=7)
+    for j, (plain, ours) in enumerate(ways.values()):
+        axis.text(j + 0.2, 4, f"{plain / ours:.3f}", ha="center", fontsize=8, weight="bold", color="white")
+    axis.set_xticks(range(len(ways)), list(ways), fontsize=7.5)
+    axis.set_ylabel("milliseconds")
+    axis.margins(y=0.12)
+    axis.legend(fontsize=7, loc="upper left")
+    title = "A training step in every way to run it, H200; in the bar: throughput, to the plain one beside it"
+    figure.suptitle(title, fontsize=9)
+    save(figure, name)
+
+
 if __name__ == "__main__":
     shape = {"tokens": "8192", "D": "2048", "dtype": "bfloat16"}
     bars(
@@ -106,3 +142,4 @@ if __name__ == "__main__":
     for draw, name in ((step_bars, "h100_train_step"), (kind_bars, "h100_profile_step")):
         if (RESULTS / f"{name}.csv").exists():
             draw(name)
+    ways_bars("h200_step_ways")

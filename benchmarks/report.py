@@ -308,6 +308,23 @@ def transformers() -> str:
     return table(head, lines, 2)
 
 
+def attached() -> str:
+    runs = {"eager": "eager", "block": "every layer compiled", "compile": "whole model compiled"}
+    found = latest(read("h200_hf_attach"), "model", "batch", "precision", "method")
+    lines = []
+    for (*where, method), row in found.items():
+        form, _, how = method.partition("-")
+        if form != "attached":
+            continue
+        plain = found[(*where, f"plain-{how}")]
+        cells = [f"{where[0].replace('x', ' x ')}, {where[1]}", runs[how], where[2]]
+        cells += [f"{number(r['ms'])}, {number(r['peak_gib'])}" for r in (plain, row)]
+        cells += [number(row["throughput_of_twin"]), f"{number(row['bound_rmw'])}, {number(row['bound_deferred'])}"]
+        lines.append(([*cells, number(row["target"])], [plain, row]))
+    head = ["layers x width, batch", "run", "precision", "as it was: ms, GiB", "attached: ms, GiB", "throughput"]
+    return table([*head, "bytes alone would allow", "asked for"], lines, 3)
+
+
 def demo() -> str:
     lines = []
     for r in read("demo"):
@@ -386,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpp_step": cpp_step,
     "fsdp2_step": fsdp2_step,
     "transformers": transformers,
+    "attached": attached,
     "demo": demo,
 }
 

@@ -163,6 +163,13 @@ def qk_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("odd", 2, 3, 3, 1, 6, 2)
     yield sample("odd-no-norms", 2, 3, 3, 1, 10, 3, norms=False)
     yield sample("wide", 1, 3, 2, 1, 256, 128)
+    yield sample("wider", 1, 3, 2, 1, 320, 160)
+    yield sample("widest", 1, 3, 2, 1, 512, 128)
+    yield sample("too-wide", 1, 3, 2, 1, 520, 256)
+    for width in (64, 256, 320, 512):  # a CUDA kernel of vectors takes no weights that begin between two
+        apart = sample(f"weights-between-vectors-{width}", 1, 3, 2, 1, width, width // 2)
+        apart.tensors[4:] = [torch.cat([t[:1], t])[1:] for t in apart.tensors[4:]]
+        yield apart
     yield sample("odd-width", 1, 3, 2, 1, 7, 3)
     yield sample("many", 3, 70, 12, 4, 32, 16)
     yield sample("no-tokens", 2, 0, 4, 2, 16, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 
@@ -153,6 +154,46 @@ def test_cuda_graphs(variant: str) -> None:
         for a, b in zip(gradients(model, compiled, ids), expected, strict=True):
             assert relative_error(a, b) < 1e-3
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.cuda
+@pytest.mark.compile
+@pytest.mark.parametrize("variant", ["default", "pre-post", "stride-2x2"])
+def test_cuda_graphs_of_blocks(variant: str) -> None:
+    """Each block is a CUDA graph, and later blocks read what earlier graphs wrote: nothing may be overwritten."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = scramble(make(variant, n_layer=3)).cuda(), some_ids(4, 16).cuda()
+    in_graphs = copy.deepcopy(model)
+    for block in in_graphs.layers:
+        block.compile(mode="reduce-overhead", fullgraph=True)
+    for _ in range(5):  # warm-up, recording, replays
+        ids = ids.roll(1, 1)
+        torch.compiler.cudagraph_mark_step_begin()
+        for a, b in zip(gradients(in_graphs, in_graphs, ids), gradients(model, model, ids), strict=True):
+            assert relative_error(a, b) < 1e-3
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            assert relative_error(in_graphs(ids), model(ids)) < 1e-3
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.cuda
+@pytest.mark.compile
+def test_an_overwritten_cuda_graph_is_an_error() -> None:
+    """Without a mark each graph called under no_grad begins a step, and the hidden states of earlier ones are lost."""
+    torch._dynamo.reset()
+    model, ids = scramble(make("default", n_layer=3)).cuda().eval(), some_ids(4, 16).cuda()
+    expected = model(ids).detach()
+    for block in model.layers:
+        block.compile(mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(5):
+            try:
+                assert relative_error(model(ids), expected) < 1e-3
+            except RuntimeError as error:
+                assert "overwritten" in str(error)
+                break
 
 
 def training_losses(config: MUDDFormerConfig, *, naive: bool, device: torch.device) -> list[float]:
