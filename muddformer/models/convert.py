@@ -228,9 +228,12 @@ def _fresh_connections(model: MUDDFormer, seed: int, dtype: str) -> dict[str, St
 def _shards(tensors: Mapping[str, StoredTensor], most: int) -> dict[str, dict[str, StoredTensor]]:
     """The tensors by the files that they go into, in the order in which they are stored."""
     shards: list[dict[str, StoredTensor]] = [{}]
+    size = 0  # of the last one
     for name, tensor in tensors.items():
-        if shards[-1] and _size(shards[-1]) + tensor.nbytes > most:
+        size += tensor.nbytes
+        if shards[-1] and size > most:
             shards.append({})
+            size = tensor.nbytes
         shards[-1][name] = tensor
     if len(shards) == 1:
         return {WEIGHTS_NAME: shards[0]}

@@ -10,7 +10,6 @@ import json
 import os
 import struct
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from .stored import DTYPES, StoredTensor
 __all__ = ["write_tensors"]
 
 _BYTES_AT_ONCE = 2**22
-_BYTES_TO_FLUSH = 2**27
 
 
 def write_tensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
@@ -53,21 +51,17 @@ def write_tensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Call
             file.append(struct.pack("<Q", len(text)) + text)
             for name in order:
                 file.append_tensor(name, tensors[name])
-            file.finish()
 
     write_atomically(path, write)
 
 
 class _TensorFile:
-    """A file that tensors are appended to. The disk writes while it grows."""
+    """A file that tensors are appended to."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
         self._advance = advance
         self._stack = ExitStack()
         self._file = self._stack.enter_context(path.open("wb", buffering=0))
-        self._beside = self._stack.enter_context(ThreadPoolExecutor(1))
-        self._flush: Future[None] | None = None
-        self._fresh = 0
         self._sources: dict[str, int] = {}
 
     def __enter__(self) -> _TensorFile:
@@ -98,12 +92,6 @@ class _TensorFile:
                 self.append(memoryview(cast.view(torch.uint8).numpy()))
             place += part.nbytes
             self._advance(size)
-        self._start_flush(tensor.nbytes)
-
-    def finish(self) -> None:
-        """Raises what the disk has met so far."""
-        if self._flush is not None:
-            self._flush.result()
 
     def _copy(self, path: str, place: int, size: int) -> None:
         """Appends a part of another file, which the kernel copies."""
@@ -130,12 +118,6 @@ class _TensorFile:
             self._sources[path] = os.open(path, os.O_RDONLY)
             self._stack.callback(os.close, self._sources[path])
         return self._sources[path]
-
-    def _start_flush(self, size: int) -> None:
-        self._fresh += size
-        if self._fresh >= _BYTES_TO_FLUSH and (self._flush is None or self._flush.done()):
-            self.finish()
-            self._fresh, self._flush = 0, self._beside.submit(os.fdatasync, self._file.fileno())
 
 
 def _mapped_file(value: Tensor) -> tuple[str, int] | None:
