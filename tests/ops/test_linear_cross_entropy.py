@@ -94,6 +94,22 @@ def test_extreme_logits(device: torch.device, dtype: torch.dtype) -> None:
         assert relative_error(a, w) < tolerance(dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf], ids=str)
+def test_what_is_no_number_stays_with_its_token(broken: float, device: torch.device, dtype: torch.dtype) -> None:
+    sample = find("none", device, dtype).detached()
+    expected = run(ops.linear_cross_entropy, sample).detach().flatten()
+    sample.hidden = sample.hidden.detach().clone()
+    sample.hidden[0, 1, 0] = broken
+    sample.hidden.requires_grad_()
+    losses = run(ops.linear_cross_entropy, sample).flatten()
+    grad = torch.autograd.grad(losses.sum(), sample.hidden)[0].flatten(0, 1)
+    others = torch.arange(len(losses), device=device) != 1
+    assert not losses[1].isfinite() and not grad[1].isfinite().any()
+    torch.testing.assert_close(losses[others], expected[others])
+    assert grad[others].isfinite().all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_ignored_targets_have_no_part(reduction: str, device: torch.device) -> None:
     """As if those tokens were not there, whatever their hidden states are."""

@@ -158,13 +158,16 @@ class RecyclingAllocator final : public c10::Allocator {
 
 }  // namespace
 
+at::Tensor recycled_output(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_generic(sizes, &RecyclingAllocator::instance(),
+                                   c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+}
+
 std::vector<at::Tensor> recycled_outputs(int64_t count, const at::Tensor& like) {
   std::vector<at::Tensor> outputs;
   outputs.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
-    outputs.emplace_back(at::detail::empty_generic(like.sizes(), &RecyclingAllocator::instance(),
-                                                   c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                   like.scalar_type(), std::nullopt));
+    outputs.push_back(recycled_output(like.sizes(), like.scalar_type()));
   }
   return outputs;
 }

@@ -13,8 +13,11 @@
 
 namespace muddformer::cpu {
 
+// An uninitialised contiguous tensor; a temporary serves the next call too.
+at::Tensor recycled_output(at::IntArrayRef sizes, at::ScalarType dtype);
+
 // `count` uninitialised tensors of the shape and dtype of `like`, contiguous.
-// Throws c10::ValueError if MUDDFORMER_CPU_CACHE_MIB is not a whole number from 0 to 2^20.
+// Both throw c10::ValueError if MUDDFORMER_CPU_CACHE_MIB is not a whole number from 0 to 2^20.
 std::vector<at::Tensor> recycled_outputs(int64_t count, const at::Tensor& like);
 
 }  // namespace muddformer::cpu

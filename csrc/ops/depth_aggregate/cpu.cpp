@@ -11,6 +11,7 @@
 #include <array>
 #include <memory>
 
+#include "../common/cpu_dispatch.h"
 #include "../common/recycled_memory.h"
 #include "../common/rows.h"
 #include "cpu/kernel.h"
@@ -39,19 +40,6 @@ cpu::AggregateKernels choose_kernels() {
 const cpu::AggregateKernels& aggregate_kernels() {
   static const cpu::AggregateKernels chosen = choose_kernels();
   return chosen;
-}
-
-int kernel_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return cpu::kFloat64;
-    case at::kFloat:
-      return cpu::kFloat32;
-    case at::kBFloat16:
-      return cpu::kBFloat16;
-    default:
-      return cpu::kFloat16;
-  }
 }
 
 // Weights [..., C, S] as [tokens, C, S]: a view costs more than all of a small call's other work.
@@ -114,7 +102,7 @@ std::vector<at::Tensor> depth_aggregate_cpu(at::TensorList hiddens, const at::Te
   const cpu::AggregateForward args{sources,      ways,        width,        x.pointers(),
                                    x.strides(),  w.data(),    w.strides[0], w.strides[1],
                                    w.strides[2], y.pointers()};
-  run(args, aggregate_kernels().forward[kernel_dtype(like.scalar_type())], tokens);
+  run(args, aggregate_kernels().forward[cpu_kernel_dtype(like.scalar_type())], tokens);
   return outputs;
 }
 
@@ -153,7 +141,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> depth_aggregate_backward_cpu(
                                     dx.pointers(),
                                     grad_weights.data_ptr(),
                                     write_past_caches(grads)};
-  run(args, aggregate_kernels().backward[kernel_dtype(like.scalar_type())], tokens);
+  run(args, aggregate_kernels().backward[cpu_kernel_dtype(like.scalar_type())], tokens);
   return {{kept, grads.end()}, std::move(grad_weights)};
 }
 

@@ -26,19 +26,9 @@ inline int64_t chunk_length(int64_t tokens, int64_t token_bytes, int64_t most_by
 using Product = void (*)(const at::Tensor& to, const at::Tensor& left, const at::Tensor& right,
                          bool add);
 
-inline void product_composition(const at::Tensor& to, const at::Tensor& left,
-                                const at::Tensor& right, bool add) {
-  at::Tensor result = to;
-  if (left.scalar_type() == to.scalar_type()) {
-    add ? at::addmm_out(result, to, left, right) : at::mm_out(result, left, right);
-  } else {
-    const at::Tensor made = at::mm(left.to(to.scalar_type()), right.to(to.scalar_type()));
-    add ? result.add_(made) : result.copy_(made);
-  }
-}
-
 // The step: `step(logits [n, V], targets [n], grad_losses [n] or none, losses [n], gradients)`
-// writes the losses, and where the gradients are wanted those of the logits in their place.
+// writes the losses. Where the gradients are wanted it returns those of the logits, in their place
+// or in memory that the next step may take, of the logits' dtype or wider.
 template <typename Step>
 LossesAndGradients losses_in_chunks(const at::Tensor& hidden, const at::Tensor& weight,
                                     const at::Tensor& targets,
@@ -78,47 +68,16 @@ LossesAndGradients losses_in_chunks(const at::Tensor& hidden, const at::Tensor& 
     const at::Tensor x = rows.narrow(0, first, count);
     at::Tensor logits = memory.narrow(0, 0, count).narrow(1, 0, classes);
     offset ? at::addmm_out(logits, *offset, x, head.t()) : at::mm_out(logits, x, head.t());
-    step(logits, flat_targets.narrow(0, first, count),
-         flat_grads ? std::optional(flat_grads->narrow(0, first, count)) : std::nullopt,
-         losses.narrow(0, first, count), gradients);
-    if (wanted[0]) product(grad_hidden.narrow(0, first, count), logits, head, /*add=*/false);
-    if (wanted[1]) product(grad_weight, logits.t(), x, /*add=*/first > 0);
-    if (wanted[2])
-      grad_bias.add_(at::sum(logits, 0, /*keepdim=*/false, wide.dtype().toScalarType()));
+    const at::Tensor dx =
+        step(logits, flat_targets.narrow(0, first, count),
+             flat_grads ? std::optional(flat_grads->narrow(0, first, count)) : std::nullopt,
+             losses.narrow(0, first, count), gradients);
+    if (wanted[0]) product(grad_hidden.narrow(0, first, count), dx, head, /*add=*/false);
+    if (wanted[1]) product(grad_weight, dx.t(), x, /*add=*/first > 0);
+    if (wanted[2]) grad_bias.add_(at::sum(dx, 0, /*keepdim=*/false, wide.dtype().toScalarType()));
   }
   if (wanted[0]) grad_hidden = grad_hidden.view(hidden.sizes());
   return {losses.view(targets.sizes()), grad_hidden, grad_weight, grad_bias};
-}
-
-// The step out of PyTorch's own: what the CPU runs, and CUDA in float64.
-inline void loss_step_composition(const at::Tensor& logits, const at::Tensor& targets,
-                                  const std::optional<at::Tensor>& grad_losses,
-                                  const at::Tensor& losses, bool gradients,
-                                  const TokenLossOptions& options) {
-  const double smoothing = options.label_smoothing, classes = static_cast<double>(logits.size(1));
-  const at::Tensor counts = targets.ne(options.ignore_index);
-  const at::Tensor classes_of = targets.where(counts, 0).unsqueeze(1);
-  at::Tensor p = at::log_softmax(logits, 1, losses.scalar_type());
-  at::Tensor loss = p.gather(1, classes_of).squeeze(1).mul_(smoothing - 1);
-  if (smoothing > 0) loss.sub_(p.mean(1), smoothing);
-  at::Tensor scale;  // of the probabilities in the gradient
-  if (options.z_loss > 0) {
-    const at::Tensor lse = at::logsumexp(logits.to(losses.scalar_type()), 1);
-    loss.addcmul_(lse, lse, options.z_loss);
-    scale = lse.mul_(2 * options.z_loss).add_(1);
-  }
-  at::Tensor result = losses;
-  result.copy_(loss.masked_fill_(counts.logical_not(), 0));
-  if (!gradients) return;
-  p.exp_();
-  if (scale.defined()) p.mul_(scale.unsqueeze(1));
-  if (smoothing > 0) p.sub_(smoothing / classes);
-  p.scatter_add_(1, classes_of,
-                 at::full({1, 1}, smoothing - 1, p.options()).expand(classes_of.sizes()));
-  at::Tensor factor = counts.to(p.scalar_type());
-  if (grad_losses) factor.mul_(*grad_losses);
-  at::Tensor to = logits;
-  at::mul_out(to, p, factor.unsqueeze(1));
 }
 
 }  // namespace muddformer::detail

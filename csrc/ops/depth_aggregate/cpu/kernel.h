@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../../common/cpu_dtype.h"
+
 namespace muddformer::cpu {
 
 // Rows t = begin..end-1 of  Y_c[t, :] = sum_j W[t, c, j] X_j[t, :].
@@ -44,8 +46,6 @@ struct AggregateKernels {
   ForwardKernel forward[4];
   BackwardKernel backward[4];
 };
-
-enum KernelDtype { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 constexpr int64_t kRowAlignment = 64;
 
