@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -234,8 +235,19 @@ def _ablation(result: Results) -> list[str]:
             cells = [label, f"{row.parameters / 1e6:.1f}M", f"{row.flops_per_token / 1e9:.3f}"]
             cells += [format_interval(list(losses.values()), 3), str(len(losses))]
             rows.append([*cells, "0" if form == base else format_interval(differences, 3)])
-        lines += [f"After {_millions(budget)} tokens.", "", *_table(heads, rows), ""]
+        lines += [f"After {_millions(budget)} tokens.", "", *_table(heads, rows), "", *_steps(result, budget)]
     return lines[:-1]
+
+
+def _steps(result: Results, budget: int) -> list[str]:
+    """What each form of the set's order brings beyond the one before."""
+    found = []
+    for before, form in itertools.pairwise(result.set.order):
+        old, new = (result.by_seed(_loss, form=name, tokens=budget) for name in (before, form))
+        if differences := [loss - old[seed] for seed, loss in new.items() if seed in old]:
+            label = result.set.labels[form]
+            found.append(f"{label} {format_interval(differences, 3)} ({len(differences)} seeds)")
+    return [f"Beyond the form before, seed by seed: {'; '.join(found)}.", ""] if found else []
 
 
 def _stability(result: Results) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ __all__ = ["KINDS", "Run", "RunSet", "load_set"]
 KINDS = ("time", "sweep", "ablation", "stability")
 _KEYS = {
     "title", "kind", "note", "baseline", "model", "train", "warmup", "evaluations", "tokens", "seeds", "learning_rates",
-    "forms", "goals",
+    "forms", "goals", "order",
 }  # fmt: skip
 _GOALS = {"loss", "compute", "seconds"}
 _FORM_KEYS = {"label", "model", "train"}
@@ -94,7 +94,8 @@ class RunSet:
         kind: which tables these are, one of :data:`KINDS`.
         baseline: the form that others are compared with.
         goals: figures to reach: nats below the baseline ("loss"), advantages in "compute" and in "seconds".
-        labels: of the forms, in order.
+        order: forms, each of which adds something to the one before.
+        labels: of the forms, as they are listed.
         runs: all of them.
     """
 
@@ -104,6 +105,7 @@ class RunSet:
     kind: str
     baseline: str
     goals: dict[str, float]
+    order: list[str]
     labels: dict[str, str]
     runs: list[Run]
 
@@ -144,10 +146,13 @@ def _parse(name: str, values: dict[str, Any]) -> RunSet:
             runs.append(run)
     baseline = values.get("baseline", next(iter(forms)))
     labels = {form: given.get("label", form) for form, given in forms.items()}
-    return RunSet(name, values["title"], values.get("note", ""), values["kind"], baseline, goals, labels, runs)
+    order = values.get("order", [])
+    _check_keys("order", dict.fromkeys(order), forms)
+    head = values["title"], values.get("note", ""), values["kind"]
+    return RunSet(name, *head, baseline, goals, order, labels, runs)
 
 
-def _check_keys(owner: str, values: dict[str, Any], known: Sequence[str]) -> None:
+def _check_keys(owner: str, values: dict[str, Any], known: Collection[str]) -> None:
     if unknown := [key for key in values if key not in known]:
         raise InputError(
             f"{owner} has unknown keys {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
