@@ -1,11 +1,11 @@
 """Converting a checkpoint beside copying its file: time and peak memory.
 
 A pytorch_model.bin of MUDDFormer-2.8B's shape, random bfloat16 (one block of it again and again), is made in a scratch
-folder and converted to ours.
-The floor is shutil.copyfile of the same file to the same disk. Both end when what they wrote is on the disk; they take
-turns, and medians count, with the file in memory and without. The conversion runs in a process of its own, whose clock
-starts when Python and torch are loaded and whose peak memory is its largest resident set, pages of the mapped file
-included.
+folder and converted to ours. The floor is shutil.copyfile of the same file to the same disk. Both end when what they
+wrote is on the disk; they take turns, and medians count, with the file in memory and without. Each runs in a process of
+its own, whose clock starts when Python and torch are loaded: a virtual machine may give memory back to its host while
+nothing happens, and getting it again takes as long as copying. Peak memory is the largest resident set, pages of the
+mapped file included.
 
     python benchmarks/convert.py --folder /scratch --csv benchmarks/results/cpu_convert.csv
 """
@@ -21,6 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -64,30 +65,33 @@ def recall(path: Path) -> None:
             pass
 
 
-def copy_s(source: Path, target: Path) -> float:
-    """Seconds to copy a file onto the disk."""
-    begin = time.perf_counter()
-    shutil.copyfile(source, target)
+def copy(source: Path, target: Path) -> None:
+    """Copies the checkpoint's file onto the disk."""
+    shutil.copyfile(source / "pytorch_model.bin", target)
     with target.open("rb") as file:
         os.fsync(file.fileno())
-    return time.perf_counter() - begin
 
 
-def convert_apart(source: Path, target: Path, pipe: Connection) -> None:
-    """Sends the seconds of a conversion and the peak memory before and after it, in MiB."""
-    before, begin = peak_memory_mib(torch.device("cpu")), time.perf_counter()
+def convert_whole(source: Path, target: Path) -> None:
     convert(source, target, max_shard_bytes=10**12)
+
+
+def time_it(do: Callable[[Path, Path], None], source: Path, target: Path, pipe: Connection) -> None:
+    """Sends the seconds that something takes, and the peak memory before and after it, in MiB."""
+    before, begin = peak_memory_mib(torch.device("cpu")), time.perf_counter()
+    do(source, target)
     pipe.send((time.perf_counter() - begin, before, peak_memory_mib(torch.device("cpu"))))
 
 
-def measure(source: Path, scratch: Path) -> tuple[float, float, float]:
-    """Seconds and memory of one conversion in a process of its own."""
+def measure(do: Callable[[Path, Path], None], source: Path, target: Path) -> tuple[float, float, float]:
+    """What time_it() sends of a process of its own. Nothing is left of what it wrote."""
     here, there = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=convert_apart, args=(source, scratch / "out", there))
+    process = multiprocessing.get_context("spawn").Process(target=time_it, args=(do, source, target, there))
     process.start()
-    process.join()
+    there.close()  # so that recv() does not wait for a process that has failed
     result = here.recv()
-    shutil.rmtree(scratch / "out")
+    process.join()
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
     return result
 
 
@@ -98,10 +102,9 @@ def measure_row(preset: str, scratch: Path, cold: bool, turns: int) -> dict[str,
     copies, conversions, peaks = [], [], []
     for _ in range(turns):
         prepare(source)
-        copies.append(copy_s(source, scratch / "copy"))
-        (scratch / "copy").unlink()
+        copies.append(measure(copy, scratch / "in", scratch / "copy")[0])
         prepare(source)
-        seconds, before, peak = measure(scratch / "in", scratch)
+        seconds, before, peak = measure(convert_whole, scratch / "in", scratch / "out")
         conversions.append(seconds)
         peaks.append(peak)
         print(

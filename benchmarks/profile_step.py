@@ -24,7 +24,8 @@ STEPS = 5
 KINDS = {  # the first that matches the name of a kernel (on a CPU: of an operator)
     "flush of deferred gradients": r"muddformer.*flush",
     "aggregation forward": r"muddformer::kernels::forward_|muddformer::depth_aggregate(_norm)?(_chained)?$",
-    "aggregation backward": r"muddformer::kernels::(backward_|.*sum_partials)|muddformer::depth_aggregate.*backward",
+    "aggregation backward": r"muddformer::kernels::(backward_|.*sum_partials\(.*SumArgs)"
+    r"|muddformer::depth_aggregate.*backward",
     "connection weights forward": r"connection_weights_forward|muddformer::connection_weights(_chained)?$",
     "connection weights backward": r"weights_(hidden|input)_backward|muddformer.*(reduce_kernel|sum_rows_kernel)"
     r"|muddformer::connection_weights.*backward",
@@ -32,7 +33,8 @@ KINDS = {  # the first that matches the name of a kernel (on a CPU: of an operat
     "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|splitk|triton_tem|aten::(mm|addmm|bmm)$|mkldnn.*linear",
     "optimizer": r"adam|multi_tensor_apply",
     "loss": r"softmax|nll_loss|cross_entropy|token_losses",
-    "norms and elementwise": r"triton_|cpp_fused|elementwise|_norm|swiglu|at::native::reduce_kernel|embedding|cat",
+    "norms and elementwise": r"triton_|cpp_fused|elementwise|_norm|swiglu|at::native::reduce_kernel|embedding|cat"
+    r"|sum_partials",
     "copies and fills": r"memcpy|memset|aten::(copy_|fill_|zero_)$",
 }
 REST = ("other kernels", "between kernels")

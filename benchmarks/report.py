@@ -316,13 +316,35 @@ def attached() -> str:
         form, _, how = method.partition("-")
         if form != "attached":
             continue
-        plain = found[(*where, f"plain-{how}")]
+        plain = found.get((*where, f"plain-{how}"))
+        if not together(plain, row):
+            continue
         cells = [f"{where[0].replace('x', ' x ')}, {where[1]}", runs[how], where[2]]
         cells += [f"{number(r['ms'])}, {number(r['peak_gib'])}" for r in (plain, row)]
-        cells += [number(row["throughput_of_twin"]), f"{number(row['bound_rmw'])}, {number(row['bound_deferred'])}"]
+        cells += [ratio(plain["ms"], row["ms"]), f"{number(row['bound_rmw'])}, {number(row['bound_deferred'])}"]
         lines.append(([*cells, number(row["target"])], [plain, row]))
     head = ["layers x width, batch", "run", "precision", "as it was: ms, GiB", "attached: ms, GiB", "throughput"]
     return table([*head, "bytes alone would allow", "asked for"], lines, 3)
+
+
+def conversion() -> str:
+    lines = []
+    for row in latest(read("cpu_convert"), "preset", "source", "in_memory").values():
+        cells = [f"{row['preset']}, {row['source']}, {number(row['gb'])} GB", row["in_memory"]]
+        cells += [number(row[k]) for k in ("copy_s", "convert_s", "ratio", "target")]
+        lines.append(([*cells, f"{int(row['peak_mib']):,}", number(row["peak_of_shard"]), row["target_peak"]], [row]))
+    head = ["checkpoint", "in memory before", "copy, s", "convert, s", "ratio", "asked for", "peak memory, MiB"]
+    return table([*head, "of the shard", "asked for"], lines, 2)
+
+
+def cpu_step() -> str:
+    lines = []
+    for row in latest(read("cpu_step"), "model", "form", "batch", "length", "precision").values():
+        cells = [f"{row['model'].replace('x', ' x ')}, {row['batch']} x {row['length']}, {row['precision']}"]
+        cells += [row["form"], *(number(row[k]) for k in ("eager_ms", "compile_ms", "eager_of_compile", "target"))]
+        lines.append((cells, [row]))
+    head = ["layers x width, batch", "model", "eager, ms", "compile, ms", "eager / compile", "asked for"]
+    return table(head, lines, 2)
 
 
 def demo() -> str:
@@ -404,6 +426,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fsdp2_step": fsdp2_step,
     "transformers": transformers,
     "attached": attached,
+    "conversion": conversion,
+    "cpu_step": cpu_step,
     "demo": demo,
 }
 

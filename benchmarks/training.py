@@ -166,9 +166,12 @@ def _checkpoint_blocks(model: nn.Module, selective: bool) -> None:
 
 @contextlib.contextmanager
 def training_step(
-    method: Method, shape: Shape, device: torch.device, reference_path: Path | None = None
+    method: Method, shape: Shape, device: torch.device, reference_path: Path | None = None, autocast: bool = True
 ) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
-    """A fresh model and its step: forward in bfloat16 autocast, loss, backward, fused AdamW; it returns the loss."""
+    """A fresh model and its step: forward, loss, backward, fused AdamW; it returns the loss.
+
+    autocast: the forward in bfloat16.
+    """
     torch.manual_seed(0)
     torch._dynamo.reset()
     with torch.device(device):
@@ -188,7 +191,7 @@ def training_step(
     def step() -> Tensor:
         if method.run == "graphs":
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = call()
         loss.backward()
         optimizer.step()

@@ -245,6 +245,8 @@ def test_sets(quality, tmp_path):
         ({"tokens": [100]}, "multiple"),
         ({"train": {"steps": 5}}, "steps"),
         ({"train": {"batch": 5}}, "batch_size"),
+        ({"kind": "ablation", "order": ["other"]}, "other"),
+        ({"kind": "time", "order": ["plain"]}, "ablation"),
     ):
         path = tmp_path / "bad.yaml"
         path.write_text(yaml.safe_dump({**SET, **change}, sort_keys=False))
@@ -313,6 +315,8 @@ def test_page_from_rows(quality, tmp_path):
         grid = {"learning_rates": [1e-3, 2e-3]} if kind in ("sweep", "stability") else {}
         if kind == "time":
             grid |= {"tokens": [640, 1280, 2560], "goals": {"loss": 0.1, "compute": 2.5, "seconds": 1.5}}
+        if kind == "ablation":
+            grid["order"] = list(SET["forms"])
         path = tmp_path / f"{kind}.yaml"
         path.write_text(
             yaml.safe_dump({**SET, "kind": kind, "title": f"tiny {kind}", "seeds": [0, 1], **grid}, sort_keys=False)

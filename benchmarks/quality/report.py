@@ -246,8 +246,9 @@ def _steps(result: Results, budget: int) -> list[str]:
         old, new = (result.by_seed(_loss, form=name, tokens=budget) for name in (before, form))
         if differences := [loss - old[seed] for seed, loss in new.items() if seed in old]:
             label = result.set.labels[form]
-            found.append(f"{label} {format_interval(differences, 3)} ({len(differences)} seeds)")
-    return [f"Beyond the form before, seed by seed: {'; '.join(found)}.", ""] if found else []
+            found.append(f"{label} {format_interval(differences, 3)} (of {len(differences)})")
+    told = "Each form minus the one before it, in nats, seed by seed (of how many)"
+    return [f"{told}: {'; '.join(found)}.", ""] if found else []
 
 
 def _stability(result: Results) -> list[str]:

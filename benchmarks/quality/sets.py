@@ -148,6 +148,8 @@ def _parse(name: str, values: dict[str, Any]) -> RunSet:
     labels = {form: given.get("label", form) for form, given in forms.items()}
     order = values.get("order", [])
     _check_keys("order", dict.fromkeys(order), forms)
+    if order and values["kind"] != "ablation":
+        raise InputError(f"order must be of an ablation, but kind is {values['kind']!r}")
     head = values["title"], values.get("note", ""), values["kind"]
     return RunSet(name, *head, baseline, goals, order, labels, runs)
 

@@ -65,7 +65,7 @@ def test_float32_head(device: torch.device, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("classes", [8191, 50257, 130001])
 def test_many_classes(classes: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Rows that a block of the kernel keeps in shared memory, and longer ones; on the CPU several parts of a chunk."""
+    """Rows that a block of the kernel keeps in shared memory, and longer ones; a chunk does not divide the tokens."""
     tokens, chunk = (300, 128) if device.type == "cuda" else (48, 40)
     hidden, weight = torch.randn(tokens, 64, device=device).to(dtype), torch.randn(classes, 64, device=device).to(dtype)
     targets = torch.randint(classes, (tokens,), device=device)
@@ -97,17 +97,42 @@ def test_extreme_logits(device: torch.device, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf], ids=str)
 def test_what_is_no_number_stays_with_its_token(broken: float, device: torch.device, dtype: torch.dtype) -> None:
+    def losses_and_gradient(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        sample.hidden = hidden.requires_grad_()
+        losses = run(ops.linear_cross_entropy, sample).flatten()
+        return losses, torch.autograd.grad(losses.sum(), hidden)[0].flatten(0, 1)
+
     sample = find("none", device, dtype).detached()
-    expected = run(ops.linear_cross_entropy, sample).detach().flatten()
-    sample.hidden = sample.hidden.detach().clone()
-    sample.hidden[0, 1, 0] = broken
-    sample.hidden.requires_grad_()
-    losses = run(ops.linear_cross_entropy, sample).flatten()
-    grad = torch.autograd.grad(losses.sum(), sample.hidden)[0].flatten(0, 1)
+    hidden = sample.hidden.detach().clone()
+    expected = losses_and_gradient(hidden.clone())
+    hidden[0, 1, 0] = broken
+    losses, grad = losses_and_gradient(hidden)
     others = torch.arange(len(losses), device=device) != 1
     assert not losses[1].isfinite() and not grad[1].isfinite().any()
-    torch.testing.assert_close(losses[others], expected[others])
-    assert grad[others].isfinite().all()
+    for ours, whole in zip((losses, grad), expected, strict=True):
+        torch.testing.assert_close(ours[others], whole[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("smoothing", [0.3, 1.0])
+def test_smoothing_of_logits_with_an_offset(smoothing: float, device: torch.device, dtype: torch.dtype) -> None:
+    """An offset of all logits changes nothing."""
+    sample = find("plain", device, dtype)
+    sample.options["label_smoothing"] = smoothing
+    sample.bias = torch.full_like(sample.weight[:, 0], 1000.0)
+    check(sample, dtype)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_classes_that_are_ruled_out(smoothing: float, device: torch.device) -> None:
+    """Smoothing gives them a part of the target's probability: the loss is infinite then, as PyTorch's is."""
+    sample = find("plain", device, torch.float32)
+    sample.options["label_smoothing"] = smoothing
+    sample.bias = torch.zeros_like(sample.weight[:, 0])
+    sample.bias[next(i for i in range(40) if i not in sample.targets.flatten().tolist())] = -torch.inf
+    loss = run(ops.linear_cross_entropy, sample)
+    torch.testing.assert_close(loss, run(reference.linear_cross_entropy, sample))
+    assert loss.isinf() if smoothing else loss.isfinite()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

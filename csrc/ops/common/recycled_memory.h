@@ -13,7 +13,7 @@
 
 namespace muddformer::cpu {
 
-// An uninitialised contiguous tensor; a temporary serves the next call too.
+// An uninitialised contiguous tensor, for a temporary too: the next call gets the same memory.
 at::Tensor recycled_output(at::IntArrayRef sizes, at::ScalarType dtype);
 
 // `count` uninitialised tensors of the shape and dtype of `like`, contiguous.

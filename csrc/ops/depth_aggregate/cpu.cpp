@@ -2,7 +2,6 @@
 // threads; every token is finished by one thread in one order, so results do not depend on the
 // number of threads.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -22,8 +21,7 @@ namespace {
 
 cpu::AggregateKernels choose_kernels() {
 #if defined(MUDDFORMER_X86_KERNELS)
-  // What PyTorch itself has chosen; the environment variable ATEN_CPU_CAPABILITY lowers it.
-  const std::string capability = at::get_cpu_capability();
+  const std::string capability = cpu_capability();
   if (capability == "AVX512") {
     cpu::AggregateKernels kernels = cpu::aggregate_kernels_avx512;
     if (__builtin_cpu_supports("avx512bf16")) {

@@ -2,7 +2,6 @@
 // at a time. Where the logits have 16 bits their gradients are float32: both products that need
 // them add up in float32, and are faster than those of 16 bits on CPUs without instructions for them.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -16,12 +15,12 @@
 namespace muddformer::detail {
 namespace {
 
-constexpr int64_t kMostBytes = int64_t{64} << 20;  // of logits in memory
+// Of logits in memory; with 16 bits their gradients take twice as many beside them.
+constexpr int64_t kMostBytes = int64_t{64} << 20;
 
 const cpu::TokenLossesKernels& token_losses_kernels() {
 #if defined(MUDDFORMER_X86_KERNELS)
-  // What PyTorch itself has chosen; the environment variable ATEN_CPU_CAPABILITY lowers it.
-  static const std::string capability = at::get_cpu_capability();
+  static const std::string capability = cpu_capability();
   if (capability == "AVX512") return cpu::token_losses_avx512;
   if (capability == "AVX2") return cpu::token_losses_avx2;
 #endif
@@ -48,7 +47,7 @@ LossesAndGradients linear_cross_entropy_losses_cpu(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& grad_losses,
     const TokenLossOptions& options, std::array<bool, 3> wanted) {
-  at::Tensor memory;  // of the gradients of 16 bits; the first chunk is the longest
+  at::Tensor memory;  // float32 gradients of 16-bit logits; the first chunk is the longest
   const auto step = [&](const at::Tensor& logits, const at::Tensor& of_chunk,
                         const std::optional<at::Tensor>& grads, const at::Tensor& losses,
                         bool gradients) {
@@ -75,8 +74,7 @@ LossesAndGradients linear_cross_entropy_losses_cpu(
                                 options.label_smoothing,
                                 options.z_loss};
     const auto kernel = token_losses_kernels().of[cpu_kernel_dtype(logits.scalar_type())];
-    at::parallel_for(0, tokens,
-                     std::max<int64_t>(1, kEntriesPerThread / std::max<int64_t>(classes, 1)),
+    at::parallel_for(0, tokens, std::max<int64_t>(1, kEntriesPerThread / classes),
                      [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     return dx;
   };

@@ -43,13 +43,11 @@ inline acc_t reduced(const at::vec::Vectorized<acc_t>& vector, const F& f) {
   return std::accumulate(std::begin(lanes) + 1, std::end(lanes), lanes[0], f);
 }
 
-template <typename scalar_t>
-accumulate_t<scalar_t> sum_of(const scalar_t* row, int64_t width) {
-  using acc_t = accumulate_t<scalar_t>;
-  constexpr int kLanes = 16;
-  acc_t lanes[kLanes] = {};
-  for (int64_t d = 0; d < width; ++d) lanes[d % kLanes] += static_cast<acc_t>(row[d]);
-  return std::accumulate(lanes, lanes + kLanes, acc_t(0));
+template <typename P>
+inline auto total_of(const typename P::Vec* sums) {
+  typename P::Vec total = sums[0];
+  for (int v = 1; v < P::kVectors; ++v) total = total + sums[v];
+  return reduced(total, [](auto a, auto b) { return a + b; });
 }
 
 template <typename scalar_t>
@@ -78,29 +76,28 @@ void token_losses(const TokenLosses& args, int64_t begin, int64_t end) {
     const acc_t m = reduced(largest, [](acc_t a, acc_t b) { return std::max(a, b); });
     // What is not a number is one of the terms, and so comes to the loss and to all gradients.
     const acc_t of_target = static_cast<acc_t>(row[target]) - m;
-    acc_t mean = 0;  // of x - m
-    if (smoothing > 0) mean = sum_of(row, args.classes) / classes - m;
-    Vec sums[P::kVectors];
+    Vec sums[P::kVectors], plain[P::kVectors];  // of e^(x - m) and of x - m
     std::fill_n(sums, P::kVectors, Vec(0));
+    std::fill_n(plain, P::kVectors, Vec(0));
     each_pack(row, args.classes, [&](const Vec* x, int64_t first) {
       for (int v = 0; v < P::kVectors; ++v) {
-        const Vec e = (x[v] - Vec(m)).exp();
+        const int64_t at = first + v * Vec::size();
+        const auto there = std::clamp<int64_t>(args.classes - at, 0, Vec::size());
+        const Vec shifted = x[v] - Vec(m), e = shifted.exp();
         sums[v] = sums[v] + e;
+        if (smoothing > 0) plain[v] = plain[v] + Vec::set(Vec(0), shifted, there);
         if (grad == nullptr) continue;
-        const int64_t at = first + v * Vec::size(), there = args.classes - at;
-        if (there >= Vec::size()) {
+        if (there == Vec::size()) {
           e.store(grad + at);
         } else if (there > 0) {
           e.store(grad + at, there);
         }
       }
     });
-    Vec total = sums[0];
-    for (int v = 1; v < P::kVectors; ++v) total = total + sums[v];
-    const acc_t sum = reduced(total, [](acc_t a, acc_t b) { return a + b; });
+    const acc_t sum = total_of<P>(sums);
     const acc_t log_sum = std::log(sum), lse = m + log_sum;
     acc_t loss = log_sum - (1 - smoothing) * of_target;
-    if (smoothing > 0) loss -= smoothing * mean;
+    if (smoothing > 0) loss -= smoothing * total_of<P>(plain) / classes;
     if (z > 0) loss += z * lse * lse;
     losses[t] = loss;
     if (grad == nullptr) continue;
