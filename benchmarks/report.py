@@ -327,6 +327,23 @@ def attached() -> str:
     return table([*head, "bytes alone would allow", "asked for"], lines, 3)
 
 
+def host_time() -> str:
+    found = latest(read("cpu_host_time"), "S", "call")
+    lines = []
+    for sources in dict.fromkeys(s for s, _ in found):
+        rows = [found[sources, name] for name in ("linear", "linear, both", "empty operator")]
+        cells = [sources, f"{number(rows[0]['us'])}, {number(rows[1]['us'])}", number(rows[2]["us"])]
+        for kind in ("", ", both"):
+            node, ours = (found[sources, f"{name}{kind}"] for name in ("empty node", "aggregate"))
+            cells += [f"{number(node['us'])}, {number(ours['us'])}", ratio(ours["us"], node["us"], 2)]
+            rows += [node, ours]
+        lines.append((cells, rows))
+    head = ["S", "torch's linear: forward, both, us", "operator that does nothing, us"]
+    for kind in ("forward", "forward and backward"):
+        head += [f"{kind}: node that does nothing, ours, us", "ours / that"]
+    return table(head, lines, 0)
+
+
 def conversion() -> str:
     lines = []
     for row in latest(read("cpu_convert"), "preset", "source", "in_memory").values():
@@ -427,6 +444,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "transformers": transformers,
     "attached": attached,
     "conversion": conversion,
+    "host_time": host_time,
     "cpu_step": cpu_step,
     "demo": demo,
 }
