@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 
 from ._checks import shown
 
-__all__ = ["FileLock", "naming", "parse_json", "read_json", "sync", "write_atomically"]
+__all__ = ["FileLock", "naming", "parse_json", "read_json", "remove", "sync", "write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -58,6 +59,11 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         number = getattr(error, "errno", None) or (int(told[1]) if told else None)
         reason = os.strerror(number) if number else str(error)
         raise OSError(number or errno.EIO, reason, str(path)) from error
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all that is in it, or a link, not what it leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def sync(path: Path) -> None:

@@ -73,6 +73,6 @@ class Backbone(MUDDStack):
 
 def _place_rotary_tables(model: Backbone, _: Any) -> None:
     """The tables are not in a state dict: after ``load_state_dict(assign=True)`` on meta they follow the weights."""
-    device = model.tok_embeddings.weight.device
+    device = model.device
     if model.rotary.cos.device != device:
         model.rotary.reset_parameters(device)

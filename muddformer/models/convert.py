@@ -86,7 +86,10 @@ def convert(
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPE_NAMES))}, got {dtype}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.is_symlink() or target.name in ("", ".."):
+        target = target.resolve()
+    ended = (target / _STATE).is_file()  # but for the removal of this file
+    if target.exists() and not ended and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there already: give a directory that is not")
     with ExitStack() as stack:
         files = stack.enter_context(_Files(source))
@@ -99,7 +102,13 @@ def convert(
             tensors = {name: tensor._replace(dtype=DTYPE_NAMES[dtype]) for name, tensor in tensors.items()}
         settings = LAYOUTS[layout](config)
         plan = {"source": files.facts(), "config": settings, "dtype": str(dtype), "seed": seed, "most": max_shard_bytes}
-        _write(source, target, _shards(tensors, max_shard_bytes), settings, plan, progress)
+        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+        if not ended:
+            _write(source, target, _shards(tensors, max_shard_bytes), settings, digest, progress)
+        elif read_json(target / _STATE).get("plan") != digest:
+            raise FileExistsError(f"{target} is of another conversion: give a directory that is not there")
+        for name in (_LOCK, _STATE):
+            (target / name).unlink(missing_ok=True)
     return config
 
 
@@ -250,7 +259,7 @@ def _write(
     target: Path,
     shards: Mapping[str, Mapping[str, StoredTensor]],
     settings: Mapping[str, Any],
-    plan: Mapping[str, Any],
+    digest: str,
     progress: Callable[[int, int], None],
 ) -> None:
     staging = target.with_name(f"{target.name}.partial")
@@ -260,7 +269,7 @@ def _write(
     except BlockingIOError as error:
         raise BlockingIOError(f"{staging}: {error} is making it") from error
     try:
-        _claim(staging, hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest())
+        _claim(staging, digest)
         left = sum(_size(shard) for file, shard in shards.items() if not (staging / file).exists())
         if shutil.disk_usage(staging).free < left:
             raise OSError(f"{staging}: {left / 1e9:.1f} GB are needed, more than the disk has left")
@@ -271,8 +280,6 @@ def _write(
         _write_json(staging / CONFIG_NAME, settings)
         os.rename(staging, target)
         sync(target.parent)
-        for name in (_STATE, _LOCK):
-            (target / name).unlink()
     finally:
         lock.release()
 

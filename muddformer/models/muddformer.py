@@ -148,5 +148,6 @@ class MUDDFormer(Backbone, Pretrained):
             raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
         if ids.dim() != 2:
             raise ValueError(f"{name} must be [batch, tokens], got shape {list(ids.shape)}")
-        if ids.device != self.tok_embeddings.weight.device:
-            raise ValueError(f"{name} must be on {self.tok_embeddings.weight.device}, like the model, got {ids.device}")
+        weight = getattr(self.tok_embeddings, "weight", None)  # another module may have none, or a method of this name
+        if isinstance(weight, Tensor) and ids.device != weight.device:
+            raise ValueError(f"{name} must be on {weight.device}, like the model, got {ids.device}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -26,11 +25,9 @@ from .metrics import MetricsFile, Progress, Row, TensorBoard, peak_memory_mib, s
 from .modelling import make_config, make_model
 from .optim import learning_rate, make_optimizer
 from .settings import Settings
-from .state import Checkpoint, restore_state, save_checkpoint
+from .state import Checkpoint, remove_checkpoints, restore_state, save_checkpoint
 
 __all__ = ["Result", "Trainer", "load_run_settings"]
-
-_RUN_FILES = ("settings.json", "metrics.csv", "checkpoints", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -337,11 +334,11 @@ def _prepare_folder(run: Path, resume: bool, overwrite: bool) -> None:
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         if overwrite and not resume:
-            for name in _RUN_FILES:
-                path = run / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove_checkpoints(run)
+            for path in (run / "settings.json", run / "metrics.csv", *run.glob("tensorboard/events.out.tfevents.*")):
+                path.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"cannot use {str(run)!r} as the folder of the run: {error.strerror}") from error
+        raise InputError(f"cannot use {str(run)!r} as the folder of the run: {error.strerror or error}") from error
 
 
 def _check_finite(rows: list[Row], checkpoint: Path | None) -> None:

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .._files import read_json, sync, write_atomically
+from .._files import read_json, remove, sync, write_atomically
 from ..errors import InputError
 from ..inference.loading import checkpoint_name, find_checkpoints
 
-__all__ = ["Checkpoint", "restore_state", "save_checkpoint"]
+__all__ = ["Checkpoint", "remove_checkpoints", "restore_state", "save_checkpoint"]
 
 _FORMAT = 1
 # What training.json says, its type and the words for it.
@@ -64,9 +64,7 @@ def save_checkpoint(
     """
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.iterdir():  # of a run that was killed
-        if left_over.name.startswith(_SCRATCH):
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    _remove_scratch(folder)  # of a run that was killed
     target = folder / checkpoint_name(training["step"])
     scratch = folder / f".tmp-{target.name}"
     scratch.mkdir()
@@ -88,6 +86,23 @@ def save_checkpoint(
     for old in [path for path in find_checkpoints(run) if _is_whole(path)][:-keep_last]:
         _discard(old)
     return target
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Removes the checkpoints of a run, and what was left of one that was killed; what others put beside them stays.
+
+    Raises:
+        OSError: if one cannot be removed.
+    """
+    _remove_scratch(run / "checkpoints")
+    for folder in find_checkpoints(run):
+        _discard(folder)
+
+
+def _remove_scratch(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name.startswith(_SCRATCH):
+            remove(path)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -201,4 +216,4 @@ def _discard(folder: Path) -> None:
     """Removes a checkpoint such that no half of it is ever found under its name."""
     grave = folder.with_name(f".old-{folder.name}")
     folder.rename(grave)
-    shutil.rmtree(grave)
+    remove(grave)

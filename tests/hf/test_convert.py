@@ -373,6 +373,34 @@ def test_a_changed_source_begins_anew(tmp_path: Path) -> None:
         convert(tmp_path / "a", tmp_path / "b", max_shard_bytes=10_000)
 
 
+def test_a_conversion_that_stopped_at_its_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make().save_pretrained(tmp_path / "a")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(module, "sync", interrupted)
+        convert(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(FileExistsError, match="of another conversion"):
+        convert(tmp_path / "a", tmp_path / "b", dtype=torch.float64)
+    convert(tmp_path / "a", tmp_path / "b")
+    assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "model.safetensors"]
+
+
+def interrupted(*_: object) -> None:
+    raise Interrupted
+
+
+def test_links_and_the_current_folder_as_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make().save_pretrained(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        (tmp_path / f"to-{name}").symlink_to(tmp_path / name)
+        convert(tmp_path / "a", tmp_path / f"to-{name}")
+        assert (tmp_path / f"to-{name}").is_symlink() and (tmp_path / name / "model.safetensors").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert(tmp_path / "a", ".")
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
 def test_targets_that_are_there(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path / "a")
     before = sorted(os.listdir(tmp_path / "a"))

@@ -149,3 +149,22 @@ def test_quantised_models_run_and_are_not_saved(quantise: Callable[..., nn.Modul
     with pytest.raises(ValueError, match=r"model must have .* to be saved.* before it is\s+quantised"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Scaled(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 1.5 * self.base(ids)
+
+
+def test_an_embedding_without_a_weight_of_its_own() -> None:
+    model = make()
+    expected = loss_of(model)
+    model.tok_embeddings = Scaled(model.tok_embeddings)
+    assert loss_of(model).isfinite() and not torch.equal(loss_of(model), expected)
+    with torch.no_grad():
+        model.tok_embeddings.base.weight.div_(1.5)
+    torch.testing.assert_close(loss_of(model), expected)

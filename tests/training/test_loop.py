@@ -103,6 +103,20 @@ def test_run_folder_is_not_overwritten_by_accident(make_settings, tmp_path):
     assert len(read_metrics(tmp_path / "run" / "metrics.csv")) == 3
 
 
+def test_overwrite_removes_what_the_run_wrote_alone(make_settings, tmp_path):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    run.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+    loop.Trainer(make_settings(steps=2), run).fit()
+    for name in ("step-00000002-best", "notes"):
+        (disk / name).mkdir()
+        (disk / name / "mine").touch()
+    loop.Trainer(make_settings(steps=3), run, overwrite=True).fit()
+    assert sorted(path.name for path in disk.iterdir()) == ["notes", "step-00000002-best", "step-00000003"]
+    assert (disk / "notes" / "mine").exists() and (run / "checkpoints").is_symlink()
+
+
 def test_resume_wants_the_same_model_and_text(make_settings, tmp_path, folder):
     run = tmp_path / "run"
     loop.Trainer(make_settings(steps=5), run).fit()

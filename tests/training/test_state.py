@@ -44,6 +44,17 @@ def test_checkpoints_are_pruned_and_left_overs_removed(tmp_path, state):
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000010", "step-00000011"]
 
 
+def test_of_a_link_the_link_alone_is_removed(tmp_path, state):
+    first = save_checkpoint(tmp_path / "run", *state, "{}", described(1), keep_last=1)
+    elsewhere = first.rename(tmp_path / "elsewhere")
+    first.symlink_to(elsewhere)
+    (tmp_path / "notes").mkdir()
+    (first.parent / ".tmp-notes").symlink_to(tmp_path / "notes")
+    save_checkpoint(tmp_path / "run", *state, "{}", described(2), keep_last=1)
+    assert [path.name for path in first.parent.iterdir()] == ["step-00000002"]
+    assert (elsewhere / "training.json").is_file() and (tmp_path / "notes").is_dir()
+
+
 def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, state, monkeypatch):
     first = save_checkpoint(tmp_path, *state, "{}", described(1), keep_last=1)
 
