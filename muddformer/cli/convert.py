@@ -74,7 +74,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def _size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
-    if size < 1:
+    size = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0
+    if not 1 <= size < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 5GB or 500MB")
-    return size
+    return int(size)

@@ -168,6 +168,12 @@ def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.opt
         expected["rng/cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     if problem := _difference(expected, checkpoint.tensors):
         raise InputError(f"training.safetensors of checkpoint {str(checkpoint.folder)!r} {problem}")
+    steps = [int(checkpoint.tensors[f"optimizer/{name}/step"]) for name in order if name not in idle]
+    if steps and max(steps) != checkpoint.training["step"]:
+        raise InputError(
+            f"training.safetensors of checkpoint {str(checkpoint.folder)!r} is of step {max(steps)}, "
+            f"training.json of step {checkpoint.training['step']}"
+        )
     state: dict[int, dict[str, Tensor]] = {index: {} for index, name in enumerate(order) if name not in idle}
     for index in state:
         for entry in ("step", "exp_avg", "exp_avg_sq"):  # copies: what was loaded may be a view of the mapped file

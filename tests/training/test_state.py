@@ -86,3 +86,10 @@ def test_state_of_another_model_is_refused(tmp_path, state):
     model = build_model(MUDDFormerConfig(**{**MODEL, "n_layer": 1}, vocab_size=32))
     with pytest.raises(InputError, match="does not fit"):
         restore_state(Checkpoint(folder), model, make_optimizer(model, TrainSettings()))
+
+
+def test_state_of_another_step_is_refused(tmp_path, state):
+    model, optimizer = state
+    folder = save_checkpoint(tmp_path, *state, "{}", described(3), keep_last=1)  # of an optimizer that made two
+    with pytest.raises(InputError, match=r"training\.safetensors of .*step-00000003' is of step 2, .* of step 3"):
+        restore_state(Checkpoint(folder), model, optimizer)
