@@ -22,7 +22,7 @@ inline int64_t chunk_length(int64_t tokens, int64_t token_bytes, int64_t most_by
   return (length + kMultiple - 1) / kMultiple * kMultiple;
 }
 
-// to = left right, or to += left right; left and right may be narrower than to.
+// to = left right, or to += left right; left and right have one dtype, perhaps narrower than to.
 using Product = void (*)(const at::Tensor& to, const at::Tensor& left, const at::Tensor& right,
                          bool add);
 
@@ -63,6 +63,7 @@ LossesAndGradients losses_in_chunks(const at::Tensor& hidden, const at::Tensor& 
   const int64_t length = std::min(tokens, options.chunk.value_or(chunk_length(
                                               tokens, padded * hidden.element_size(), most_bytes)));
   const at::Tensor memory = at::empty({length, padded}, own);
+  at::Tensor head_beside_dx = head;
   for (int64_t first = 0; first < tokens; first += length) {
     const int64_t count = std::min(length, tokens - first);
     const at::Tensor x = rows.narrow(0, first, count);
@@ -72,8 +73,11 @@ LossesAndGradients losses_in_chunks(const at::Tensor& hidden, const at::Tensor& 
         step(logits, flat_targets.narrow(0, first, count),
              flat_grads ? std::optional(flat_grads->narrow(0, first, count)) : std::nullopt,
              losses.narrow(0, first, count), gradients);
-    if (wanted[0]) product(grad_hidden.narrow(0, first, count), dx, head, /*add=*/false);
-    if (wanted[1]) product(grad_weight, dx.t(), x, /*add=*/first > 0);
+    if (wanted[0]) {
+      head_beside_dx = head_beside_dx.to(dx.scalar_type());  // cast once
+      product(grad_hidden.narrow(0, first, count), dx, head_beside_dx, /*add=*/false);
+    }
+    if (wanted[1]) product(grad_weight, dx.t(), x.to(dx.scalar_type()), /*add=*/first > 0);
     if (wanted[2]) grad_bias.add_(at::sum(dx, 0, /*keepdim=*/false, wide.dtype().toScalarType()));
   }
   if (wanted[0]) grad_hidden = grad_hidden.view(hidden.sizes());

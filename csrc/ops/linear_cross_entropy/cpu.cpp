@@ -36,11 +36,9 @@ void check_classes(const at::Tensor& targets, int64_t classes, int64_t ignore_in
                     among.numel() == 0 ? 0 : among[0].item<int64_t>());
 }
 
-// to = left right, or to += left right, left being of the dtype of to, right perhaps narrower.
 void product_cpu(const at::Tensor& to, const at::Tensor& left, const at::Tensor& right, bool add) {
-  const at::Tensor wide = right.to(to.scalar_type());
   at::Tensor result = to;
-  add ? at::addmm_out(result, to, left, wide) : at::mm_out(result, left, wide);
+  add ? at::addmm_out(result, to, left, right) : at::mm_out(result, left, right);
 }
 
 LossesAndGradients linear_cross_entropy_losses_cpu(
