@@ -30,6 +30,7 @@ from common import write_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from muddformer import MUDDFormerConfig, build_model
+from muddformer._files import remove
 from muddformer.models import release
 from muddformer.models.convert import convert
 from muddformer.training.metrics import peak_memory_mib
@@ -91,7 +92,7 @@ def measure(do: Callable[[Path, Path], None], source: Path, target: Path) -> tup
     there.close()  # so that recv() does not wait for a process that has failed
     result = here.recv()
     process.join()
-    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    remove(target)
     return result
 
 
