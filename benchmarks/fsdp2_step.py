@@ -15,6 +15,7 @@ import gc
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,25 @@ from training import VOCABULARY, Method, Shape, blocks_of, connection_bytes, mak
 STEPS = 12
 
 
-def measure(method: Method, shape: Shape, mesh: DeviceMesh, device: torch.device) -> dict:
-    """The figures of one method, on every process."""
-    cuda = device.type == "cuda"
+def start(device_type: str) -> torch.device:
+    """Joins the processes of torchrun; the device of this one."""
+    cuda, rank = device_type.startswith("cuda"), int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+def mesh_of(device: torch.device) -> DeviceMesh:
+    """All devices."""
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def sharded_step(
+    method: Method, shape: Shape, mesh: DeviceMesh, device: torch.device
+) -> tuple[Callable[[], float], float]:
+    """A step, which waits for what it enqueues and returns the loss, and the bytes that the connections must move."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     with torch.device(device):
@@ -43,30 +60,48 @@ def measure(method: Method, shape: Shape, mesh: DeviceMesh, device: torch.device
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     ids, targets = (torch.randint(VOCABULARY, (shape.batch, shape.length), device=device) for _ in range(2))
 
-    def timed_step() -> tuple[float, float]:
-        dist.barrier()
-        begin = time.perf_counter()
+    def step() -> float:
         loss = model(ids, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         value = loss.item()
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize()
+        return value
+
+    return step, moved
+
+
+def timed(step: Callable[[], float]) -> tuple[float, float, float]:
+    """Seconds of the first step, the median milliseconds of later ones by the clock, and the first loss."""
+
+    def timed_step() -> tuple[float, float]:
+        dist.barrier()
+        begin = time.perf_counter()
+        value = step()
         return 1e3 * (time.perf_counter() - begin), value
 
     first, loss = timed_step()
     for _ in range(3):
         timed_step()
-    if cuda:
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    ms = statistics.median(timed_step()[0] for _ in range(STEPS))
+    return first / 1e3, statistics.median(timed_step()[0] for _ in range(STEPS)), loss
+
+
+def measure(method: Method, shape: Shape, mesh: DeviceMesh, device: torch.device) -> dict:
+    """The figures of one method, on every process."""
+    step, moved = sharded_step(method, shape, mesh, device)
+    first, ms, loss = timed(step)
+    cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     speed = copy_gb_per_s(2**28 if cuda else 2**22, torch.bfloat16, device, 0.2)
     return {
         "ms": round(ms, 3),
         "tokens_per_s": round(mesh.size() * shape.tokens / ms * 1e3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else "",
-        "first_step_s": round(first / 1e3, 1),
+        "peak_gib": round(peak, 2) if cuda else "",
+        "first_step_s": round(first, 1),
         "loss": round(loss, 4),
         "bytes_deferred_ms": round(moved / speed / 1e6, 3),
     }
@@ -81,12 +116,8 @@ def main() -> None:
     args = p.parse_args()
     if "LOCAL_RANK" not in os.environ:
         p.error("must be run by torchrun, such as: torchrun --nproc-per-node 2 benchmarks/fsdp2_step.py")
-    cuda, rank = args.device.startswith("cuda"), int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    device = start(args.device)
+    mesh, rank, cuda = mesh_of(device), dist.get_rank(), device.type == "cuda"
     for text in args.models:
         shape, plain = Shape.parse(text, 4, args.length), {}
         for name in args.methods:

@@ -2,7 +2,9 @@
 
     forward   the product, and the residual added to it
     both      and the gradients of x (bfloat16), weight (float32) and residual
-The floor is the products by themselves (one, three), measured in the same run.
+The floor is the products by themselves (one, three), measured in the same run. The second floor has besides what
+must be read and written for all else, at the speed of a copy: the residual, the weight's copy in bfloat16, and the two
+bytes more of an entry of its gradient.
 
     python benchmarks/linear.py --csv benchmarks/results/h100_linear.csv
 """
@@ -13,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import check_outputs, medians_ms, parser, peak_memory_mib, write_rows
+from common import check_outputs, copy_gb_per_s, medians_ms, parser, peak_memory_mib, write_rows
 from torch import Tensor
 
 from muddformer import ops
@@ -67,9 +69,12 @@ def measure(tokens: int, width: int, out: int, device: torch.device, seconds: fl
         calls[name, "forward"] = torch.no_grad()(lambda f=function: f(*leaves))
         calls[name, "both"] = lambda f=function: both(f, leaves, grad)
     times = medians_ms([*products, *calls.values()], device, seconds)
+    speed = copy_gb_per_s(tokens * out, torch.bfloat16, device, seconds)
+    more = {"forward": 2 * tokens * out + 6 * width * out, "both": 2 * tokens * out + 8 * width * out}  # bytes
     result = []
     for ((name, kind), call), ms in zip(calls.items(), times[3:], strict=True):
         floor, memory = sum(times[: KINDS[kind]]), peak_memory_mib(call, device)
+        with_bytes = floor + more[kind] / speed / 1e6
         result.append(
             {
                 "op": "linear",
@@ -82,6 +87,8 @@ def measure(tokens: int, width: int, out: int, device: torch.device, seconds: fl
                 "ms": round(ms, 4),
                 "floor_ms": round(floor, 4),
                 "fraction_of_floor": round(floor / ms, 3),
+                "bytes_floor_ms": round(with_bytes, 4),
+                "fraction_of_bytes_floor": round(with_bytes / ms, 3),
                 "peak_mib": "" if memory is None else round(memory, 1),
             }
         )
@@ -102,13 +109,14 @@ def main() -> None:
     p.add_argument("--methods", nargs="+", default=["eager", "compile", "ours"], help="what to measure")
     args = p.parse_args()
     device = torch.device(args.device)
-    print("           shape   method     kind        ms    floor of floor     MiB")
+    print("           shape   method     kind        ms    floor of floor  with bytes of that     MiB")
     for shape in args.shapes:
         rows = measure(*map(int, shape.split("x")), device, args.seconds, args.methods)
         for r in rows:
             print(
                 f"{shape:>16} {r['method']:>8} {r['kind']:>8} {r['ms']:>9.4f} {r['floor_ms']:>8.4f} "
-                f"{r['fraction_of_floor']:>8.3f} {r['peak_mib'] or 0:>7.0f}",
+                f"{r['fraction_of_floor']:>8.3f} {r['bytes_floor_ms']:>11.4f} {r['fraction_of_bytes_floor']:>7.3f} "
+                f"{r['peak_mib'] or 0:>7.0f}",
                 flush=True,
             )
         write_rows(rows, args.csv, device)

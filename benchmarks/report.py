@@ -33,6 +33,7 @@ from tables import (
     number,
     ratio,
     read,
+    read_gpus,
     several,
     step_run,
     step_runs,
@@ -46,7 +47,6 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTAL
 
 # ---- training steps ---------------------------------------------------------------------------------------------
 FORMS = {"mudd": "MUDD", "prepost": "MUDD, PrePostDANorm", "2x2": "MUDD, k x p = 2 x 2"}
-STEP_FILES = ("h200_train_step", "h100_train_step")  # of the runs of a day the later file's count
 RUNS = {
     "compile": "whole model compiled",
     "block": "every block compiled",
@@ -76,7 +76,7 @@ def step_line(run: dict[str, Row], method: str, short: bool) -> Line:
 
 def steps(hows: Sequence[str], short: bool = False) -> str:
     """A line for each size and form; the short table has those alone that were measured beside both twins."""
-    rows = sorted((row for name in STEP_FILES for row in read(name)), key=lambda row: row["date"])
+    rows = read_gpus("train_step")
     runs = step_runs(rows)
     lines = []
     for size in latest((r for r in rows if not r["method"].startswith("plain")), "model", "batch"):
@@ -106,7 +106,7 @@ def other_steps() -> str:
         "plain+use_qk_norm=false-compile": "plain without norms of q and k, compiled",
     }
     lines = []
-    for run in step_runs(read("h100_train_step")):
+    for run in step_runs(read_gpus("train_step")):
         for method in names.keys() & run.keys():
             row = run[method]
             ms = number(row["ms"]) if row["status"] == "ok" else row["status"]
@@ -122,12 +122,12 @@ def profile() -> str:
     """Milliseconds of a step by kind of kernel, a table for each pair of models."""
     parts = []
     pairs: dict[tuple[str, ...], list[Row]] = {}
-    for row in read("h100_profile_step"):
-        rows = pairs.setdefault(tuple(row[k] for k in ("model", "batch", "methods")), [])
+    for row in read_gpus("profile_step"):
+        rows = pairs.setdefault((row["model"], row["batch"], row.get("run", "Python"), row["methods"]), [])
         if rows and any(rows[-1][k] != row[k] for k in ("device", "torch", "commit", "date")):
             rows.clear()  # measured again
         rows.append(row)
-    for (model, batch, methods), rows in pairs.items():
+    for (model, batch, run, methods), rows in pairs.items():
         plain, ours = methods.split()
         history = [r for r in rows if r["category"].startswith(("aggregation", "flush"))]
         total = {k: str(sum(float(r[k]) for r in history)) for k in ("plain_ms", "mudd_ms", "difference_ms")}
@@ -135,7 +135,8 @@ def profile() -> str:
         for r in [*rows, {**rows[0], **total, "category": "aggregation and flush together"}]:
             both = (number(r[k]) if float(r[k]) else NONE for k in ("plain_ms", "mudd_ms"))
             lines.append(([r["category"], *both, f"{float(r['difference_ms']):+.2f}"], [r]))
-        head = [f"{model.replace('x', ' x ')}, batch {batch}", plain, ours, "difference"]
+        where = "" if run == "Python" else f", {run}"
+        head = [f"{model.replace('x', ' x ')}, batch {batch}{where}", plain, ours, "difference"]
         parts.append(table(head, lines))
     return "\n".join(parts)
 
@@ -143,7 +144,7 @@ def profile() -> str:
 def follow() -> str:
     """Losses of the operators beside those of the plain formulation, step by step."""
     runs: dict[tuple[str, str], list[Row]] = {}
-    for row in read("h100_follow_naive"):
+    for row in read_gpus("follow_naive"):
         runs.setdefault((row["dtype"], row["seed"]), []).append(row)
 
     def distance(rows: Sequence[Row], a: str, others: Sequence[Row], b: str) -> list[float]:
@@ -168,15 +169,15 @@ def order(key: tuple[str, ...]) -> tuple:
     return (key[0] != "float32", key[0], *map(int, key[1:]))
 
 
-def operator(name: str, kinds: Sequence[str], **where: str) -> str:
+def operator(rows: Sequence[Row], kinds: Sequence[str], **where: str) -> str:
     """Eager, torch.compile and ours, the fraction of the floor, and how many times as fast as torch.compile.
 
     Args:
-        name: of the CSV file.
+        rows: of its CSV files.
         kinds: keys of KINDS.
         where: values of columns that a row must have. Sizes of which ours alone was measured are left out.
     """
-    rows = [row for row in read(name) if all(row[column] == value for column, value in where.items())]
+    rows = [row for row in rows if all(row[column] == value for column, value in where.items())]
     others = latest((row for row in rows if row["method"] != "ours"), "dtype", "tokens", "D", "S")
     found = latest(rows, "dtype", "tokens", "D", "S", "kind", "method")
     lines = []
@@ -202,7 +203,7 @@ def operator(name: str, kinds: Sequence[str], **where: str) -> str:
 
 def aggregate_kernels() -> str:
     """The launchers alone: of every shape forward and backward, the fastest path and the one before Hopper."""
-    found = latest(read("h100_aggregate_kernels"), "dtype", "tokens", "D", "C", "S", "op", "path")
+    found = latest(read_gpus("aggregate_kernels"), "dtype", "tokens", "D", "C", "S", "op", "path")
     lines = []
     for key in dict.fromkeys(key[:5] for key in found):
         dtype, tokens, dim, ways, sources = key
@@ -223,7 +224,7 @@ def aggregate_kernels() -> str:
 
 def aggregate_norm() -> str:
     """Forward and backward of the normed aggregation, for the norms of q, k, v and with PrePostDANorm's."""
-    rows = [row for row in read("h100_depth_aggregate_norm") if row["method"] == "ours"]
+    rows = [row for row in read_gpus("depth_aggregate_norm") if row["method"] == "ours"]
     found = latest(rows, "tokens", "D", "S", "norms", "kind")
     lines = []
     for key in sorted(latest(rows, "tokens", "D", "S"), key=lambda k: (int(k[1]), int(k[2]))):
@@ -239,8 +240,13 @@ def aggregate_norm() -> str:
     return table(head, lines)
 
 
+def with_norms(norms: str) -> str:
+    """Of the same, eager, torch.compile and ours."""
+    return operator(read_gpus("depth_aggregate_norm"), ["forward", "both"], norms=norms)
+
+
 def flush() -> str:
-    rows = read("h100_deferred_flush")
+    rows = read_gpus("deferred_flush")
     found = latest(rows, "tokens", "D", "S", "kind", "method")
     lines = []
     for key in latest(rows, "tokens", "D", "S"):
@@ -260,7 +266,7 @@ def flush() -> str:
 
 
 def decode() -> str:
-    rows = read("h100_decode")
+    rows = read_gpus("decode")
     found = latest(rows, "batch", "norm", "method")
     lines = []
     for (batch,) in latest(rows, "batch"):
@@ -272,7 +278,7 @@ def decode() -> str:
 
 # ---- the rest ---------------------------------------------------------------------------------------------------
 def cpp_step() -> str:
-    rows = read("cpu_cpp_step") + read("h100_cpp_step") + read("h200_cpp_step")
+    rows = read("cpu_cpp_step") + read_gpus("cpp_step")
     found = latest(rows, "size", "batch", "tokens", "dtype", "model", "language")
     lines = []
     for key in latest(rows, "size", "batch", "tokens", "dtype", "model"):
@@ -286,7 +292,7 @@ def cpp_step() -> str:
 
 def fsdp2_step() -> str:
     lines = []
-    for r in latest(read("h200_fsdp2_step"), "model", "method").values():
+    for r in latest(read_gpus("fsdp2_step"), "model", "method").values():
         model, _, run = r["method"].rpartition("-")
         cells = [f"{r['model'].replace('x', ' x ')}, {r['batch']} a device", FORMS.get(model, model), RUNS[run]]
         cells += [number(r[column]) for column in ("ms", "peak_gib")]
@@ -298,7 +304,7 @@ def fsdp2_step() -> str:
 
 def transformers() -> str:
     names = {"train_step": "a step of Trainer, ms", "decode": "generate, tokens/s"}
-    found = latest([*read("h100_hf"), *read("h200_hf")], "layers", "D", "figure", "method")
+    found = latest(read_gpus("hf"), "layers", "D", "figure", "method")
     lines = []
     for key in dict.fromkeys(k[:3] for k in found):
         ours, theirs = (found[(*key, method)] for method in ("ours", "transformers"))
@@ -310,7 +316,7 @@ def transformers() -> str:
 
 def attached() -> str:
     runs = {"eager": "eager", "block": "every layer compiled", "compile": "whole model compiled"}
-    found = latest(read("h200_hf_attach"), "model", "batch", "precision", "method")
+    found = latest(read_gpus("hf_attach"), "model", "batch", "precision", "method")
     lines = []
     for (*where, method), row in found.items():
         form, _, how = method.partition("-")
@@ -374,9 +380,9 @@ def demo() -> str:
 
 
 # ---- operators of a block ---------------------------------------------------------------------------------------
-def methods(name: str, columns: Sequence[str], kinds: Sequence[str]) -> list[Line]:
+def methods(subject: str, columns: Sequence[str], kinds: Sequence[str]) -> list[Line]:
     """For each case its columns, and of each kind the times of eager, torch.compile and ours, and our fraction."""
-    found = latest(read(name), *columns, "kind", "method")
+    found = latest(read_gpus(subject), *columns, "kind", "method")
     lines = []
     for key in dict.fromkeys(k[: len(columns)] for k in found):
         cells, used = list(key), []
@@ -390,16 +396,19 @@ def methods(name: str, columns: Sequence[str], kinds: Sequence[str]) -> list[Lin
 
 def linear() -> str:
     """A linear layer with a residual, beside its products by themselves."""
-    lines = methods("h100_linear", ("tokens", "in", "out"), ("forward", "both"))
-    for cells, _ in lines:
-        cells[:3] = [f"{cells[0]} x {cells[1]} -> {cells[2]}"]
-    head = [f"{KINDS[kind]}: eager, compile, ours, ms" for kind in ("forward", "both")]
-    return table(["tokens x in -> out", head[0], "of the product", head[1], "of the three products"], lines)
+    lines, head = methods("linear", ("tokens", "in", "out"), ("forward", "both")), ["tokens x in -> out"]
+    for cells, used in lines:
+        ours = {row["kind"]: row for row in used if row["method"] == "ours"}
+        whole = [fraction(ours[kind], "fraction_of_bytes_floor") for kind in ("forward", "both")]
+        cells[:] = [f"{cells[0]} x {cells[1]} -> {cells[2]}", *cells[3:5], whole[0], *cells[5:], whole[1]]
+    for kind, products in {"forward": "product", "both": "three products"}.items():
+        head += [f"{KINDS[kind]}: eager, compile, ours, ms", f"of the {products}", "and of the other bytes"]
+    return table(head, lines)
 
 
 def cross_entropy() -> str:
     """Head and loss, with the memory that each takes."""
-    lines = methods("h100_linear_cross_entropy", ("tokens", "D", "V"), ("forward", "both"))
+    lines = methods("linear_cross_entropy", ("tokens", "D", "V"), ("forward", "both"))
     for cells, used in lines:
         cells[:3] = [f"{cells[0]} x {cells[1]}, {cells[2]} classes"]
         cells.append(several([row for row in used if row["kind"] == "both"], "peak_mib"))
@@ -410,7 +419,7 @@ def cross_entropy() -> str:
 
 def block_ops() -> str:
     """The elementwise operators of a block."""
-    lines = methods("h100_block_ops", ("tokens", "D", "norms"), ("forward", "backward"))
+    lines = methods("block_ops", ("tokens", "D", "norms"), ("forward", "backward"))
     for cells, _ in lines:
         cells[:2] = [f"{cells[0]} x {cells[1]}"]
     head = [f"{kind}: eager, compile, ours, ms" for kind in ("forward", "backward")]
@@ -425,20 +434,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile_step": profile,
     "follow_naive": follow,
     "aggregate_kernels": aggregate_kernels,
-    "depth_aggregate": lambda: operator("h100_depth_aggregate", ["forward", "both", "chained"]),
-    "depth_aggregation": lambda: operator("h100_depth_aggregation", ["forward", "both"]),
+    "depth_aggregate": lambda: operator(read_gpus("depth_aggregate"), ["forward", "both", "chained"]),
+    "depth_aggregation": lambda: operator(read_gpus("depth_aggregation"), ["forward", "both"]),
     "depth_aggregate_norm": aggregate_norm,
-    "depth_aggregate_norm_compile": lambda: operator("h100_depth_aggregate_norm", ["forward", "both"], norms="qkv"),
-    "depth_aggregate_prepost_compile": lambda: operator(
-        "h100_depth_aggregate_norm", ["forward", "both"], norms="pre-post"
-    ),
-    "connection_weights": lambda: operator("h100_connection_weights", ["forward", "both", "chained"]),
+    "depth_aggregate_norm_compile": lambda: with_norms("qkv"),
+    "depth_aggregate_prepost_compile": lambda: with_norms("pre-post"),
+    "connection_weights": lambda: operator(read_gpus("connection_weights"), ["forward", "both", "chained"]),
     "deferred_flush": flush,
     "linear": linear,
     "linear_cross_entropy": cross_entropy,
     "block_ops": block_ops,
     "decode": decode,
-    "depth_aggregate_cpu": lambda: operator("cpu_depth_aggregate", ["forward", "both", "chained"]),
+    "depth_aggregate_cpu": lambda: operator(read("cpu_depth_aggregate"), ["forward", "both", "chained"]),
     "cpp_step": cpp_step,
     "fsdp2_step": fsdp2_step,
     "transformers": transformers,

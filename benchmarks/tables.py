@@ -23,6 +23,13 @@ def read(name: str) -> list[Row]:
         return [{**row, "csv": name} for row in csv.DictReader(file)]
 
 
+def read_gpus(subject: str) -> list[Row]:
+    """The rows of every GPU's file of a subject (h100_SUBJECT.csv, ...), by date; of one day the older GPU's first."""
+    names = (path.stem for path in sorted(RESULTS.glob(f"*_{subject}.csv")) if not path.stem.startswith("cpu_"))
+    rows = [row for name in names if name.partition("_")[2] == subject for row in read(name)]
+    return sorted(rows, key=lambda row: row["date"])
+
+
 def latest(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], Row]:
     """By the values of the columns, the last row that has them; in the order in which they first appear."""
     return {tuple(row[column] for column in columns): row for row in rows}
@@ -76,8 +83,8 @@ def several(rows: Sequence[Row | None], column: str) -> str:
     return ", ".join(number(row and row[column]) for row in rows)
 
 
-def fraction(row: Row | None) -> str:
-    return f"{float(row['fraction_of_floor']):.2f}" if row else NONE
+def fraction(row: Row | None, column: str = "fraction_of_floor") -> str:
+    return f"{float(row[column]):.2f}" if row and row.get(column) else NONE
 
 
 def together(a: Row | None, b: Row | None) -> bool:

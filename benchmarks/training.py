@@ -133,6 +133,11 @@ def make_model(method: Method, shape: Shape, reference_path: Path | None = None)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
         spec.loader.exec_module(module)
         return module.Model(VOCABULARY, shape.width, shape.layers, shape.heads, ffn=shape.feed_forward)
+    return build_model(model_config(method, shape))
+
+
+def model_config(method: Method, shape: Shape) -> MUDDFormerConfig:
+    """Of a model of ours."""
     fields = {
         "vocab_size": VOCABULARY,
         "block_size": shape.length,
@@ -143,7 +148,7 @@ def make_model(method: Method, shape: Shape, reference_path: Path | None = None)
         "use_qk_norm": True,
         "ffn_reallocation": False,
     }
-    return build_model(MUDDFormerConfig(**{**fields, **FORMS[method.form], **method.fields}))
+    return MUDDFormerConfig(**{**fields, **FORMS[method.form], **method.fields})
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

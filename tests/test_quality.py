@@ -325,8 +325,12 @@ def test_page_from_rows(quality, tmp_path):
         rows += [row for run in quality.sets.load_set(path).runs for row in _rows_of(quality, run)]
     rows = list({(row.run, row.step): row for row in rows}.values())
     quality.rows.write_rows(tmp_path / "rows.csv", rows)
+    again = dataclasses.replace(rows[-1], held_out_loss=rows[-1].held_out_loss + 0.0125)
+    quality.rows.write_rows(tmp_path / "repeats.csv", [again])
     arguments = [
         str(tmp_path / "rows.csv"),
+        "--repeats",
+        str(tmp_path / "repeats.csv"),
         "--sets",
         *map(str, paths),
         "--page",
@@ -344,6 +348,7 @@ def test_page_from_rows(quality, tmp_path):
     assert "2.5 times the compute. MUDD at 0M tokens: 2.000 ± 0.000: NOT reached" in text
     assert "1.5 times the seconds. MUDD at 0M tokens: 1.600 ± 0.000: reached" in text
     assert "-0.200 ± 0.000" in text and "**2.8" in text and "diverged by" in text
+    assert "## Noise of the hardware" in text and f"| {again.held_out_loss:.4f} | 0.0125 |" in text
 
 
 def test_the_page_is_what_the_rows_give(quality):

@@ -22,7 +22,7 @@ def test_the_pages_are_what_the_csv_files_give(report: ModuleType, capsys: pytes
 
 
 def step(method: str, ms: float, gib: float = 10.0, commit: str = "aaaaaaa") -> dict[str, str]:
-    """A row of h100_train_step.csv."""
+    """A row of train_step.py."""
     figures = {"ms": ms, "peak_gib": gib, "first_step_s": 30.0, "bytes_rmw_ms": 5.0, "bytes_deferred_ms": 4.0}
     where = {
         "device": "GPU",
@@ -38,7 +38,7 @@ def step(method: str, ms: float, gib: float = 10.0, commit: str = "aaaaaaa") -> 
 
 def cells(report: ModuleType, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]]) -> list[str]:
     """Those of the one line of the table of training steps."""
-    monkeypatch.setattr(report, "read", lambda name: rows)
+    monkeypatch.setattr(report, "read_gpus", lambda subject: rows)
     (line,) = [line for line in report.steps(["compile"], short=True).splitlines() if line.startswith("| 12 x 1024")]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -67,7 +67,7 @@ def test_ratios_are_to_the_faster_twin_of_the_run(report: ModuleType, monkeypatc
 def test_without_both_twins_in_the_run_there_is_no_ratio(
     report: ModuleType, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]]
 ) -> None:
-    monkeypatch.setattr(report, "read", lambda name: rows)
+    monkeypatch.setattr(report, "read_gpus", lambda subject: rows)
     (line,) = [line for line in report.steps(["compile"]).splitlines() if line.startswith("| 12 x 1024")]
     assert line.split(" | ")[6:8] == ["-", "-"]
     assert report.steps(["compile"], short=True) == "(not measured)\n"  # the README has whole comparisons alone

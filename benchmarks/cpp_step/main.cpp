@@ -1,15 +1,16 @@
 // A training step of the C++ model; cpp_step.py compiles and runs it beside Python's.
 //
-// `cpp_step CONFIG.json DEVICE DTYPE BATCH TOKENS SECONDS THREADS` prints the median milliseconds
-// of a step (forward, backward, fused AdamW, zero_grad), those of forward and backward alone, the
-// peak of what tensors took on the device, and of what the process has had of the host's memory, in
-// MiB.
-// DTYPE: float32, or bfloat16 for autocast.
+// `cpp_step CONFIG.json DEVICE DTYPE BATCH TOKENS SECONDS THREADS [TRACE.json STEPS]` prints the
+// median milliseconds of a step (forward, backward, fused AdamW, zero_grad), those of forward and
+// backward alone, the peak of what tensors took on the device, and of what the process has had of
+// the host's memory, in MiB. DTYPE: float32, or bfloat16 for autocast. With a trace it writes what
+// the device does in so many steps, as torch.profiler does.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <muddformer/models.h>
+#include <torch/csrc/autograd/profiler_kineto.h>
 #include <torch/cuda.h>
 
 #include <algorithm>
@@ -17,6 +18,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -112,11 +114,26 @@ double median_ms(const Call& call, bool cuda, double seconds) {
   return times[times.size() / 2];
 }
 
+// Writes a trace of calls: the kernels, or what the CPU does.
+template <class Call>
+void trace(const Call& call, bool cuda, int calls, const std::string& path) {
+  using torch::profiler::impl::ActivityType;
+  namespace profiler = torch::autograd::profiler;
+  const std::set<ActivityType> activities{cuda ? ActivityType::CUDA : ActivityType::CPU};
+  const torch::profiler::impl::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO);
+  profiler::prepareProfiler(config, activities);
+  profiler::enableProfiler(config, activities);
+  for (int i = 0; i < calls; ++i) call();
+  if (cuda) torch::cuda::synchronize();
+  profiler::disableProfiler()->save(path);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 8) {
-    std::cerr << "usage: cpp_step CONFIG.json DEVICE DTYPE BATCH TOKENS SECONDS THREADS\n";
+  if (argc != 8 && argc != 10) {
+    std::cerr << "usage: cpp_step CONFIG.json DEVICE DTYPE BATCH TOKENS SECONDS THREADS "
+                 "[TRACE.json STEPS]\n";
     return 2;
   }
   std::ifstream file(argv[1]);
@@ -151,4 +168,5 @@ int main(int argc, char** argv) {
   std::cout << step_ms << ' ' << pass_ms << ' '
             << (cuda ? peak_cuda_mib(device) : peak_tensor_mib()) << ' ' << peak_resident_mib()
             << '\n';
+  if (argc == 10) trace(step, cuda, std::stoi(argv[9]), argv[8]);
 }

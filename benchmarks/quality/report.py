@@ -34,12 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--sets", type=Path, nargs="+", default=sorted(Path(__file__).parent.glob("runs/*.yaml")))
     p.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     p.add_argument("--inspection", type=Path, default=ROOT / "benchmarks" / "results" / "quality_inspection.json")
+    p.add_argument("--repeats", type=Path, default=ROOT / "benchmarks" / "results" / "quality_repeats.csv")
     p.add_argument("--check", action="store_true", help="write nothing, fail if the page is not what the rows give")
     args = p.parse_args(arguments)
     try:
         results = [result for path in args.sets if (result := Results(load_set(path), read_rows(args.rows))).compares()]
         models = json.loads(args.inspection.read_text(encoding="utf-8")) if args.inspection.exists() else []
-        text = page(results, models)
+        text = page(results, models, read_rows(args.repeats))
         if args.check:
             return int(not (args.page.exists() and args.page.read_text(encoding="utf-8") == text))
         args.page.parent.mkdir(parents=True, exist_ok=True)
@@ -94,12 +95,13 @@ class Results:
         return sorted({run.tokens for run, _ in self.runs(form=form)})
 
 
-def page(results: Sequence[Results], models: Sequence[dict[str, Any]] = ()) -> str:
+def page(results: Sequence[Results], models: Sequence[dict[str, Any]] = (), repeats: Sequence[Row] = ()) -> str:
     """The text of docs/quality.md.
 
     Args:
         results: of the sets that compare something.
         models: what inspection.py found.
+        repeats: rows of runs that were done again.
     """
     lines = ["# Quality: the same loss for less", "", *_opening(results), ""]
     for kind in KINDS:
@@ -113,6 +115,8 @@ def page(results: Sequence[Results], models: Sequence[dict[str, Any]] = ()) -> s
             lines += [f"### {result.set.title}", "", *_SECTIONS[kind](result), ""]
             if result.set.note:
                 lines += [" ".join(result.set.note.split()), ""]
+    if repeated := _repeats(results, repeats):
+        lines += ["## Noise of the hardware", "", *repeated, ""]
     if models:
         lines += ["## What the connections learn", "", *_inspection(_labelled(models, results)), ""]
     return "\n".join(lines)
@@ -266,6 +270,22 @@ def _stability(result: Results) -> list[str]:
         rows.append([*cells, f"{norm:.2f}", f"{loss:.2f}"])
     heads = ["", "peak learning rate", "seed", "held-out loss", "largest gradient norm", "largest loss"]
     return [*_table(heads, rows), "", "The largest of any step after the warm-up."]
+
+
+def _repeats(results: Sequence[Results], repeats: Sequence[Row]) -> list[str]:
+    """Losses of runs that were done again from scratch, beside those of the first time."""
+    first = {i: row for result in results for i, row in result.final.items()}
+    labels = {run.id: result.set.labels[run.form] for result in results for run in result.set.runs}
+    rows = []
+    for again in (row for row in repeats if row.state == "finished" and row.run in first):
+        losses = (first[again.run].held_out_loss, again.held_out_loss)
+        cells = [labels[again.run], again.size, _millions(again.budget), str(again.seed)]
+        rows.append([*cells, *(f"{value:.4f}" for value in (*losses, abs(losses[1] - losses[0])))])
+    if not rows:
+        return []
+    heads = ["", "layers x width", "tokens", "seed", "held-out loss", "again", "distance"]
+    told = "Runs repeated from scratch with the same seed: sums on a GPU are not added in the same order each time."
+    return [told, "", *_table(heads, rows)]
 
 
 def _labelled(models: Sequence[dict[str, Any]], results: Sequence[Results]) -> dict[str, dict[str, Any]]:
