@@ -7,7 +7,7 @@
 // there too.
 //
 //   nvcc -O3 -std=c++17 -arch=sm_90 -Icsrc/kernels benchmarks/kernels_bench.cu -o kernels_bench
-//       csrc/kernels/common/*.cu csrc/kernels/depth_aggregate/*.cu
+//       csrc/kernels/common/device.cu csrc/kernels/depth_aggregate/*.cu
 //   kernels_bench [--csv FILE] [--date YYYY-MM-DD] [--group NAME]... [--op NAME]
 //
 // floor = bytes that must move at the speed of a device-to-device copy (bytes read plus bytes

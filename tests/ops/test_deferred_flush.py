@@ -90,6 +90,34 @@ def test_opcheck_of_the_norm_backward(norm: str, prepost: bool, device: torch.de
         assert all(x.is_contiguous() for x in left)
 
 
+@pytest.mark.parametrize("width", [1024, 2056, 2560, 3072, 5120])
+@pytest.mark.parametrize("ways,prepost", [(1, False), (3, False), (4, False), (4, True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_deferred_hiddens(
+    width: int, ways: int, prepost: bool, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Wide rows have a way of their own to the gradients of these weights, a tile of sources at a time."""
+    hiddens = [torch.randn(5, width, device=device).to(dtype) for _ in range(9)]
+    weights = torch.randn(5, ways, 9, device=device).to(dtype)
+    scale = 1 + torch.randn(width, device=device) / 4
+    options = (True, scale, scale) if prepost else (False, None, None)
+    arguments = (hiddens, weights, [scale] * (ways - 1) + [None], [None] * ways, "rms", 1e-6, *options)
+    outputs, _, *saved = torch.ops.muddformer.depth_aggregate_norm_forward(*arguments)
+    grads = [torch.randn(5, width, device=device).to(dtype) for _ in range(ways)]
+    named = {"add_newest": options[0], "pre_weight": options[1], "post_weight": options[2]}
+    wide = [h.double() for h in hiddens], weights.double().requires_grad_(), [scale.double()] * (ways - 1) + [None]
+    named = {name: value.double() if isinstance(value, Tensor) else value for name, value in named.items()}
+    streams, _ = reference.depth_aggregate_norm(*wide, [None] * ways, norm="rms", eps=1e-6, **named)
+    (expected,) = torch.autograd.grad(streams, wide[1], [g.double() for g in grads])
+    backward = torch.ops.muddformer.depth_aggregate_norm_backward
+    distances = [
+        distance(backward(grads, [], *arguments, outputs, *saved, deferred)[1], expected)
+        for deferred in (0, 1, 2, 3, 5, 8)
+    ]
+    assert max(distances) <= 2 * tolerance(dtype)
+    assert max(distances) <= 1.1 * distances[0]
+
+
 class Chain(torch.nn.Module):
     """Five layers of aggregation and norms of their streams; the last three are a group, where there is one."""
 

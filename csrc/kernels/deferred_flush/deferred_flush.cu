@@ -70,27 +70,38 @@ __device__ __forceinline__ void bring_weights(const FlushArgs<T>& args, unsigned
 }
 
 // Adds the products to a tile of G, in place; half a tile has 8 rows. A lane changes the words that
-// it reads.
+// it reads. Some chunks are read before any is written: one by one, each would wait for the one
+// before, and there are few warps to fill the time.
 template <typename T>
 __device__ __forceinline__ void add_products(unsigned char* tile, bool half_tile, uint32_t factors,
                                              const uint32_t (&a)[4]) {
+  constexpr int kAhead = 8;
   const int lane = threadIdx.x % 32;
   const int row = lane / 4;
-#pragma unroll 4
-  for (int chunk = 0; chunk < kColumns / 8; chunk += 2) {
-    uint32_t b[4];
-    load_right_transposed(b, factors, chunk, 0, kRowBytes);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kColumns / 8; chunk += kAhead) {
+    uint32_t b[kAhead / 2][4];
+    uint32_t* upper[kAhead];
+    float sums[kAhead][4] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      auto* upper =
-          reinterpret_cast<uint32_t*>(tile + swizzled(row, chunk + half, kRowBytes) + lane % 4 * 4);
-      uint32_t* lower = upper + 8 * kRowBytes / 4;
-      float sums[4] = {};
-      unpack_word<T>(*upper, sums);
-      if (!half_tile) unpack_word<T>(*lower, sums + 2);
-      multiply_add<T>(sums, a, b[2 * half], b[2 * half + 1]);
-      *upper = pack_word<T>(sums);
-      if (!half_tile) *lower = pack_word<T>(sums + 2);
+    for (int i = 0; i < kAhead; i += 2) {
+      load_right_transposed(b[i / 2], factors, chunk + i, 0, kRowBytes);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      upper[i] =
+          reinterpret_cast<uint32_t*>(tile + swizzled(row, chunk + i, kRowBytes) + lane % 4 * 4);
+      unpack_word<T>(*upper[i], sums[i]);
+      if (!half_tile) unpack_word<T>(upper[i][8 * kRowBytes / 4], sums[i] + 2);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      multiply_add<T>(sums[i], a, b[i / 2][2 * (i % 2)], b[i / 2][2 * (i % 2) + 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      *upper[i] = pack_word<T>(sums[i]);
+      if (!half_tile) upper[i][8 * kRowBytes / 4] = pack_word<T>(sums[i] + 2);
     }
   }
 }
