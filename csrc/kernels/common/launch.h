@@ -41,10 +41,14 @@ constexpr Columns split_columns(int vectors, int most = kMaxConsumers) {
 inline constexpr int kForwardBytesInFlight = 64 * 1024;  // of a multiprocessor
 inline constexpr int kBackwardBytesInFlight = 48 * 1024;
 
+// Blocks of a multiprocessor, of a kernel that is bound to kRingBlocks blocks of kRingThreads.
+constexpr int ring_blocks(int consumers) {
+  return kRingBlocks * kRingThreads / (consumers + 32);
+}
+
 // Stages of a block, such that the blocks of a multiprocessor have about bytes_in_flight under way
 // together. More is slower: it only makes the memory switch more often between more places.
-constexpr int ring_stages(int consumers, int stage_bytes, int bytes_in_flight) {
-  const int blocks = kRingBlocks * kRingThreads / (consumers + 32);
+constexpr int ring_stages(int blocks, int stage_bytes, int bytes_in_flight) {
   const int stages = (bytes_in_flight / blocks + stage_bytes - 1) / stage_bytes;
   return std::min(std::max(stages, 2), kMaxStages);
 }

@@ -22,7 +22,6 @@
 
 #include "../common/launch.h"
 #include "../common/ring.cuh"
-#include "../common/tensor_core.cuh"
 #include "../common/vector.cuh"
 #include "../common/warp_sums.cuh"
 #include "launch.h"
@@ -169,61 +168,6 @@ __device__ __forceinline__ void take_deferred(PairRing& ring, bool active,
     dot_ways<T, C>(x[1], dy_bits, dots + C);
     keep_dots<C, 2>(dots, sums, sources, j, deferred, add);
   }
-}
-
-// The same of 16-bit types on the tensor cores, from dY in shared memory. A product has the ways as
-// its rows and four sources, two stages, as its columns, and each warp sums over its own columns of
-// dY and X. The order of a sum is free, so a lane takes vectors as they lie.
-//
-// dy: C rows, each as far from the next as the ring's; written by this warp's lanes, each its own
-// vector. columns: of the chunk, at most a vector for each consumer.
-template <typename T, int C>
-__device__ __forceinline__ void take_deferred_products(PairRing& ring, const unsigned char* dy,
-                                                       int columns, int deferred, int sources,
-                                                       float* sums, bool add) {
-  constexpr int kTile = 4;
-  const int lane = threadIdx.x % 32;
-  const int row = lane / 4;                         // a way, and a source of the tile
-  const int first = threadIdx.x - lane + lane % 4;  // vector
-  const unsigned char* own_dy = dy + row * ring.row_bytes + first * 16;
-  const auto vector = [](const unsigned char* from, bool there) {
-    return there ? *reinterpret_cast<const uint4*>(from) : uint4{};
-  };
-  __syncwarp();
-  for (int j = 0; j < deferred; j += kTile) {
-    const RingPlace near = ring.place;
-    ring.place.advance(ring.stages);
-    const RingPlace far = ring.place;
-    const bool two = j + 2 < deferred;
-    barrier_wait(&ring.barriers.full[near.index], near.phase);
-    if (two) {
-      barrier_wait(&ring.barriers.full[far.index], far.phase);
-      ring.place.advance(ring.stages);
-    }
-    const int place = 2 * (row < 2 ? near : far).index + row % 2;
-    const unsigned char* x = ring.shared + place * ring.row_bytes + first * 16;
-    const bool there = row < kTile && j + row < deferred;
-    float parts[4][4] = {};  // with one alone each product would wait for the one before
-#pragma unroll 2
-    for (int i = 0; i < 8; ++i) {
-      const bool inside = (first + 4 * i) * kVector<T> < columns;
-      const uint4 a = vector(own_dy + 64 * i, inside && row < C);
-      const uint4 b = vector(x + 64 * i, inside && there);
-      multiply_add<T>(parts[i % 2 * 2], {a.x, 0, a.y, 0}, b.x, b.y);
-      multiply_add<T>(parts[i % 2 * 2 + 1], {a.z, 0, a.w, 0}, b.z, b.w);
-    }
-    release(&ring.barriers.empty[near.index]);
-    if (two) release(&ring.barriers.empty[far.index]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int source = j + 2 * (lane % 4) + i;
-      if (row >= C || lane % 4 >= kTile / 2 || source >= deferred) continue;
-      const float product = (parts[0][i] + parts[1][i]) + (parts[2][i] + parts[3][i]);
-      float& sum = sums[row * sources + source];
-      sum = add ? sum + product : product;
-    }
-  }
-  __syncwarp();  // before dY is written again
 }
 
 #endif
@@ -403,7 +347,7 @@ cudaError_t backward_sources(const AggregateBackward& p, int first_source, int s
   }
   const int stage_bytes = 2 * columns.threads * 16;
   const int sums_bytes = columns.threads / 32 * C * sources * static_cast<int>(sizeof(float));
-  args.stages = ring_stages(columns.threads, stage_bytes, kBackwardBytesInFlight);
+  args.stages = ring_stages(ring_blocks(columns.threads), stage_bytes, kBackwardBytesInFlight);
   return launch_ring(backward_ring<T, C>, args, p.tokens, columns.threads, stage_bytes,
                      weights_bytes<C>(sources) + sums_bytes, stream);
 }

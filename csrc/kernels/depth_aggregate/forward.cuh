@@ -165,7 +165,7 @@ cudaError_t forward_ways(const AggregateForward& p, int first_way, Path path, cu
     return cudaGetLastError();
   }
   const int stage_bytes = columns.threads * 16;
-  args.stages = ring_stages(columns.threads, stage_bytes, kForwardBytesInFlight);
+  args.stages = ring_stages(ring_blocks(columns.threads), stage_bytes, kForwardBytesInFlight);
   return launch_ring(forward_ring<T, C>, args, blocks, columns.threads, stage_bytes,
                      weights_bytes<C>(p.sources), stream);
 }

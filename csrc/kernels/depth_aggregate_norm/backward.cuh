@@ -26,8 +26,8 @@
 // fixed order, by sum_partials (depth_aggregate_norm.cu).
 //
 // A stage of the ring holds X_j and G_j, or two deferred sources. dY_c and Y_c of all ways have a
-// place of their own, where dV_c takes the place of dY_c, or with args.products has its own: the
-// loops over the ways are not unrolled, which keeps the registers of a thread few.
+// place of their own, where dV_c takes the place of dY_c: the loops over the ways are not unrolled,
+// which keeps the registers of a thread few.
 #pragma once
 
 #include "block.cuh"
@@ -85,13 +85,9 @@ class NormBackward : NormBlock<T, C, kNewest, kOneChunk> {
   __device__ __forceinline__ int weight_slot(int c) const { return places >> (4 * c) & 15; }
   __device__ __forceinline__ int bias_slot(int c) const { return places >> (16 + 4 * c) & 15; }
 
-  // This thread's vector of dY_c (0) or of Y_c (1), and of dV_c.
+  // This thread's vector of dY_c (0), later dV_c, or of Y_c (1).
   __device__ __forceinline__ uint4* way(int c, int which) const {
     return reinterpret_cast<uint4*>(this->ways + (2 * c + which) * row_bytes) + threadIdx.x;
-  }
-  __device__ __forceinline__ uint4* kept(int c) const {
-    const int step = args.products ? row_bytes : 2 * row_bytes;
-    return reinterpret_cast<uint4*>(Base::kept + c * step) + threadIdx.x;
   }
   __device__ __forceinline__ void receive_ways() {
     barrier_wait(&own.ways_full, ways_phase);
@@ -176,7 +172,7 @@ class NormBackward : NormBlock<T, C, kNewest, kOneChunk> {
     }
   }
 
-  // dV_c, and what this token adds to dweight and dbias.
+  // dV_c in place of dY_c, and what this token adds to dweight and dbias.
   __device__ __forceinline__ void make_dv(int buffer, int64_t token, int column) {
     float along[C];
     float total[C] = {};
@@ -186,10 +182,11 @@ class NormBackward : NormBlock<T, C, kNewest, kOneChunk> {
     if (remade != 0) remake(remade, buffer, token, column);
 #pragma unroll 1
     for (int c = 0; c < C; ++c) {
-      const uint4 dy_bits = given(c) ? *way(c, 0) : uint4{};
+      uint4* at = way(c, 0);
+      const uint4 dy_bits = given(c) ? *at : uint4{};
       const uint4 y_bits = *way(c, 1);
       if (!normed(c)) {
-        *kept(c) = dy_bits;
+        if (!given(c)) *at = dy_bits;
         continue;
       }
       float dy[V];
@@ -225,7 +222,7 @@ class NormBackward : NormBlock<T, C, kNewest, kOneChunk> {
       put_floats<T>(weight_sums, column, args.dim, sum);
       if (is_post(c)) *way(c, 1) = dy_bits;
       const uint4 bits = pack<T>(dy);
-      *kept(c) = bits;
+      *at = bits;
       if (args.dv[c] != nullptr) store_once(args.dv[c] + token * args.dim + column, bits);
     }
   }
@@ -252,7 +249,7 @@ class NormBackward : NormBlock<T, C, kNewest, kOneChunk> {
         if (active) make_dv(buffer.index, token, column);
         uint4 dv[C];
 #pragma unroll
-        for (int c = 0; c < C; ++c) dv[c] = active ? *kept(c) : uint4{};
+        for (int c = 0; c < C; ++c) dv[c] = active ? *way(c, 0) : uint4{};
         const uint4 post_dy = active && is_post(C - 1) ? *way(C - 1, 1) : uint4{};
         release(&own.ways_empty);
 
@@ -293,13 +290,8 @@ class NormBackward : NormBlock<T, C, kNewest, kOneChunk> {
             put_floats<T>(held, column, args.dim, result);
           }
         }
-        const bool add = first_column != 0;
-        if (sizeof(T) == 2 && args.products) {
-          take_deferred_products<T, C>(ring, Base::kept, args.dim - first_column, args.deferred,
-                                       args.sources, warp_dots, add);
-        } else {
-          take_deferred<T, C>(ring, active, dv, args.deferred, args.sources, warp_dots, add);
-        }
+        take_deferred<T, C>(ring, active, dv, args.deferred, args.sources, warp_dots,
+                            first_column != 0);
         for (int j = args.deferred; j < others; ++j) {
           receive(j);
           store(j, chain<T, C>(x, grad, dv, w + j * kWaysPadded<C>, dots));
@@ -370,7 +362,6 @@ cudaError_t backward_norm_ways(const AggregateNormBackward& p, int blocks, cudaS
   }
   args.slots = slots.count;
   args.shared_norms = layout.shared_norms;
-  args.products = layout.products;
   args.statistics = p.statistics;
   args.partial = p.workspace;
   args.pre_weight = p.pre_weight;

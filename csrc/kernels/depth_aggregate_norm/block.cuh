@@ -31,15 +31,14 @@ class NormBlock {
       : args(arguments),
         own(block_shared),
         consumers(blockDim.x - 64),
-        row_bytes(norm_row_bytes(consumers)),
+        row_bytes(consumers * 16),
         chunk(consumers * V),
         pre(kNewest && args.pre_weight != nullptr),
         others(args.sources - (kNewest ? 1 : 0)),
         ring{own.ring, memory, row_bytes, args.stages} {
     const int norm_floats = args.slots * args.dim;
     ways = memory + args.stages * 2 * row_bytes;
-    kept = args.products ? ways + C * 2 * row_bytes : ways;
-    partial = reinterpret_cast<float*>(ways + C * (args.products ? 3 : 2) * row_bytes);
+    partial = reinterpret_cast<float*>(ways + C * 2 * row_bytes);
     norms = partial + norm_floats;
     held = norms + (args.shared_norms ? norm_floats : 0);
     weights = held + (pre && !kOneChunk ? args.dim : 0);
@@ -178,8 +177,7 @@ class NormBlock {
   const bool pre;
   const int others;  // sources, but for the last where it comes first
   PairRing ring;
-  unsigned char* ways;       // [C][2] rows: dY_c; Y_c, then dY_c of the post way
-  unsigned char* kept;       // [C] rows: dV_c; without products in place of dY_c
+  unsigned char* ways;       // [C][2] rows: dY_c, then dV_c; Y_c, then dY_c of the post way
   float* partial;            // [slots][D]
   float* norms;              // [slots][D], with shared_norms
   float* held;               // [D], with a pre weight and more than one chunk

@@ -35,19 +35,6 @@ inline constexpr int kSharedMemory = 227 * 1024;  // of all blocks, 1 KB of it f
 inline constexpr int kStaticBytes = 2560;         // at most, of a block
 inline constexpr int kLeastNormStages = 3;
 
-// Where a multiprocessor has one block, and that one has no more consumers than these, its warps are
-// too few for the instructions of the deferred sources, and the tensor cores take them
-// (take_deferred_products()). Their tile is two stages; others must be under way meanwhile.
-inline constexpr int kMaxProductConsumers = 384;
-inline constexpr int kProductsBytesInFlight = 96 * 1024;
-inline constexpr int kLeastProductStages = 4;
-
-// From one row of a block of the backward to the next. Neighbours begin in different halves of the
-// banks: take_deferred_products() reads two at once.
-__host__ __device__ constexpr int norm_row_bytes(int consumers) {
-  return consumers * 16 + 64;
-}
-
 // Whether the last source comes first, because more is done with it than with the others.
 template <typename Args>
 bool newest_first(const Args& p) {
@@ -77,7 +64,6 @@ struct NormLayout {
   int stage_bytes;
   int stages;
   bool shared_norms;
-  bool products;  // of the deferred sources, on the tensor cores
   int other_bytes;
   int blocks = 0;  // 0: it does not fit
   bool roomy;      // the kernel with more registers
@@ -90,31 +76,24 @@ struct NormLayout {
   void lay_out(const AggregateNormBackward& p, int most) {
     const int vector = p.dtype == DType::Float32 ? 4 : 8;
     columns = split_columns(static_cast<int>(p.dim) / vector, most);
-    const int row_bytes = norm_row_bytes(columns.threads);
-    stage_bytes = 2 * row_bytes;
+    stage_bytes = 2 * columns.threads * 16;
     const int padded = p.ways == 3 ? 4 : p.ways;  // kWaysPadded
     const int64_t norms = 4 * NormSlots(p).count * p.dim;
-    int64_t least = p.ways * stage_bytes + norms +
-                    4 * (2 * p.sources * padded + 2 * columns.threads / 32 * p.ways * p.sources) +
-                    (p.dim / vector + 3) / 4 * 4 +
-                    (p.pre_weight != nullptr && columns.chunks > 1 ? 4 * p.dim : 0);
+    const int64_t least =
+        p.ways * stage_bytes + norms +
+        4 * (2 * p.sources * padded + 2 * columns.threads / 32 * p.ways * p.sources) +
+        (p.dim / vector + 3) / 4 * 4 +
+        (p.pre_weight != nullptr && columns.chunks > 1 ? 4 * p.dim : 0);
     const int threads = columns.threads + 64;
     blocks = NormThreads::kBackward / threads;
-    products = false;
     const auto stages_beside = [&](int64_t other) {
       const int64_t room = kSharedMemory / blocks - 1024 - kStaticBytes - other;
-      const int in_flight = products ? kProductsBytesInFlight : kBackwardBytesInFlight;
-      const int even = (in_flight / blocks + stage_bytes - 1) / stage_bytes;
+      const int even = (kBackwardBytesInFlight / blocks + stage_bytes - 1) / stage_bytes;
       const int wanted = std::min(std::max(even, kLeastNormStages), kMaxStages);
       return static_cast<int>(std::min<int64_t>(wanted, room / stage_bytes));
     };
     while (blocks > 0 && stages_beside(least) < kLeastNormStages) --blocks;
     if (blocks == 0) return;
-    const int64_t kept = p.ways * row_bytes;
-    products = vector == 8 && NormThreads::kBackward / threads == 1 &&
-               columns.threads <= kMaxProductConsumers;
-    products = products && stages_beside(least + kept) >= kLeastProductStages;
-    if (products) least += kept;
     shared_norms = stages_beside(least + norms) >= kLeastNormStages;
     other_bytes = static_cast<int>(least + (shared_norms ? norms : 0));
     stages = stages_beside(other_bytes);
@@ -145,8 +124,7 @@ struct NormForwardLayout {
     if (columns.threads == 0) return;
     stage_bytes = columns.threads * 16;
     const int beside = NormThreads::kForward / (columns.threads + 32);  // blocks
-    const int wanted = (kNormForwardBytesInFlight / beside + stage_bytes - 1) / stage_bytes;
-    stages = std::min(std::max(wanted, 2), kMaxStages);
+    stages = ring_stages(beside, stage_bytes, kNormForwardBytesInFlight);
     shared_bytes = stages * stage_bytes + sources * kMaxNormWays * int{sizeof(float)};
   }
 };

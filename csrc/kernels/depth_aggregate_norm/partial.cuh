@@ -24,7 +24,6 @@ struct BackwardNormArgs : BackwardArgs<T, C> {
   int slots;
   bool add_newest;
   bool shared_norms;  // weights and biases of the norms are kept in shared memory
-  bool products;      // the tensor cores take the deferred sources, with dV_c at a place of its own
   bool layer;
   bool wide;
   bool post;
