@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tables import RESULTS, latest, read, step_run, step_runs
+from tables import RESULTS, fair_twin, latest, read, read_gpus, step_run, step_runs
 
 METHODS = {"eager": "#9aa0a6", "compile": "#6fa8dc", "ours": "#2e7d32"}
 STEPS = {  # method of train_step.py: label, colour
@@ -26,9 +26,9 @@ def save(figure: plt.Figure, name: str) -> None:
     plt.close(figure)
 
 
-def bars(name: str, kinds: tuple[str, str], where: dict[str, str], title: str) -> None:
+def bars(subject: str, kinds: tuple[str, str], where: dict[str, str], title: str) -> None:
     """Milliseconds for each number of sources: eager, torch.compile and ours side by side, and the floor in bytes."""
-    rows = [r for r in read(name) if all(r[k] == v for k, v in where.items())]
+    rows = [r for r in read_gpus(subject) if all(r[k] == v for k, v in where.items())]
     sources = sorted({int(r["S"]) for r in rows})
     figure, axes = plt.subplots(1, len(kinds), figsize=(9, 3.2), constrained_layout=True)
     for axis, kind in zip(axes, kinds, strict=True):
@@ -48,13 +48,13 @@ def bars(name: str, kinds: tuple[str, str], where: dict[str, str], title: str) -
         axis.set_title("forward" if kind == "forward" else "forward + backward", fontsize=9)
         axis.legend(fontsize=7)
     figure.suptitle(f"{title}\n{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
-    save(figure, name)
+    save(figure, subject)
 
 
-def step_bars(name: str) -> None:
+def step_bars() -> None:
     """Time and peak memory of a training step: the plain twins and ours, of one run for each size and model of ours."""
-    runs = step_runs(read(name))
-    ours = [run["mudd-compile"] for run in runs if "mudd-compile" in run]
+    runs = step_runs(read_gpus("train_step"))
+    ours = [run["mudd-compile"] for run in runs if "mudd-compile" in run and fair_twin(run, "compile")]
     sizes = dict.fromkeys((row["model"], row["batch"]) for row in ours if row["status"] == "ok")
     chosen = {size: step_run(runs, size, "mudd-compile") for size in sorted(sizes)}
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
@@ -68,15 +68,17 @@ def step_bars(name: str) -> None:
         axis.set_xticks(range(len(chosen)), [f"{size}, batch {batch}" for size, batch in chosen], fontsize=7.5)
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=6.5, loc="upper left")
-    row = next(iter(chosen.values()))["mudd-compile"]
-    title = f"A training step, sequences of {row['length']} tokens, bfloat16 autocast, whole model compiled"
-    figure.suptitle(f"{title}\n{row['device']}, torch {row['torch']}", fontsize=9)
-    save(figure, name)
+    rows = [run["mudd-compile"] for run in chosen.values()]
+    title = f"A training step, sequences of {rows[0]['length']} tokens, bfloat16 autocast, whole model compiled"
+    devices, versions = (", ".join(dict.fromkeys(row[k] for row in rows)) for k in ("device", "torch"))
+    figure.suptitle(f"{title}\n{devices}, torch {versions}", fontsize=9)
+    save(figure, "train_step")
 
 
-def kind_bars(name: str) -> None:
-    """What each kind of kernel adds to a plain step or takes from it, for each size of the model."""
-    rows = [r for r in read(name) if r["category"] != "step" and "mudd-compile" in r["methods"]]
+def kind_bars() -> None:
+    """What each kind of kernel adds to a plain step or takes from it, for the sizes that were profiled last."""
+    rows = [r for r in read_gpus("profile_step") if r["category"] != "step" and "mudd" in r["methods"]]
+    rows = [r for r in rows if r["date"] == rows[-1]["date"]]
     rows = list(latest(rows, "model", "batch", "category").values())
     models = list(dict.fromkeys((r["model"], r["batch"]) for r in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.4), constrained_layout=True, squeeze=False)
@@ -91,8 +93,9 @@ def kind_bars(name: str) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(f"milliseconds, sum {sum(more):+.2f}", fontsize=8)
         axis.set_title(f"{model[0]}, batch {model[1]}", fontsize=9)
-    figure.suptitle(f"MUDD step minus plain step, by kind of kernel; {rows[0]['device']}", fontsize=9)
-    save(figure, name)
+    names = rows[0]["methods"].replace(" ", " to ")
+    figure.suptitle(f"What the connections add, by kind of kernel: {names}\n{rows[0]['device']}", fontsize=9)
+    save(figure, "profile_step")
 
 
 def ways_to_train() -> dict[str, tuple[float, float]]:
@@ -132,12 +135,11 @@ def ways_bars(name: str) -> None:
 if __name__ == "__main__":
     shape = {"tokens": "8192", "D": "2048", "dtype": "bfloat16"}
     bars(
-        "h100_depth_aggregate",
+        "depth_aggregate",
         ("forward", "both"),
         shape,
         "Aggregation over depth, bfloat16, 8192 tokens x 2048, 4 ways",
     )
-    for draw, name in ((step_bars, "h100_train_step"), (kind_bars, "h100_profile_step")):
-        if (RESULTS / f"{name}.csv").exists():
-            draw(name)
-    ways_bars("h200_step_ways")
+    step_bars()
+    kind_bars()
+    ways_bars("step_ways")

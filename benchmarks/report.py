@@ -119,10 +119,15 @@ def other_steps() -> str:
 
 
 def profile() -> str:
-    """Milliseconds of a step by kind of kernel, a table for each pair of models."""
+    """Milliseconds of a step by kind of kernel, a table for each model beside the twin with a bfloat16 residual stream.
+
+    Under FSDP2 every model has one.
+    """
     parts = []
     pairs: dict[tuple[str, ...], list[Row]] = {}
     for row in read_gpus("profile_step"):
+        if not row["methods"].startswith("plain16") and not row.get("run", "").startswith("FSDP2"):
+            continue
         rows = pairs.setdefault((row["model"], row["batch"], row.get("run", "Python"), row["methods"]), [])
         if rows and any(rows[-1][k] != row[k] for k in ("device", "torch", "commit", "date")):
             rows.clear()  # measured again
@@ -133,6 +138,8 @@ def profile() -> str:
         total = {k: str(sum(float(r[k]) for r in history)) for k in ("plain_ms", "mudd_ms", "difference_ms")}
         lines = []
         for r in [*rows, {**rows[0], **total, "category": "aggregation and flush together"}]:
+            if not (float(r["plain_ms"]) or float(r["mudd_ms"])):
+                continue
             both = (number(r[k]) if float(r[k]) else NONE for k in ("plain_ms", "mudd_ms"))
             lines.append(([r["category"], *both, f"{float(r['difference_ms']):+.2f}"], [r]))
         where = "" if run == "Python" else f", {run}"
@@ -166,7 +173,7 @@ KINDS = {"forward": "forward", "both": "forward + backward", "chained": "with ch
 
 def order(key: tuple[str, ...]) -> tuple:
     """float32 first, then by size."""
-    return (key[0] != "float32", key[0], *map(int, key[1:]))
+    return (key[0] != "float32", key[0], *map(int, key[1:4]), *key[4:])
 
 
 def operator(rows: Sequence[Row], kinds: Sequence[str], **where: str) -> str:
@@ -178,8 +185,8 @@ def operator(rows: Sequence[Row], kinds: Sequence[str], **where: str) -> str:
         where: values of columns that a row must have. Sizes of which ours alone was measured are left out.
     """
     rows = [row for row in rows if all(row[column] == value for column, value in where.items())]
-    others = latest((row for row in rows if row["method"] != "ours"), "dtype", "tokens", "D", "S")
-    found = latest(rows, "dtype", "tokens", "D", "S", "kind", "method")
+    others = latest((row for row in rows if row["method"] != "ours"), "dtype", "tokens", "D", "S", "device")
+    found = latest(rows, "dtype", "tokens", "D", "S", "device", "kind", "method")
     lines = []
     for key in sorted(others, key=order):
         cells, used = [f"{key[0]}, {key[1]} x {key[2]}", key[3]], []
@@ -225,9 +232,9 @@ def aggregate_kernels() -> str:
 def aggregate_norm() -> str:
     """Forward and backward of the normed aggregation, for the norms of q, k, v and with PrePostDANorm's."""
     rows = [row for row in read_gpus("depth_aggregate_norm") if row["method"] == "ours"]
-    found = latest(rows, "tokens", "D", "S", "norms", "kind")
+    found = latest(rows, "tokens", "D", "S", "device", "norms", "kind")
     lines = []
-    for key in sorted(latest(rows, "tokens", "D", "S"), key=lambda k: (int(k[1]), int(k[2]))):
+    for key in sorted(latest(rows, "tokens", "D", "S", "device"), key=lambda k: (k[3], int(k[1]), int(k[2]))):
         cells, used = [f"{key[0]} x {key[1]}", key[2]], []
         for norms in ("qkv", "pre-post"):
             for kind in ("forward", "backward", "deferred"):
@@ -247,9 +254,9 @@ def with_norms(norms: str) -> str:
 
 def flush() -> str:
     rows = read_gpus("deferred_flush")
-    found = latest(rows, "tokens", "D", "S", "kind", "method")
+    found = latest(rows, "tokens", "D", "S", "device", "kind", "method")
     lines = []
-    for key in latest(rows, "tokens", "D", "S"):
+    for key in latest(rows, "tokens", "D", "S", "device"):
         names = [("flush", "eager"), ("flush", "compile"), ("flush", "ours"), ("group", "single"), ("group", "ours")]
         made = [found.get((*key, *name)) for name in names]
         cells = [f"{key[0]} x {key[1]}", key[2], several(made[:3], "ms"), fraction(made[2])]
