@@ -70,7 +70,7 @@ struct RowSums {
 
 // kNewest: the last source is also base, or is normed itself.
 template <typename T, int C, bool kNewest>
-__global__ void __launch_bounds__(NormThreads::kForward, 1)
+__global__ void __launch_bounds__(NormThreads::kForward / 2, 2)
     forward_norm_ring(const __grid_constant__ ForwardNormArgs<T, C> args) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
