@@ -185,10 +185,10 @@ def operator(rows: Sequence[Row], kinds: Sequence[str], **where: str) -> str:
         where: values of columns that a row must have. Sizes of which ours alone was measured are left out.
     """
     rows = [row for row in rows if all(row[column] == value for column, value in where.items())]
-    others = latest((row for row in rows if row["method"] != "ours"), "dtype", "tokens", "D", "S", "device")
+    others = [row for row in rows if row["method"] in ("eager", "compile")]
     found = latest(rows, "dtype", "tokens", "D", "S", "device", "kind", "method")
     lines = []
-    for key in sorted(others, key=order):
+    for key in sorted(latest(others, "dtype", "tokens", "D", "S", "device"), key=order):
         cells, used = [f"{key[0]}, {key[1]} x {key[2]}", key[3]], []
         for kind in kinds:
             eager, compiled, ours = (found.get((*key, kind, method)) for method in ("eager", "compile", "ours"))
