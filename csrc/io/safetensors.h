@@ -65,7 +65,8 @@ MUDDFORMER_API std::map<std::string, at::Tensor> load_safetensors(
 ///
 /// @param metadata texts for `__metadata__`.
 /// @throws c10::ValueError, c10::TypeError naming the tensor that cannot be stored: no values
-///   (meta), not strided, a dtype without a name in the format, a name that is not UTF-8.
+///   (meta), not strided, a dtype without a name in the format, the name `__metadata__`; or naming
+///   the path: a name or text that is not UTF-8, or more of them than a file may begin with.
 /// @throws c10::Error if the file cannot be written; an old file is then as it was.
 MUDDFORMER_API void save_safetensors(const std::map<std::string, at::Tensor>& tensors,
                                      const std::filesystem::path& path,

@@ -65,7 +65,7 @@ class MUDDFORMER_API Connections {
   /// The history of a forward pass, for a stack with these connections. It must not outlive them.
   ///
   /// @param x0 X_0 [..., D], the embedding output.
-  /// @throws c10::ValueError if x0 has another width than dim.
+  /// @throws c10::ValueError if x0 has another width than dim, where anything is aggregated.
   History begin(const at::Tensor& x0) const;
 
   ConnectionOptions options;

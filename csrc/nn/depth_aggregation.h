@@ -45,14 +45,16 @@ struct DepthAggregationOptions {
 /// from the newest.
 ///
 /// `A = GELU(RMSNorm(X_i) W1^T) W2^T + prior` and `Y_c = sum_j A[..., c, j] X_j` (Eq. 5 to 8). A
-/// fresh layer passes X_i on: every Y_c is X_i.
+/// fresh layer passes X_i on: every Y_c is X_i (but for a pre-norm without a post-norm, where it is
+/// the normed X_i, and a cap of at most 1).
 class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAggregationImpl> {
  public:
   /// @throws c10::ValueError naming the option, what was expected and what came.
   explicit DepthAggregationImpl(DepthAggregationOptions options,
                                 at::TensorOptions tensor_options = {}, bool initialize = true);
   void reset() override;
-  /// Passes X_i on: W1 ~ Normal(variance 1/D), W2 = 0, prior one-hot on X_i (0 with post_norm).
+  /// Passes X_i on: W1 ~ Normal(variance 1/D), W2 = 0, prior 1 on X_i (0 with post_norm; with
+  /// a cap what it bounds to 1).
   virtual void reset_parameters();
   /// Fills a prior [C, S] for this layer with its initial values, in place.
   virtual void reset_prior(at::Tensor prior) const;

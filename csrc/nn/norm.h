@@ -1,4 +1,4 @@
-// RMSNorm and LayerNorm over the last dimension; the conventions of modules are those of linear.h.
+// RMSNorm and LayerNorm over the last dimension; modules have the conventions of matrices.h.
 #pragma once
 
 #include <torch/nn/cloneable.h>

@@ -96,7 +96,7 @@ def test_opcheck_of_the_norm_backward(norm: str, prepost: bool, device: torch.de
 def test_weights_of_deferred_hiddens(
     width: int, ways: int, prepost: bool, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Wide rows have a way of their own to the gradients of these weights, a tile of sources at a time."""
+    """A stage of the ring brings two deferred sources; rows are of one chunk, and of several."""
     hiddens = [torch.randn(5, width, device=device).to(dtype) for _ in range(9)]
     weights = torch.randn(5, ways, 9, device=device).to(dtype)
     scale = 1 + torch.randn(width, device=device) / 4

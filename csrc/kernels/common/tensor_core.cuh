@@ -50,8 +50,8 @@ __device__ __forceinline__ void load_left_transposed(uint32_t (&a)[4], uint32_t 
 }
 
 // The right operand out of a tile [n][k], with the 16 rows taken in such an order that a lane's
-// columns of the two blocks of the product are four neighbours: row 4 i / 2 + i % 2 is column i of
-// the first block, the row 2 below of the second. The tile is laid out by swizzled_pairs().
+// columns of the two blocks of the product are four neighbours: row 4 (i / 2) + i % 2 is column
+// i of the first block, the row 2 below of the second. The tile is laid out by swizzled_pairs().
 __device__ __forceinline__ uint32_t swizzled_pairs(int row, int chunk, int row_bytes) {
   const int key = (row >> 2 & 3) << 1 | (row & 1);  // different for the rows of one block
   return static_cast<uint32_t>(row * row_bytes + ((chunk ^ key) << 4));

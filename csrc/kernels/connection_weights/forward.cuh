@@ -7,7 +7,7 @@
 // so one read of x feeds the product and the sum of squares, which is taken from the fragments of
 // the left operand. GELU(h) stays in shared memory for the second product.
 //
-// A cluster of CL blocks serves 128 tokens. Each block takes every CL-th part of D through a ring
+// A cluster of CL blocks serves 128 tokens. Each block takes one of CL parts of D through a ring
 // of stages of 64 columns of x and W1 (asynchronous copies); its 8 warps stand 2 x 4 over tokens
 // and hidden columns. Then the blocks add their sums (forward_finish.cuh). More blocks a cluster
 // fill the device when tokens are few, and read less of W1 each.

@@ -3,7 +3,7 @@
 //   dX_j[t, :] = G_j[t, :] + sum_k w_k[t, j] dV_k[t, :]
 //
 // G_j, dX_j, dV_k [N, D]; a factor k is one way of one layer. Each tensor is read or written once
-// where there are at most 16 factors.
+// where there are at most 16 factors and 64 sources.
 //
 // For one token this is a product of matrices, w^T [S, K] times dV [K, D], and K = 16 factors (four
 // layers of four ways) are just what one tensor core instruction sums over; G_j is what its sums

@@ -24,7 +24,7 @@ namespace muddformer::kernels {
 // sizes allow.
 enum class Path {
   Automatic,
-  Scalar,  // any dtype, width, alignment, number of ways
+  Scalar,  // any dtype, width, alignment; up to kMaxWays ways
   Vector,  // 16-byte loads; float32, bfloat16, float16
   Ring,    // bulk copies into a ring of stages in shared memory; compute capability 9.0 and later
 };

@@ -1,4 +1,4 @@
-// Depth aggregation, forward, all C ways in one read of each source:
+// Depth aggregation, forward, up to four ways in one read of each source:
 //
 //   Y_c[t, :] = sum_j w[t, c, j] X_j[t, :]
 //

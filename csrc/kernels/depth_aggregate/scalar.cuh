@@ -1,6 +1,6 @@
-// Depth aggregation without vectors: right for any dtype, width, alignment and number of ways, in
-// the formulas of depth_aggregate.h. A block walks over tokens, its threads over the columns of a
-// row. Rows and weights that are read again come from the caches.
+// Depth aggregation without vectors: right for any dtype, width and alignment and up to kMaxWays
+// ways, in the formulas of depth_aggregate.h. A block walks over tokens, its threads over the
+// columns of a row. Rows and weights that are read again come from the caches.
 #pragma once
 
 #include <algorithm>

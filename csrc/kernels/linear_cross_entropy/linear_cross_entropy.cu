@@ -5,7 +5,7 @@
 // memory, so that a whole row is under way; each thread sums exp(x - m) over what it has copied
 // itself, m being the largest it has met; the block adds the sums up, and each thread makes the
 // gradients out of what it has in shared memory. Rows too long for that are read a second time,
-// then mostly from the second-level cache.
+// then mostly from the second-level cache. Losses alone, without gradients, take one plain read.
 #undef NDEBUG  // a target that is no class is never silently wrong
 #include <cassert>
 #include <cfloat>

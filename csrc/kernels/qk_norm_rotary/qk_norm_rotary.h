@@ -66,7 +66,8 @@ struct QkNormRotaryBackward {
 cudaError_t qk_norm_rotary_workspace(const QkNormRotaryBackward& args, int64_t& floats);
 
 // cudaErrorNotSupported, before anything is launched, for other dtypes, heads of more than 512
-// entries (256 where they or the weights are no whole vectors), an odd E, and 2^31 tokens or more.
+// entries (256 of float32, and where they, the tables or the weights are no whole vectors), an odd
+// E, 2^31 tokens or more, and about 2^32 pairs of heads or more.
 cudaError_t launch_qk_norm_rotary(const QkNormRotary& args, cudaStream_t stream);
 cudaError_t launch_qk_norm_rotary_backward(const QkNormRotaryBackward& args, cudaStream_t stream);
 

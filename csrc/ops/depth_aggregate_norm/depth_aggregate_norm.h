@@ -26,8 +26,8 @@ namespace muddformer {
 /// Weighted sums of hidden states over depth, normed; the sources are handed on for chained
 /// gradients as by depth_aggregate_chained(), the newest one normed if there is a pre weight.
 ///
-/// On CUDA (compute capability 9.0) norms cost no pass of their own, forward or backward: the sums
-/// are normed before they are rounded.
+/// On CUDA (compute capability 9.0 or later) norms cost no pass of their own, forward or backward:
+/// the sums are normed before they are rounded.
 ///
 /// @param hiddens the S >= 1 sources X_j, each [..., D], of one shape, dtype and device.
 /// @param weights connection weights [..., C, S], C >= 1.
@@ -43,7 +43,9 @@ depth_aggregate_norm_chained(at::TensorList hiddens, const at::Tensor& weights,
 /// Whether one kernel makes the sums of depth_aggregate_norm_chained() and their norms. Where it
 /// does not (a CPU build, the CPU, float64, devices before compute capability 9.0 or without code
 /// for it in this build, sizes beyond the kernel's), the operator makes them of several steps in
-/// float32 and modules of their own are the better choice.
+/// float32 and modules of their own are the better choice. It says so of the forward: the backward
+/// of rows too wide for the sums of the norms' gradients in shared memory (beyond about 8192
+/// entries with three LayerNorms with biases, 16384 with three RMSNorms) is composed.
 ///
 /// @param x a hidden state [..., D]; its device, dtype and D are what counts, so that it may be
 ///   fake. D has to be a multiple of 8 in every dtype: autocast may make float32 one of 16 bits.

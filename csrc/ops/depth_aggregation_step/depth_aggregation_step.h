@@ -44,7 +44,9 @@ MUDDFORMER_API std::vector<at::Tensor> depth_aggregation_step(at::TensorList hid
 
 /// Whether depth_aggregation_step() is one kernel for tokens like these: on CUDA (compute
 /// capability 9.0 or newer, and code for it in this build), not of float64, and no more than 64 of
-/// them. Beyond that cuBLAS's products are the better choice, or there is no kernel.
+/// them. Beyond that cuBLAS's products are the better choice, or there is no kernel. A layer that
+/// the kernel does not take (D of no whole vectors of 16 bytes, K no multiple of 4, more than 128
+/// hidden states or 8 ways) is composed all the same.
 ///
 /// @param newest the newest hidden state [..., D]; it may be fake.
 MUDDFORMER_API bool fuses_step(const at::Tensor& newest);

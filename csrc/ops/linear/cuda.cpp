@@ -1,6 +1,6 @@
 // A linear layer on CUDA. cuBLASLt where it saves a pass: the residual in the product's epilogue,
-// gradients of a float32 weight straight from 16 bits, the bias's gradient on the way. All else is
-// PyTorch's own product, which is as fast.
+// gradients of a float32 weight straight from 16 bits. All else is PyTorch's own product, which is
+// as fast.
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
