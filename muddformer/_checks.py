@@ -50,10 +50,14 @@ def check_real(name: str, value: Any, low: float = 0.0, high: float = math.inf) 
     """``value`` as a float, after checking that it is finite, more than ``low`` and at most ``high``, and no bool."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    if not (math.isfinite(value) and low < value <= high):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not (math.isfinite(number) and low < number <= high):
         bound = "finite" if high == math.inf else f"at most {high:g}"
         raise ValueError(f"{name} must be more than {low:g} and {bound}, got {shown(value)}")
-    return float(value)
+    return number
 
 
 def check_keys(values: Any, known: Collection[str], owner: str) -> None:

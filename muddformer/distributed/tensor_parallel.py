@@ -63,6 +63,8 @@ def tensor_parallel(model: MUDDFormer, mesh: DeviceMesh) -> MUDDFormer:
     if not isinstance(model, MUDDFormer):
         raise not_a_model(model)
     _check_mesh(mesh)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("model must not be spread over devices yet, got one whose parameters are DTensors")
     config, size = model.config, mesh.size()
     if config.tie_word_embeddings:
         raise ValueError("model must have tie_word_embeddings=False to be spread over devices, got True")

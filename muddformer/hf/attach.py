@@ -93,7 +93,10 @@ def load_attached(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMode
     entry = getattr(config, _ENTRY, None)
     if entry is None:
         raise ValueError(f"{path} has no connections: from_pretrained() reads it and attach() gives it fresh ones")
-    options = ConnectionOptions(**entry)
+    try:
+        options = ConnectionOptions.of(None, entry)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: config.json, {_ENTRY}: {error}") from error
     origin = _class_of(path, config)
 
     class Loaded(origin):

@@ -25,6 +25,9 @@ _STANDARD = {
 }
 
 
+_ROPE = {"rope_theta": "rope_base", "partial_rotary_factor": "rotary_pct"}
+
+
 class MUDDFormerConfig(PretrainedConfig):
     """What a MUDDFormer computes, for transformers.
 
@@ -65,17 +68,17 @@ class MUDDFormerConfig(PretrainedConfig):
                 f"model_type must be {self.model_type!r} for a {type(self).__name__}, got {came!r}: "
                 f"AutoModelForCausalLM finds the class of a directory, after import muddformer.hf for {known}"
             )
-        rope = values.pop("rope_parameters", None)
+        rope = check_rope(values.pop("rope_parameters", None))
         names = _STANDARD if release.is_official(values) else {**_STANDARD, "num_key_value_heads": "n_kv_heads"}
         values = {names.get(name, name): value for name, value in values.items()}
         own = {name: values.pop(name) for name in (_FIELDS | _RELEASE) & values.keys()}
         if "n_local_heads" in own and "n_kv_heads" in own:
             own.pop("n_kv_heads")
+        own |= {own_name: rope[name] for name, own_name in _ROPE.items() if rope.get(name) is not None}
         fields = ModelConfig.read({"model_type": self.model_type, **own})
         for name, value in release.keys_of(fields.to_dict()).items():
             if name != "model_type":
                 setattr(self, name, value)
-        self.rope_parameters = rope
         self.skip_logits = skip_logits
         self.use_cache = values.pop("use_cache", True)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -96,8 +99,9 @@ class MUDDFormerConfig(PretrainedConfig):
     @rope_parameters.setter
     def rope_parameters(self, value: dict[str, Any] | None) -> None:
         value = check_rope(value)
-        self.rope_base = value.get("rope_theta") or self.rope_base
-        self.rotary_pct = value.get("partial_rotary_factor") or self.rotary_pct
+        for name, own_name in _ROPE.items():
+            if value.get(name) is not None:
+                setattr(self, own_name, value[name])
 
     def to_model_config(self) -> ModelConfig:
         """The same as the library's own configuration.

@@ -117,19 +117,23 @@ class MUDDFormerModel(Backbone, PreTrained):
         Args:
             input_ids: token ids [B, T].
             attention_mask: [B, tokens so far], 0 for padding on either side; or one that the attention function takes.
-            position_ids: [B, T] or [1, T], each below ``block_size``: without a cache a row may hold several sequences
-                behind each other, if the attention function keeps them apart. None: from the number of tokens in the
-                cache on.
+            position_ids: [B, T] or [1, T], each below ``block_size``: without a cache a row may hold
+                several sequences behind each other, if the attention function keeps them apart. None: from the number
+                of tokens in the cache on.
             past_key_values, cache: a cache of transformers, under either name.
             inputs_embeds: X_0 [B, T, D], in place of ``input_ids``.
             use_cache: make a cache if there is none. None: as the configuration says, not in training.
             kwargs: go to the attention function.
 
         Raises:
-            ValueError: for both or none of ``input_ids`` and ``inputs_embeds``, or too many tokens.
+            ValueError: for both or none of ``input_ids`` and ``inputs_embeds``, a wrong shape, or too many tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("one of input_ids and inputs_embeds must be given, not both and not none")
+        if inputs_embeds is None and input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [batch, tokens], got shape {list(input_ids.shape)}")
+        if inputs_embeds is not None and inputs_embeds.dim() != 3:
+            raise ValueError(f"inputs_embeds must be [batch, tokens, dim], got shape {list(inputs_embeds.shape)}")
         x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if self.gradient_checkpointing and self.training:

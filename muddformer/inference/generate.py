@@ -81,6 +81,10 @@ def generate_stream(
     config = getattr(model, "config", None)
     if config is None or not callable(getattr(model, "new_cache", None)):
         raise not_a_model(model)
+    if not getattr(config, "causal", True):
+        raise ValueError(
+            "model must have causal=True to generate, or later positions would see earlier ones change, got False"
+        )
     _check_prompt(config.vocab_size, input_ids)
     check_integer("max_new_tokens", max_new_tokens, low=0)
     if input_ids.shape[1] + max_new_tokens > config.block_size:

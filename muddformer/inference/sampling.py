@@ -11,7 +11,11 @@ __all__ = ["sample"]
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Draws token ids [B, 1] from ``logits`` [B, vocab_size]; see :func:`generate`."""
+    """Draws token ids [B, 1] from ``logits`` [B, vocab_size].
+
+    The arguments are those of :func:`generate`, which checks them and does without a draw where the likeliest token is
+    wanted: ``temperature`` is more than 0, ``top_k`` at least 1 or None, ``top_p`` more than 0 or None.
+    """
     # The likeliest first: what top_k and top_p keep is then a prefix, never empty. float64 bears any temperature.
     logits, order = logits.double().sort(dim=-1, descending=True, stable=True)
     probabilities = ((logits - logits[:, :1]) / temperature).softmax(-1)

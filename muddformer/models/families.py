@@ -66,7 +66,8 @@ def save_pretrained(model: Pretrained, directory: str | os.PathLike[str]) -> Non
 
     Raises:
         TypeError: if ``model`` is of no family.
-        ValueError: if its parameters are on the meta device.
+        ValueError: if its parameters are on the meta device, or its parts are not those of its configuration (adapters,
+            quantised layers, one device's part).
         OSError: if the directory cannot be written.
     """
     if not isinstance(model, Pretrained):
@@ -90,6 +91,7 @@ def from_pretrained(
         FileNotFoundError: if a file is missing.
         TypeError: for a wrong ``dtype``.
         ValueError: naming the file and what is wrong with it.
+        RuntimeError: PyTorch's, for a device that is not there.
     """
     values = read_config(Path(directory))
     return _model_class(Path(directory), values)._load(Path(directory), values, device, dtype)

@@ -54,7 +54,8 @@ class MUDDFormer(Backbone, Pretrained):
             float64 model).
 
         Raises:
-            TypeError, ValueError: for a wrong dtype, shape or length.
+            TypeError, ValueError: for a wrong dtype, shape, length or cache.
+            RuntimeError: with a cache while gradients are enabled.
             IndexError: for a token id outside the vocabulary (on CUDA: torch's device-side assertion).
         """
         self._check_ids("input_ids", input_ids)
@@ -73,6 +74,8 @@ class MUDDFormer(Backbone, Pretrained):
                 )
             blocks = {"rotary": self.rotary(length)}
         else:
+            if not isinstance(cache, KVCache):
+                raise TypeError(f"cache must be a KVCache, such as new_cache() makes, got {type(cache).__name__}")
             sequences = input_ids.shape[0]
             if sequences != cache.batch_size:
                 raise ValueError(
@@ -86,7 +89,8 @@ class MUDDFormer(Backbone, Pretrained):
     def plain_twin(self) -> MUDDFormer:
         """The plain Transformer with copies of this model's weights, without its connections.
 
-        A fresh model and its twin compute the same (the connections then pass the newest hidden state on).
+        A fresh model and its twin compute the same: the connections then pass the newest hidden state on (but for a
+        pre-norm without post-norm, and a cap of at most 1).
 
         Raises:
             ValueError: if the norms of q, k and v of a block differ: no plain Transformer has these weights.

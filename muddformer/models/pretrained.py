@@ -111,8 +111,9 @@ class Pretrained(nn.Module):
             model = cls.skeleton(config, directory / CONFIG_NAME)
             check_tensors(path, model._stored_shapes(tensors), tensors)
             # A copy: what is read may be a view of the mapped file.
+            place = "cpu" if device is None else device  # 0 is a GPU
             state = {
-                name: tensor.read().to(device or "cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+                name: tensor.read().to(place, dtype, copy=True, memory_format=torch.contiguous_format)
                 for name, tensor in tensors.items()
             }
         model._check_stored(path, state)

@@ -132,7 +132,8 @@ class Connections(nn.Module):
             x: X_0 [..., D], the embedding output.
 
         Raises:
-            ValueError: if x has another width than ``dim``.
+            TypeError: if x is no tensor.
+            ValueError: if x has another width than ``dim``, where anything is aggregated.
         """
         return History(self, x)
 
@@ -268,6 +269,8 @@ class History:
     """
 
     def __init__(self, connections: Connections, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got a value of type {type(x).__name__}")
         if connections.plan and x.shape[-1:] != (connections.dim,):
             raise ValueError(f"x must have shape [..., dim] with dim={connections.dim}, got {list(x.shape)}")
         self._connections = connections

@@ -5,6 +5,7 @@ B, T: batch and sequence length (any leading shape); D: model width; S: number o
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_integer, check_real
+from .._checks import check_flag, check_integer, check_real
 from .norm import RMSNorm, as_stream_norms, autocast_dtype, plain_parameters
 from .options import WAYS, ConnectionOptions, check_ways
 
@@ -24,7 +25,8 @@ class DepthAggregation(nn.Module):
     """Depth-wise aggregation DA_i: mixes the hidden states of all layers so far, with weights made from the newest.
 
     ``A = GELU(RMSNorm(X_i) W1^T) W2^T + prior`` and ``Y_c = sum_j A[..., c, j] X_j`` (Eq. 5 to 8). A fresh
-    layer passes X_i on: every Y_c is X_i. A subclass that overrides :meth:`connection_weights` mixes with weights of
+    layer passes X_i on: every Y_c is X_i (but for a pre-norm without post-norm, where some are the normed X_i, and a
+    cap of at most 1). A subclass that overrides :meth:`connection_weights` mixes with weights of
     its own.
 
     Args:
@@ -32,8 +34,9 @@ class DepthAggregation(nn.Module):
         sources: number of hidden states S that are mixed, the newest last.
         ways: a part of ``"qkvr"``: four streams are returned, one left out being X_i itself. Or a number C: C streams
             are returned, the last one counting as the residual way.
-        options: the options of the connections; those of a whole stack (``multiway``, ``ways``, strides, window,
-            ``expand_last``) have no effect here. None: the defaults, and ``round64=False``.
+        options: the options of the connections; those of a whole stack (``dense``, ``multiway``, ``ways``, strides,
+            window, ``expand_last``, ``flush_interval``, ``residual_dtype``) have no effect here. None: the defaults,
+            and ``round64=False``.
         expand: factor of the generator's hidden width K = C * S * expand.
         eps: added to the mean square in the norms.
         prior: False: the module has no prior of its own; every call gets one.
@@ -62,11 +65,14 @@ class DepthAggregation(nn.Module):
         self.options = options = ConnectionOptions.of(options, fields, round64=False)
         self.dim = check_integer("dim", dim)
         self.sources = check_integer("sources", sources)
-        self.ways = check_integer("ways", ways) if isinstance(ways, int) else check_ways("ways", ways)
-        self.num_ways = ways if isinstance(ways, int) else len(ways)
+        counted = isinstance(ways, numbers.Integral)
+        self.ways = check_integer("ways", ways) if counted else check_ways("ways", ways)
+        self.num_ways = self.ways if counted else len(ways)
         self.eps = check_real("eps", eps, 0.0, 1.0)
         self.dynamic, self.cap, self.gelu_approximate = options.dynamic, options.cap, options.gelu_approximate
-        self.prior = nn.Parameter(torch.empty(self.num_ways, self.sources, **factory)) if prior else None
+        self.prior = (
+            nn.Parameter(torch.empty(self.num_ways, self.sources, **factory)) if check_flag("prior", prior) else None
+        )
         self.norm = self.pre_norm = self.post_norms = None
         if self.dynamic:
             width = self.num_ways * self.sources * check_integer("expand", expand)
@@ -77,7 +83,7 @@ class DepthAggregation(nn.Module):
         if options.pre_norm:
             self.pre_norm = RMSNorm(dim, eps, **factory)
         if options.post_norm != "none":
-            residual = self.num_ways - 1 if isinstance(ways, int) else self.ways.find("r")
+            residual = self.num_ways - 1 if counted else self.ways.find("r")
             self.post_norms = nn.ModuleList(
                 RMSNorm(dim, eps, init=1e-3, **factory)
                 if options.post_norm == "all" or way == residual
@@ -87,7 +93,10 @@ class DepthAggregation(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Passes X_i on: W1 ~ Normal(variance 1/D), W2 = 0, prior one-hot on X_i (0 with ``post_norm``)."""
+        """Passes X_i on: W1 ~ Normal(variance 1/D), W2 = 0, prior 1 on X_i (with a cap what its bound makes 1).
+
+        With ``post_norm`` the prior is 0.
+        """
         if self.dynamic:
             nn.init.normal_(self.w1.weight, std=self.dim**-0.5)
             nn.init.zeros_(self.w2.weight)
@@ -148,6 +157,10 @@ class DepthAggregation(nn.Module):
             raise TypeError(f"hiddens[-1] must be a tensor, got a value of type {type(newest).__name__}")
         if not isinstance(prior, Tensor):
             raise TypeError(f"prior must be a tensor, got a value of type {type(prior).__name__}")
+        if newest.shape[-1:] != (self.dim,):
+            raise ValueError(f"hiddens must have shape [..., dim] with dim={self.dim}, got {list(newest.shape)}")
+        if prior.shape != (self.num_ways, self.sources):
+            raise ValueError(f"prior must have shape {[self.num_ways, self.sources]}, got {list(prior.shape)}")
         step = self._takes_one_step(newest)
         # A trace is the same with and without gradients (muddformer/_tracing.py), for which norms are called.
         fuses = ops.fuses_norms(newest, self.sources, self.num_ways) and not torch.jit.is_tracing()

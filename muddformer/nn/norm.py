@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import check_integer, check_real
 from ..ops import StreamNorms
 
 __all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype", "is_plain", "plain_parameters", "register_norm"]
@@ -23,17 +24,20 @@ class RMSNorm(nn.Module):
 
     Args:
         dim: width D.
-        eps: added to the mean square.
+        eps: added to the mean square, more than 0 and at most 1.
         init: value of a fresh weight.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
     def __init__(
         self, dim: int, eps: float = 1e-6, *, init: float = 1.0, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = check_real("eps", eps, 0.0, 1.0)
         self.init = init
-        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(check_integer("dim", dim), device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .._checks import check_integer
+from .._checks import check_flag, check_integer
 
 __all__ = ["aggregation_plan", "flush_groups"]
 
@@ -15,7 +15,7 @@ def aggregation_plan(
     """Which hidden states X_j each aggregation DA_i mixes: ``{i: (j, ...)}``, i = 1 .. layers, j ascending up to i.
 
     Args:
-        layers: number of blocks L.
+        layers: number of blocks L, at least 0.
         source_stride: k of "k x p": every k-th hidden state is a source, and always X_0 and X_i.
         block_stride: p of "k x p": an aggregation after every p-th block and after the last.
         window: of those, X_0 and the ones among the newest ``window`` hidden states. None: all.
@@ -24,6 +24,8 @@ def aggregation_plan(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    layers = check_integer("layers", layers, low=0)
+    check_flag("last", last)
     check_integer("source_stride", source_stride)
     check_integer("block_stride", block_stride)
     if window is not None:
@@ -44,8 +46,8 @@ def flush_groups(
     Args:
         plan: the sources of each aggregation, see :func:`aggregation_plan`.
         ways: number of ways C of each aggregation.
-        interval: aggregations of a group, counted from the last one. None: the groups that move the fewest bytes, of at
-            most 16 ways, what one pass of the CUDA kernel adds up.
+        interval: aggregations of a group, counted from the last one, of a plan without a window. None: the groups that
+            move the fewest bytes, of at most 16 ways, what one pass of the CUDA kernel adds up.
 
     Returns:
         Groups of two or more successive aggregations, in order. The older hidden states of a group are the sources of

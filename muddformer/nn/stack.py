@@ -66,6 +66,12 @@ class MUDDStack(Connections):
     ) -> None:
         if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList | nn.Sequential):
             raise TypeError(f"layers must be a list of modules, got one {type(layers).__name__}")
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"layers must be a list of modules, got a value of type {type(layers).__name__}")
+        layers = list(layers)
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, nn.Module):
+                raise TypeError(f"layers[{i}] must be a module, got a value of type {type(layer).__name__}")
         nn.Module.__init__(self)
         self.layers = nn.ModuleList(layers)  # first, as in the public release
         self._make_connections(dim, len(self.layers), ConnectionOptions.of(options, fields), eps, device, dtype)
@@ -83,8 +89,9 @@ class MUDDStack(Connections):
             The residual way's aggregate after the last block [..., D] (before any final norm).
 
         Raises:
-            TypeError: if a block returns anything but a tensor.
-            ValueError: if x has another width than dim, or a block returns another shape than that of its input.
+            TypeError: if x is no tensor, or a block returns anything but one.
+            ValueError: if x has another width than dim (where anything is aggregated), or a block returns another shape
+                than that of its input.
             RuntimeError: if a block changes its input in place, which the history still holds.
         """
         history = self.begin(x)

@@ -2,7 +2,8 @@
 
 B, T: batch and sequence length (any leading shape); D: model width; S: number of sources; C: number of ways;
 K: hidden width of the generator. Dtypes: float64, float32, bfloat16, float16. Products and sums are accumulated in
-float32 (float64 for float64). The kernels are in ``csrc/ops``; here are only the Python signatures of
+float32 (float64 for float64). Under autocast tensors are taken, and results are, in the autocast dtype, where nothing
+else is said. The kernels are in ``csrc/ops``; here are only the Python signatures of
 ``torch.ops.muddformer.*``, a file an operator.
 
 On the CPU, memory of freed results is kept for results of the same size, which saves the page faults of fresh memory.

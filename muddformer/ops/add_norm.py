@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import call
+from .._dispatch import call, kind_of
 
 __all__ = ["add_norm"]
 
@@ -38,4 +38,6 @@ def add_norm(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype or None, got {kind_of(dtype)}")
     return call(torch.ops.muddformer.add_norm.default, x, residual, weight, bias, norm, eps, dtype)

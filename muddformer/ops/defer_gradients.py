@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._dispatch import call, is_int64, kind_of
 
-__all__ = ["Deferral", "defer_gradients", "use_deferral"]
+__all__ = ["Deferral", "check_deferral", "defer_gradients", "end_deferral"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,16 +69,27 @@ def defer_gradients(
     return handed_on, deferrals
 
 
-def use_deferral(deferral: Deferral | None) -> tuple[Any, ...]:
-    """The operators' arguments of a deferral that a layer is called with, and the end of its use."""
-    if deferral is None:
-        return ()
+def check_deferral(deferral: Deferral) -> tuple[Any, ...]:
+    """The operators' arguments of a deferral that a layer is called with.
+
+    Raises:
+        TypeError: if it is none.
+        RuntimeError: if a layer was called with it before.
+    """
     if not isinstance(deferral, Deferral):
         raise TypeError(f"deferral: expected a Deferral of defer_gradients or None, got {kind_of(deferral)}")
+    if deferral.used and _counts():
+        raise RuntimeError("deferral: expected one that no layer was called with before, got it a second time")
+    return deferral.tickets, deferral.count
+
+
+def end_deferral(deferral: Deferral) -> None:
+    """Says that a layer was called with a deferral; a call that failed did not use it."""
+    if deferral.used is not None and _counts():
+        deferral.used = True
+
+
+def _counts() -> bool:
     # A layer that is computed again in a backward, for a checkpoint, uses its deferral again.
     again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-    if deferral.used is not None and torch.is_grad_enabled() and not again:
-        if deferral.used:
-            raise RuntimeError("deferral: expected one that no layer was called with before, got it a second time")
-        deferral.used = True
-    return deferral.tickets, deferral.count
+    return torch.is_grad_enabled() and not again

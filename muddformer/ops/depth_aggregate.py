@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import call
-from .defer_gradients import Deferral, use_deferral
+from .defer_gradients import Deferral, check_deferral, end_deferral
 
 __all__ = ["depth_aggregate", "depth_aggregate_chained"]
 
@@ -46,8 +46,14 @@ def depth_aggregate_chained(
         ``(streams, hiddens)``: the C streams, and the S sources again, to be used in place of the ones given by
         everything that comes later. The backward then receives the gradient which later layers have already
         accumulated, and returns it plus its own term from one pass over the history.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: if a layer was called with the deferral before.
     """
     chained = torch.ops.muddformer.depth_aggregate_chained
     if deferral is None:
         return call(chained.default, hiddens, weights)
-    return call(chained.deferred, hiddens, weights, *use_deferral(deferral))
+    results = call(chained.deferred, hiddens, weights, *check_deferral(deferral))
+    end_deferral(deferral)
+    return results

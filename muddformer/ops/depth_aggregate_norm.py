@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import call, check_kind, constant
-from .defer_gradients import Deferral, use_deferral
+from .defer_gradients import Deferral, check_deferral, end_deferral
 
 __all__ = ["StreamNorms", "depth_aggregate_norm_chained", "fuses_norms"]
 
@@ -74,6 +74,7 @@ def depth_aggregate_norm_chained(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: if a layer was called with the deferral before.
     """
     norms = norm_weights
     if not isinstance(norms, StreamNorms):
@@ -85,7 +86,7 @@ def depth_aggregate_norm_chained(
         check_kind("norm_weights", norms.weights, "List[Optional[Tensor]]")
         biases = [None] * len(norms.weights)
     chained = torch.ops.muddformer.depth_aggregate_norm_chained
-    return call(
+    results = call(
         chained.default if deferral is None else chained.deferred,
         hiddens,
         weights,
@@ -96,8 +97,11 @@ def depth_aggregate_norm_chained(
         norms.add_newest,
         norms.pre_weight,
         norms.post_weight,
-        *use_deferral(deferral),
+        *(() if deferral is None else check_deferral(deferral)),
     )
+    if deferral is not None:
+        end_deferral(deferral)
+    return results
 
 
 @constant

@@ -55,6 +55,8 @@ def depth_aggregation_step(
         norms = StreamNorms(norm_weights, norm_biases, norm, norm_eps)
     elif not isinstance(norms, StreamNorms):
         raise TypeError(f"norms: expected a StreamNorms or None, got {kind_of(norms)}")
+    elif (norm, norm_eps) != ("none", 1e-6) or len(norm_weights) or len(norm_biases):
+        raise ValueError("norms: expected no other argument of the norms beside a StreamNorms, got some")
     extra = {"add_newest": norms.add_newest or None, "pre_weight": norms.pre_weight, "post_weight": norms.post_weight}
     given = [name for name, value in extra.items() if value is not None]
     if given:

@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         residual: [..., out], of the dtype of ``x`` or float32; None: none. Its gradient is that of the result.
 
     Returns:
-        [..., out], of the dtype of ``x``, or float32 beside a float32 residual.
+        [..., out], of the wider of the dtypes of ``x`` and ``residual``.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

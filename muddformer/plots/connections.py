@@ -101,11 +101,9 @@ def plot_history_norms(norms: Mapping[str, Any], path: Path, title: str = "") ->
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    require("matplotlib").use("Agg")
     size = (width * columns, height * rows)
-    return require("matplotlib.pyplot").subplots(
-        rows, columns, figsize=size, dpi=120, layout="constrained", squeeze=False
-    )
+    figure = require("matplotlib.figure").Figure(figsize=size, dpi=120, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _matrix(figure: Any, axes: Any, values: Any, **style: Any) -> None:
@@ -125,4 +123,3 @@ def _finish(axes: Any, x: str, y: str) -> None:
 def _save(figure: Any, path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)
-    require("matplotlib.pyplot").close(figure)

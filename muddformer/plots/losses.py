@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,18 @@ def plot_losses(runs: Mapping[str, Sequence[Sequence[Any]]], path: Path, title: 
         runs: by the model's name, the rows of its runs (with ``tokens`` and ``val_loss``), evaluated at the same steps.
         path: PNG to write.
         title: of the picture.
+
+    Raises:
+        ValueError: without a run, or if a model's runs were evaluated at different steps.
     """
-    require("matplotlib").use("Agg")
-    figure, axes = require("matplotlib.pyplot").subplots(figsize=(8, 5), dpi=150, layout="constrained")
-    for colour, (name, seeds) in zip(_COLOURS, runs.items(), strict=False):
+    if not runs or not all(runs.values()):
+        raise ValueError("runs must hold at least one run of each model, got none")
+    for name, seeds in runs.items():
+        if len({tuple(row.tokens for row in rows if row.val_loss is not None) for rows in seeds}) > 1:
+            raise ValueError(f"runs[{name!r}] must be evaluated at the same steps, got other ones")
+    figure = require("matplotlib.figure").Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, seeds) in zip(itertools.cycle(_COLOURS), runs.items(), strict=False):
         curves = [[row for row in rows if row.val_loss is not None] for rows in seeds]
         tokens = [row.tokens / 1e6 for row in curves[0]]
         for curve in curves:
@@ -37,4 +46,3 @@ def plot_losses(runs: Mapping[str, Sequence[Sequence[Any]]], path: Path, title: 
     axes.grid(alpha=0.25)
     axes.legend(title="mean of the seeds; thin: each seed" if max(map(len, runs.values())) > 1 else None)
     figure.savefig(path)
-    require("matplotlib.pyplot").close(figure)

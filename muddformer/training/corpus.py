@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .._checks import shown
 from ..errors import InputError
 from .text_files import BrokenFile, is_text, read_texts
 
@@ -96,7 +97,7 @@ def find_documents(
         root = Path(sysconfig.get_paths()["stdlib"])
         documents = {path: Document(f"stdlib/{key}", path) for key, path in _walk(root, "*.py", {})}
     for given in paths:
-        root = Path(given).expanduser()
+        root = _given_path(given)
         if root.is_dir():
             name = root.resolve().name
             found = [Document(f"{name}/{key}", path, field=field) for key, path in _walk(root, pattern, left_out)]
@@ -199,16 +200,29 @@ def _walk(root: Path, pattern: str, left_out: dict[str, list[str]]) -> Iterator[
                 yield key, path
 
 
+def _given_path(given: str) -> Path:
+    """A path that was given, which can be looked at."""
+    try:
+        root = Path(given).expanduser()
+        root.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, a zero byte
+        raise InputError(f"cannot use {shown(given)}: {error}") from error
+    return root
+
+
 def _reason(path: Path, pattern: str) -> str:
     """Why a file of a folder is left out, or nothing."""
     if path.name.startswith("."):
         return "hidden"
     if not fnmatch.fnmatch(path.name, pattern):
         return f"not named {pattern!r}"
-    if not path.is_file():
-        return "no files"
-    if not path.stat().st_size:
-        return "empty"
+    try:
+        if not path.is_file():
+            return "no files"
+        if not path.stat().st_size:
+            return "empty"
+    except OSError:
+        return "not readable"
     try:
         return "" if is_text(path) else "not text"
     except BrokenFile:

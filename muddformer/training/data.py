@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import check_integer
 from ..errors import InputError, require
 from ..inference.tokenizer import SEPARATOR, parse_tokenizer, train_tokenizer
 from .corpus import Document, find_documents, report_misread, split_documents, told
@@ -140,9 +141,12 @@ class Batches:
 
     Raises:
         InputError: if there are fewer than ``block_size + 1`` tokens.
+        TypeError, ValueError: for a wrong ``block_size`` or ``seed``.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, seed: int) -> None:
+        check_integer("block_size", block_size)
+        check_integer("seed", seed, 2**63 - 1, low=0)
         _check_length(tokens, block_size, "training")
         self.tokens = tokens
         self.block_size = block_size

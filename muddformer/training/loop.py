@@ -58,12 +58,16 @@ class Trainer:
         overwrite: remove an earlier run from the folder.
 
     Raises:
-        InputError: if settings, text, device or folder cannot be used.
+        InputError: if settings, text, device or folder cannot be used, or both flags are set.
     """
 
-    def __init__(self, settings: Settings, run: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(self, settings: Settings, run: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        if not isinstance(settings, Settings):
+            raise InputError(f"settings must be Settings, such as Settings.from_dict() makes, got {type(settings)}")
+        if resume and overwrite:
+            raise InputError("resume and overwrite exclude each other")
         self.settings = settings
-        self.run = run
+        self.run = run = Path(run)
         self.device = _set_up_torch(settings)
         make_config(settings.model, vocab_size=1)  # a bad value is told before the text is read
         model_class = family_of(settings.model).model

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import InputError, MissingPackage, require
 
@@ -31,9 +32,23 @@ def _option(default: Any, help: str, **bounds: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class _Section:
+    """A section whose values are checked when it is made; InputError names the bad one."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = _check(f"{self.section}.{f.name}", getattr(self, f.name), hints[f.name], f.metadata)
+            object.__setattr__(self, f.name, value)
+
+
+@dataclass(frozen=True)
+class DataSettings(_Section):
     """What to train on (section ``data``)."""
 
+    section: ClassVar[str] = "data"
     paths: tuple[str, ...] = _option((), "text files or folders; none: the source of Python's standard library")
     text_field: str = _option("text", "the field of .jsonl and .parquet files that has the texts")
     pattern: str = _option("*", "which files of a folder are taken, a shell pattern for the file name")
@@ -43,9 +58,10 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(_Section):
     """How to train (section ``train``). One step is one update of the parameters."""
 
+    section: ClassVar[str] = "train"
     steps: int = _option(1000, "number of updates", least=1)
     batch_size: int = _option(16, "sequences of model.block_size tokens per forward and backward pass", least=1)
     accumulation: int = _option(1, "passes per update", least=1)
@@ -76,8 +92,8 @@ class Settings:
     """All settings of a run. ``model`` maps fields of ``MUDDFormerConfig`` to values."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    data: DataSettings = DataSettings()
-    train: TrainSettings = TrainSettings()
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
 
     @classmethod
     def from_dict(cls, sections: Mapping[str, Any]) -> Settings:
@@ -100,8 +116,8 @@ class Settings:
                 raise InputError(f"section 'model': keys must be text, got {key!r}")
         return cls(
             model=model,
-            data=_read_section(DataSettings, "data", sections.get("data") or {}),
-            train=_read_section(TrainSettings, "train", sections.get("train") or {}),
+            data=_read_section(DataSettings, sections.get("data") or {}),
+            train=_read_section(TrainSettings, sections.get("train") or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +139,8 @@ class Settings:
         Raises:
             InputError: naming the assignment.
         """
+        if isinstance(assignments, str):
+            raise InputError(f"settings must be a list of SECTION.KEY=VALUE, got one text {assignments!r}")
         sections = self.to_dict()
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
@@ -141,6 +159,7 @@ class Settings:
 
     def merge(self, sections: Mapping[str, Mapping[str, Any] | None]) -> Settings:
         """These settings with the keys of nested mappings put over them, checked as in :meth:`from_dict`."""
+        Settings.from_dict(sections)
         merged = {name: {**section, **(sections.get(name) or {})} for name, section in self.to_dict().items()}
         return Settings.from_dict({**sections, **merged})
 
@@ -215,23 +234,20 @@ def _load_toml(text: str, source: str) -> Any:
         raise InputError(f"{source} is not valid TOML: {_one_line(error)}") from error
 
 
-def _read_section(cls: type, section: str, values: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    checked = {}
-    for key, value in values.items():
+def _read_section(cls: type[_Section], values: Mapping[str, Any]) -> Any:
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
         if key not in fields:
-            known = [f"{section}.{name}" for name in fields]
-            raise InputError(f"unknown key '{section}.{key}'{suggest(f'{section}.{key}', known)}")
-        checked[key] = _check(f"{section}.{key}", value, hints[key], fields[key].metadata)
-    return cls(**checked)
+            known = [f"{cls.section}.{name}" for name in fields]
+            raise InputError(f"unknown key '{cls.section}.{key}'{suggest(f'{cls.section}.{key}', known)}")
+    return cls(**values)
 
 
 def _check(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
     """The value in its field's type, or an InputError that says what was expected."""
     optional = isinstance(hint, types.UnionType)
     if optional:
-        if value is None:
+        if value is None or value == "none":
             return None
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
     if typing.get_origin(hint) is tuple:
@@ -239,8 +255,11 @@ def _check(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
             raise InputError(f"{name} must be a list of texts, got {value!r}")
         return tuple(items)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if hint in (int, float) and isinstance(value, numbers.Real) and not isinstance(value, bool | float):
+        try:  # 1 for a number, and integers of numpy
+            value = int(value) if isinstance(value, numbers.Integral) and hint is int else float(value)
+        except OverflowError:
+            raise InputError(f"{name} must be finite, got an integer of {value.bit_length()} bits") from None
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e3
         value = int(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):

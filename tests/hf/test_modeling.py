@@ -236,6 +236,11 @@ def test_bad_calls() -> None:
         model(torch.tensor([[0, 99]]))
     with pytest.raises(ValueError, match="one of input_ids and inputs_embeds"):
         model()
+    with pytest.raises(ValueError, match=r"input_ids must be \[batch, tokens\], got shape \[7\]"):
+        model(some_ids(1, 7)[0])
+    for rope in ({"rope_theta": 0}, {"rope_theta": "x"}, {"partial_rotary_factor": 0}):
+        with pytest.raises((TypeError, ValueError), match=r"rope_base|rotary_pct"):
+            type(model.config)(**{**model.config.to_dict(), "rope_parameters": rope})
 
 
 def test_a_tokenizer_without_a_pad_token() -> None:

@@ -187,8 +187,16 @@ def test_bad_arguments(arguments: dict, error: type[Exception], match: str) -> N
             call(**arguments)
 
 
+def test_a_model_that_is_not_causal() -> None:
+    model = muddformer.build_model(scrambled().config.replace(causal=False))
+    with pytest.raises(ValueError, match="model must have causal=True to generate"):
+        generate_stream(model, IDS, max_new_tokens=2)
+
+
 def test_bad_cache() -> None:
     model = scrambled()
+    with pytest.raises(TypeError, match="cache must be a KVCache, such as new_cache\\(\\) makes, got str"):
+        model(IDS, cache="x")
     with pytest.raises(ValueError, match="length must be from 1 to 24, got 25"):
         KVCache(model.config, 2, 25)
     with pytest.raises(ValueError, match="batch_size must be from 1"):

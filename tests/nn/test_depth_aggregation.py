@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -133,7 +134,21 @@ BAD = [
     (lambda: DepthAggregation(4, 2, gelu_approximate="erf"), ValueError, "gelu_approximate must be one of"),
     (lambda: DepthAggregation(4, 2)([torch.ones(4)]), ValueError, "hiddens must be 2 tensors, got 1"),
     (lambda: DepthAggregation(4, 1, prior=False)([torch.ones(4)]), ValueError, "prior must be given"),
+    (lambda: DepthAggregation(4, 1, prior="x"), TypeError, "prior must be True or False, got 'x'"),
+    (lambda: DepthAggregation(4, 1)([torch.ones(3)]), ValueError, r"hiddens must have shape \[..., dim\] with dim=4"),
+    (
+        lambda: DepthAggregation(4, 1)([torch.ones(4)], torch.zeros(4, 2)),
+        ValueError,
+        r"prior must have shape \[4, 1\], got \[4, 2\]",
+    ),
+    (lambda: RMSNorm((2, 3)), TypeError, "dim must be an integer"),
+    (lambda: RMSNorm(4, -1.0), ValueError, "eps must be more than 0 and at most 1, got -1.0"),
+    (lambda: DepthAggregation(4, 2, cap=10**400), ValueError, "cap must be more than 0 and finite"),
 ]
+
+
+def test_number_of_ways_of_numpy() -> None:
+    assert DepthAggregation(4, 2, np.int64(3)).num_ways == 3
 
 
 @pytest.mark.parametrize(("call", "error", "match"), BAD, ids=range(len(BAD)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from muddformer.nn import aggregation_plan, flush_groups
 
 
@@ -12,6 +14,15 @@ def test_plan() -> None:
     assert aggregation_plan(4, window=1, last=False) == {1: (0, 1), 2: (0, 2), 3: (0, 3)}
     assert aggregation_plan(6, source_stride=2, window=3)[6] == (0, 4, 6)
     assert aggregation_plan(1) == {1: (0, 1)}
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="layers must be from 0"):
+        aggregation_plan(-1)
+    with pytest.raises(TypeError, match="layers must be an integer, got '3'"):
+        aggregation_plan("3")
+    with pytest.raises(TypeError, match="last must be True or False, got None"):
+        aggregation_plan(3, last=None)
 
 
 def test_flush_groups() -> None:

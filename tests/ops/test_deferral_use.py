@@ -42,6 +42,14 @@ def test_second_use(layer: Layer, device: torch.device) -> None:
         layer(hiddens, w, copy)
 
 
+@pytest.mark.parametrize("layer", [plain, normed])
+def test_a_call_that_fails_is_no_use(layer: Layer, device: torch.device) -> None:
+    hiddens, w, (deferral,) = group(device)
+    with pytest.raises(ValueError, match="weights"):
+        layer(hiddens, w[..., :2], deferral)
+    layer(hiddens, w, deferral)
+
+
 def test_second_use_after_a_backward(device: torch.device) -> None:
     hiddens, w, (first, second) = group(device, layers=2)
     plain(hiddens, w, second)[0].sum().backward(retain_graph=True)

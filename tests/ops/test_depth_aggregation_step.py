@@ -235,6 +235,11 @@ def bad_arguments() -> dict[str, tuple[type, str, dict[str, Any]]]:
             r"norm_weights\[0\]: .*got Half",
             {"norm_weights": [torch.ones(64, dtype=half), None, None, None]},
         ),
+        "beside-norms": (
+            ValueError,
+            "norms: expected no other argument of the norms beside a StreamNorms",
+            {"norms": ops.StreamNorms([], [], "none", 1e-6)},
+        ),
         "biases-count": (ValueError, "norm_biases: .*got 1", {"norm_biases": [None]}),
         "biases-rms": (
             ValueError,

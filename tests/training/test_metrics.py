@@ -48,3 +48,8 @@ def test_memory_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     plot_losses({"plain": [make_rows(9)] * 2, "MUDD": [make_rows(9)] * 2}, tmp_path / "losses.png", "title")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    plot_losses({name: [make_rows(9)] for name in "abcdef"}, tmp_path / "six.png", "title")
+    with pytest.raises(ValueError, match="runs must hold at least one run of each model"):
+        plot_losses({"plain": []}, tmp_path / "none.png", "title")
+    with pytest.raises(ValueError, match=r"runs\['plain'\] must be evaluated at the same steps"):
+        plot_losses({"plain": [make_rows(9), make_rows(12)]}, tmp_path / "none.png", "title")
