@@ -259,7 +259,7 @@ def _check(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
         try:  # 1 for a number, and integers of numpy
             value = int(value) if isinstance(value, numbers.Integral) and hint is int else float(value)
         except OverflowError:
-            raise InputError(f"{name} must be finite, got an integer of {value.bit_length()} bits") from None
+            raise InputError(f"{name} must be finite, got a number of hundreds of digits") from None
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e3
         value = int(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
