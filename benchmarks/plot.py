@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tables import RESULTS, fair_twin, latest, read, read_gpus, step_run, step_runs
+from tables import RESULTS, fair_twin, latest, profiles, read, read_gpus, step_run, step_runs
 
 METHODS = {"eager": "#9aa0a6", "compile": "#6fa8dc", "ours": "#2e7d32"}
 STEPS = {  # method of train_step.py: label, colour
@@ -76,14 +76,11 @@ def step_bars() -> None:
 
 
 def kind_bars() -> None:
-    """What each kind of kernel adds to a plain step or takes from it, for the sizes that were profiled last."""
-    rows = [r for r in read_gpus("profile_step") if r["category"] != "step" and "mudd" in r["methods"]]
-    rows = [r for r in rows if r["date"] == rows[-1]["date"]]
-    rows = list(latest(rows, "model", "batch", "category").values())
-    models = list(dict.fromkeys((r["model"], r["batch"]) for r in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.4), constrained_layout=True, squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        found = [r for r in rows if (r["model"], r["batch"]) == model]
+    """What each kind of kernel adds to a plain step or takes from it, for each pair of models that was profiled."""
+    pairs = profiles()
+    figure, axes = plt.subplots(1, len(pairs), figsize=(5 * len(pairs), 3.4), constrained_layout=True, squeeze=False)
+    for axis, ((model, batch, run, methods), rows) in zip(axes[0], pairs.items(), strict=True):
+        found = [r for r in rows if r["category"] != "step"]
         found = [r for r in found if max(abs(float(r[k])) for k in ("plain_ms", "mudd_ms")) >= 0.005][::-1]
         more = [float(r["difference_ms"]) for r in found]
         drawn = axis.barh([r["category"] for r in found], more, color=["#2e7d32" if x > 0 else "#6fa8dc" for x in more])
@@ -92,9 +89,9 @@ def kind_bars() -> None:
         axis.margins(x=0.2)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(f"milliseconds, sum {sum(more):+.2f}", fontsize=8)
-        axis.set_title(f"{model[0]}, batch {model[1]}", fontsize=9)
-    names = rows[0]["methods"].replace(" ", " to ")
-    figure.suptitle(f"What the connections add, by kind of kernel: {names}\n{rows[0]['device']}", fontsize=9)
+        title = f"{model}, batch {batch}, {run}, {rows[0]['device']}\n{methods.replace(' ', ' to ')}"
+        axis.set_title(title, fontsize=8)
+    figure.suptitle("What the connections add, by kind of kernel", fontsize=9)
     save(figure, "profile_step")
 
 

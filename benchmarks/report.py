@@ -31,6 +31,7 @@ from tables import (
     fraction,
     latest,
     number,
+    profiles,
     ratio,
     read,
     read_gpus,
@@ -119,20 +120,9 @@ def other_steps() -> str:
 
 
 def profile() -> str:
-    """Milliseconds of a step by kind of kernel, a table for each model beside the twin with a bfloat16 residual stream.
-
-    Under FSDP2 every model has one.
-    """
+    """Milliseconds of a step by kind of kernel, a table for each pair of models."""
     parts = []
-    pairs: dict[tuple[str, ...], list[Row]] = {}
-    for row in read_gpus("profile_step"):
-        if not row["methods"].startswith("plain16") and not row.get("run", "").startswith("FSDP2"):
-            continue
-        rows = pairs.setdefault((row["model"], row["batch"], row.get("run", "Python"), row["methods"]), [])
-        if rows and any(rows[-1][k] != row[k] for k in ("device", "torch", "commit", "date")):
-            rows.clear()  # measured again
-        rows.append(row)
-    for (model, batch, run, methods), rows in pairs.items():
+    for (model, batch, run, methods), rows in profiles().items():
         plain, ours = methods.split()
         history = [r for r in rows if r["category"].startswith(("aggregation", "flush"))]
         total = {k: str(sum(float(r[k]) for r in history)) for k in ("plain_ms", "mudd_ms", "difference_ms")}
@@ -248,7 +238,7 @@ def aggregate_norm() -> str:
 
 
 def with_norms(norms: str) -> str:
-    """Of the same, eager, torch.compile and ours."""
+    """The normed aggregation with these norms: eager, torch.compile and ours."""
     return operator(read_gpus("depth_aggregate_norm"), ["forward", "both"], norms=norms)
 
 

@@ -25,8 +25,11 @@ def read(name: str) -> list[Row]:
 
 def read_gpus(subject: str) -> list[Row]:
     """The rows of every GPU's file of a subject (h100_SUBJECT.csv, ...), by date; of one day the older GPU's first."""
-    names = (path.stem for path in sorted(RESULTS.glob(f"*_{subject}.csv")) if not path.stem.startswith("cpu_"))
-    rows = [row for name in names if name.partition("_")[2] == subject for row in read(name)]
+    rows: list[Row] = []
+    for path in sorted(RESULTS.glob("*.csv")):
+        device, _, its_subject = path.stem.partition("_")
+        if device != "cpu" and its_subject == subject:
+            rows += read(path.stem)
     return sorted(rows, key=lambda row: row["date"])
 
 
@@ -46,6 +49,23 @@ def step_runs(rows: Sequence[Row]) -> list[dict[str, Row]]:
             key = its
         runs[-1][row["method"]] = row
     return runs
+
+
+def profiles() -> dict[tuple[str, str, str, str], list[Row]]:
+    """By layers x width, batch, way to run ("Python", ..) and methods the rows of a pair's last profile.
+
+    Of the pairs whose plain model has a bfloat16 residual stream, as every model has under FSDP2.
+    """
+    pairs: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in read_gpus("profile_step"):
+        run = row.get("run", "Python")
+        if not row["methods"].startswith("plain16") and not run.startswith("FSDP2"):
+            continue
+        rows = pairs.setdefault((row["model"], row["batch"], run, row["methods"]), [])
+        if rows and any(rows[-1][k] != row[k] for k in ("device", "torch", "commit", "date")):
+            rows.clear()  # measured again
+        rows.append(row)
+    return pairs
 
 
 def twins(run: dict[str, Row], how: str) -> list[Row]:

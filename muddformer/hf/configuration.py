@@ -25,7 +25,11 @@ _STANDARD = {
 }
 
 
-_ROPE = {"rope_theta": "rope_base", "partial_rotary_factor": "rotary_pct"}
+def _rope_fields(rope: dict[str, Any] | None) -> dict[str, Any]:
+    """What transformers' rotary parameters say, by the names of our fields."""
+    rope = check_rope(rope)
+    names = {"rope_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+    return {own: rope[name] for own, name in names.items() if rope.get(name) is not None}
 
 
 class MUDDFormerConfig(PretrainedConfig):
@@ -68,14 +72,13 @@ class MUDDFormerConfig(PretrainedConfig):
                 f"model_type must be {self.model_type!r} for a {type(self).__name__}, got {came!r}: "
                 f"AutoModelForCausalLM finds the class of a directory, after import muddformer.hf for {known}"
             )
-        rope = check_rope(values.pop("rope_parameters", None))
+        rope = _rope_fields(values.pop("rope_parameters", None))
         names = _STANDARD if release.is_official(values) else {**_STANDARD, "num_key_value_heads": "n_kv_heads"}
         values = {names.get(name, name): value for name, value in values.items()}
         own = {name: values.pop(name) for name in (_FIELDS | _RELEASE) & values.keys()}
         if "n_local_heads" in own and "n_kv_heads" in own:
             own.pop("n_kv_heads")
-        own |= {own_name: rope[name] for name, own_name in _ROPE.items() if rope.get(name) is not None}
-        fields = ModelConfig.read({"model_type": self.model_type, **own})
+        fields = ModelConfig.read({"model_type": self.model_type, **own, **rope})
         for name, value in release.keys_of(fields.to_dict()).items():
             if name != "model_type":
                 setattr(self, name, value)
@@ -98,10 +101,8 @@ class MUDDFormerConfig(PretrainedConfig):
 
     @rope_parameters.setter
     def rope_parameters(self, value: dict[str, Any] | None) -> None:
-        value = check_rope(value)
-        for name, own_name in _ROPE.items():
-            if value.get(name) is not None:
-                setattr(self, own_name, value[name])
+        for name, own in _rope_fields(value).items():
+            setattr(self, name, own)
 
     def to_model_config(self) -> ModelConfig:
         """The same as the library's own configuration.

@@ -102,14 +102,7 @@ class Settings:
         Raises:
             InputError: naming the unknown or bad key.
         """
-        if not isinstance(sections, Mapping):
-            raise InputError(f"settings must be a mapping of sections, got {_kind(sections)}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name, section in sections.items():
-            if name not in known:
-                raise InputError(f"unknown section {name!r}{suggest(name, known)}")
-            if section is not None and not isinstance(section, Mapping):
-                raise InputError(f"section {name!r} must map keys to values, got {_kind(section)}")
+        _check_sections(sections)
         model = dict(sections.get("model") or {})
         for key in model:
             if not isinstance(key, str):
@@ -159,9 +152,21 @@ class Settings:
 
     def merge(self, sections: Mapping[str, Mapping[str, Any] | None]) -> Settings:
         """These settings with the keys of nested mappings put over them, checked as in :meth:`from_dict`."""
-        Settings.from_dict(sections)
+        _check_sections(sections)
         merged = {name: {**section, **(sections.get(name) or {})} for name, section in self.to_dict().items()}
-        return Settings.from_dict({**sections, **merged})
+        return Settings.from_dict(merged)
+
+
+def _check_sections(sections: Any) -> None:
+    """Refuses anything but a mapping of known sections to mappings or None."""
+    if not isinstance(sections, Mapping):
+        raise InputError(f"settings must be a mapping of sections, got {_kind(sections)}")
+    known = [f.name for f in dataclasses.fields(Settings)]
+    for name, section in sections.items():
+        if name not in known:
+            raise InputError(f"unknown section {name!r}{suggest(name, known)}")
+        if section is not None and not isinstance(section, Mapping):
+            raise InputError(f"section {name!r} must map keys to values, got {_kind(section)}")
 
 
 def preset_names() -> list[str]:

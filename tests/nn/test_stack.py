@@ -148,6 +148,7 @@ BAD = [
         "flush_interval must be None or 1 with a window",
     ),
     (lambda: MUDDStack([nn.Linear(4, 4), None], 4), TypeError, r"layers\[1\] must be a module, got .* NoneType"),
+    (lambda: MUDDStack([lambda x: x], 4), TypeError, r"layers\[0\] must be a module, got .* function"),
     (lambda: MUDDStack(None, 4), TypeError, "layers must be a list of modules, got .* NoneType"),
     (lambda: stack_of(MLP)([1.0]), TypeError, "x must be a tensor, got .* list"),
     (lambda: MUDDStack([nn.LSTM(4, 4)], 4)(torch.ones(1, 4)), TypeError, "block 0 must return one tensor, got tuple"),
