@@ -13,7 +13,8 @@ inline constexpr int kStages = 2;                              // of the backwar
 
 // How the heads of queries or of keys are split over lanes and blocks.
 struct Split {
-  int lanes;        // of a head, a power of two
+  int lanes;        // of a head
+  int warp_items;   // heads, or their pairs, that a warp's lanes have at a time
   int lane_packs;   // pairs of packs of a head
   uint32_t groups;  // lanes' shares of a token: heads / heads of a lane, rounded up
   uint32_t items;   // of all tokens
@@ -46,6 +47,14 @@ struct Item {
 __device__ __forceinline__ Item item_of(uint32_t item, uint32_t groups, uint32_t tokens) {
   const uint32_t token = item / groups, batch = token / tokens;
   return {batch, token - batch * tokens, static_cast<int>(item - token * groups)};
+}
+
+// This lane's item: `begin` is the first of its block. Lanes that are left over have one that is
+// not there.
+__device__ __forceinline__ uint64_t item_from(uint64_t begin, const Split& split) {
+  const int place = threadIdx.x % 32 / split.lanes;
+  return place < split.warp_items ? begin + threadIdx.x / 32 * split.warp_items + place
+                                  : split.items;
 }
 
 template <typename T>
@@ -91,7 +100,14 @@ __device__ __forceinline__ void load_weight(const QkNormRotary& p, int which, in
   }
 }
 
+// Sum over the lanes of a head, equal in each of them. Every lane of the warp calls it.
 __device__ __forceinline__ float lane_sum(float value, int lanes) {
+  if ((lanes & (lanes - 1)) != 0) {
+    const int lane = threadIdx.x % 32, first = lane - lane % lanes;
+    float sum = 0.0f;
+    for (int i = 0; i < lanes; ++i) sum += __shfl_sync(0xffffffffu, value, first + i);
+    return sum;
+  }
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(0xffffffffu, value, distance);
   }

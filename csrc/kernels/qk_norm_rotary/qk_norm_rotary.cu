@@ -1,6 +1,7 @@
 // See qk_norm_rotary.h for the formula.
 //
-// A head has the lanes of a part of a warp. A lane holds pairs of packs, entries i.. and i + half..
+// A head has the lanes of a part of a warp: a power of two, or fewer where more heads then have room
+// (heads of 80 five lanes, six heads a warp). A lane holds pairs of packs, entries i.. and i + half..
 // that are rotated with each other, so that only the sums of the norm go from lane to lane. It has
 // the same pairs of several heads of a token, which share cosines and sines. Of the entries that
 // pass through neighbouring packs are a pair, with cosine 1 and sine 0.
@@ -31,9 +32,10 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
   const int which = blockIdx.x < splits.of[kQueries].blocks ? kQueries : kKeys;
   const Split& split = splits.of[which];
   const uint32_t block = blockIdx.x - (which == kKeys ? splits.of[kQueries].blocks : 0);
-  const int lanes = split.lanes, lane = threadIdx.x % lanes;
-  const uint32_t item = block * (kThreads / lanes) + threadIdx.x / lanes;
-  const Item at = item_of(min(item, split.items - 1), split.groups, p.tokens);
+  const int lanes = split.lanes, lane = threadIdx.x % 32 % lanes;
+  const uint64_t item = item_from(uint64_t{block} * (kThreads / 32 * split.warp_items), split);
+  const Item at =
+      item_of(static_cast<uint32_t>(min(item, uint64_t{split.items - 1})), split.groups, p.tokens);
   const int heads = item < split.items ? p.heads[which] : 0;
 
   PackBits<T, P> bits[U][V][2];
@@ -103,7 +105,7 @@ template <int P, int V>
 __device__ __forceinline__ void leave_partial(float (&first)[V][P], float (&second)[V][P],
                                               const Split& split, const QkNormRotary& p,
                                               float* of_warps, float* to) {
-  const int lanes = split.lanes, lane = threadIdx.x % 32;
+  const int lanes = split.lanes, lane = threadIdx.x % 32, place = lane / lanes;
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < V; ++k) {
@@ -112,9 +114,13 @@ __device__ __forceinline__ void leave_partial(float (&first)[V][P], float (&seco
     float* const own = of_warps + threadIdx.x / 32 * p.head_dim;
 #pragma unroll
     for (int i = 0; i < P; ++i) {
-      for (int distance = lanes; distance < 32; distance *= 2) {
-        first[k][i] += __shfl_xor_sync(0xffffffffu, first[k][i], distance);
-        second[k][i] += __shfl_xor_sync(0xffffffffu, second[k][i], distance);
+      for (int left = split.warp_items; left > 1; left = (left + 1) / 2) {
+        const int kept = (left + 1) / 2;
+        const float above_first = __shfl_down_sync(0xffffffffu, first[k][i], kept * lanes);
+        const float above_second = __shfl_down_sync(0xffffffffu, second[k][i], kept * lanes);
+        if (place + kept >= left) continue;
+        first[k][i] += above_first;
+        second[k][i] += above_second;
       }
       if (lane < lanes && number < split.lane_packs) {
         own[pair.first + i] = first[k][i];
@@ -141,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   const int which = blockIdx.x < splits.of[kQueries].blocks ? kQueries : kKeys;
   const Split& split = splits.of[which];
   const uint32_t block = blockIdx.x - (which == kKeys ? splits.of[kQueries].blocks : 0);
-  const int lanes = split.lanes, lane = threadIdx.x % lanes;
+  const int lanes = split.lanes, lane = threadIdx.x % 32 % lanes;
   const float over_dim = 1.0f / static_cast<float>(p.head_dim);
   float weight_a[V][P], weight_b[V][P], grad_a[V][P] = {}, grad_b[V][P] = {};
   load_weight<T, P, V>(p, which, lane, lanes, split.lane_packs, weight_a, weight_b);
@@ -151,10 +157,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   const auto place = [&](int stage, int u, int k) {
     return reinterpret_cast<Bits*>(shared) + ((stage * U + u) * V + k) * 4 * kThreads + threadIdx.x;
   };
-  const uint32_t block_items = kThreads / lanes;
+  const uint32_t block_items = kThreads / 32 * split.warp_items;
   const uint64_t step = uint64_t{split.blocks} * block_items;
   const auto ask = [&](uint64_t from, int stage) {
-    const uint64_t item = from + threadIdx.x / lanes;
+    const uint64_t item = item_from(from, split);
     if (item < split.items) {
       const Item at = item_of(static_cast<uint32_t>(item), split.groups, p.tokens);
 #pragma unroll
@@ -184,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   // All lanes of a warp stay together, because sums go from lane to lane.
   for (uint64_t from = begin; from < split.items; from += step) {
     ask(from + (kStages - 1) * step, stage == 0 ? kStages - 1 : stage - 1);
-    const uint64_t item = from + threadIdx.x / lanes;
+    const uint64_t item = item_from(from, split);
     const Item at = item_of(static_cast<uint32_t>(min(item, uint64_t{split.items - 1})),
                             split.groups, p.tokens);
     const int heads = item < split.items ? p.heads[which] : 0;
@@ -281,9 +287,12 @@ bool has_packs(const QkNormRotaryBackward& b, int pack) {
 cudaError_t split_heads(const QkNormRotary& p, int pack, int packs_each, int heads_each,
                         uint32_t most_blocks, Splits& splits) {
   const int pairs = p.head_dim / (2 * pack);
+  const int fewest = (pairs + packs_each - 1) / packs_each;
   int lanes = 1;
-  while (lanes * packs_each < pairs) lanes *= 2;
-  const int64_t tokens = p.batch * p.tokens, block_items = kThreads / lanes;
+  while (lanes < fewest) lanes *= 2;
+  if (32 / fewest > 32 / lanes) lanes = fewest;
+  const int warp_items = 32 / lanes;
+  const int64_t tokens = p.batch * p.tokens, block_items = kThreads / 32 * warp_items;
   const int64_t heads = p.heads[kQueries] + p.heads[kKeys];
   for (int which : {kQueries, kKeys}) {
     const int64_t groups = (p.heads[which] + heads_each - 1) / heads_each;
@@ -293,7 +302,11 @@ cudaError_t split_heads(const QkNormRotary& p, int pack, int packs_each, int hea
     if (most_blocks > 0) {
       blocks = std::min(blocks, std::max<int64_t>(most_blocks * p.heads[which] / heads, 1));
     }
-    splits.of[which] = {lanes, pairs, static_cast<uint32_t>(groups), static_cast<uint32_t>(items),
+    splits.of[which] = {lanes,
+                        warp_items,
+                        pairs,
+                        static_cast<uint32_t>(groups),
+                        static_cast<uint32_t>(items),
                         static_cast<uint32_t>(blocks)};
   }
   return cudaSuccess;
