@@ -49,12 +49,10 @@ __device__ __forceinline__ Item item_of(uint32_t item, uint32_t groups, uint32_t
   return {batch, token - batch * tokens, static_cast<int>(item - token * groups)};
 }
 
-// This lane's item: `begin` is the first of its block. Lanes that are left over have one that is
-// not there.
-__device__ __forceinline__ uint64_t item_from(uint64_t begin, const Split& split) {
+// Which of its block's items this lane has. Lanes that are left over have one that is not there.
+__device__ __forceinline__ uint64_t item_in_block(const Split& split) {
   const int place = threadIdx.x % 32 / split.lanes;
-  return place < split.warp_items ? begin + threadIdx.x / 32 * split.warp_items + place
-                                  : split.items;
+  return place < split.warp_items ? threadIdx.x / 32 * split.warp_items + place : split.items;
 }
 
 template <typename T>
@@ -101,9 +99,9 @@ __device__ __forceinline__ void load_weight(const QkNormRotary& p, int which, in
 }
 
 // Sum over the lanes of a head, equal in each of them. Every lane of the warp calls it.
-__device__ __forceinline__ float lane_sum(float value, int lanes) {
+__device__ __forceinline__ float lane_sum(float value, int lane, int lanes) {
   if ((lanes & (lanes - 1)) != 0) {
-    const int lane = threadIdx.x % 32, first = lane - lane % lanes;
+    const int first = threadIdx.x % 32 - lane;
     float sum = 0.0f;
     for (int i = 0; i < lanes; ++i) sum += __shfl_sync(0xffffffffu, value, first + i);
     return sum;

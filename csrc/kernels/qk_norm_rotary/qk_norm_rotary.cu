@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
   const Split& split = splits.of[which];
   const uint32_t block = blockIdx.x - (which == kKeys ? splits.of[kQueries].blocks : 0);
   const int lanes = split.lanes, lane = threadIdx.x % 32 % lanes;
-  const uint64_t item = item_from(uint64_t{block} * (kThreads / 32 * split.warp_items), split);
+  const uint64_t item = uint64_t{block} * (kThreads / 32 * split.warp_items) + item_in_block(split);
   const Item at =
       item_of(static_cast<uint32_t>(min(item, uint64_t{split.items - 1})), split.groups, p.tokens);
   const int heads = item < split.items ? p.heads[which] : 0;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
     }
     float rstd = 1.0f;
     if constexpr (kNorm) {
-      rstd = rsqrtf(lane_sum(square, lanes) / static_cast<float>(p.head_dim) + p.eps);
+      rstd = rsqrtf(lane_sum(square, lane, lanes) / static_cast<float>(p.head_dim) + p.eps);
     }
     const int head = at.head + u * split.groups;
     if (head >= heads) continue;
@@ -158,9 +158,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     return reinterpret_cast<Bits*>(shared) + ((stage * U + u) * V + k) * 4 * kThreads + threadIdx.x;
   };
   const uint32_t block_items = kThreads / 32 * split.warp_items;
+  const uint64_t own = item_in_block(split);
   const uint64_t step = uint64_t{split.blocks} * block_items;
   const auto ask = [&](uint64_t from, int stage) {
-    const uint64_t item = item_from(from, split);
+    const uint64_t item = from + own;
     if (item < split.items) {
       const Item at = item_of(static_cast<uint32_t>(item), split.groups, p.tokens);
 #pragma unroll
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   // All lanes of a warp stay together, because sums go from lane to lane.
   for (uint64_t from = begin; from < split.items; from += step) {
     ask(from + (kStages - 1) * step, stage == 0 ? kStages - 1 : stage - 1);
-    const uint64_t item = item_from(from, split);
+    const uint64_t item = from + own;
     const Item at = item_of(static_cast<uint32_t>(min(item, uint64_t{split.items - 1})),
                             split.groups, p.tokens);
     const int heads = item < split.items ? p.heads[which] : 0;
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
           square = fmaf(xa[k][i], xa[k][i], fmaf(xb[k][i], xb[k][i], square));
         }
       }
-      const float rstd = rsqrtf(lane_sum(square, lanes) * over_dim + p.eps);
+      const float rstd = rsqrtf(lane_sum(square, lane, lanes) * over_dim + p.eps);
       float along = 0.0f;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
           along = fmaf(ya[k][i], xa[k][i], fmaf(yb[k][i], xb[k][i], along));
         }
       }
-      along = lane_sum(along, lanes) * over_dim;
+      along = lane_sum(along, lane, lanes) * over_dim;
       if (head >= heads) continue;
       T* const dx = head_at<T>(b.dx[which], at, head);
 #pragma unroll
