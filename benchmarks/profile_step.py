@@ -2,8 +2,10 @@
 millisecond of the difference has a name.
 
 The rows are the kinds, in milliseconds of a step; a kernel that is launched before its predecessor has ended, to wait
-for it, counts from that end on, and communication where nothing else runs. "Between kernels" is what the step takes
-beyond them. It also prints the longest kernels of both. Three ways to run a step:
+for it, counts from that end on, and communication where nothing else runs. "Between kernels" is the time that nothing
+runs. The profiler slows the host, and a step that waits for its host takes longer under it: "less the profiler" is the
+step's time without it, minus that with it, so that all rows add up to the step without it. It also prints the longest
+kernels of both. Three ways to run a step:
 
     python benchmarks/profile_step.py --model 24x1024:8 --csv benchmarks/results/h100_profile_step.csv
     python benchmarks/profile_step.py --model 24x1024:8 --methods plain16-eager mudd-eager --cpp build/cpp_step ...
@@ -21,7 +23,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +55,7 @@ KINDS = {  # the first that matches the name of a kernel (on a CPU: of an operat
     r"|sum_partials",
     "copies and fills": r"memcpy|memset|aten::(copy_|fill_|zero_)$",
 }
-REST = ("other kernels", "between kernels")
+REST = ("other kernels", "between kernels", "less the profiler")
 
 
 class Kernel(NamedTuple):
@@ -62,6 +64,14 @@ class Kernel(NamedTuple):
     name: str
     start: float
     end: float
+
+
+class Profile(NamedTuple):
+    """Milliseconds and launches of every kernel by name, and milliseconds from the first's start to the last's end: of
+    a step, under the profiler."""
+
+    kernels: dict[str, list[float]]
+    ms: float
 
 
 def kind_of(name: str) -> str:
@@ -76,8 +86,8 @@ def read_trace(path: Path) -> list[Kernel]:
     return [Kernel(e["name"], float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in device]
 
 
-def profiled(step: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds and launches of every kernel by name, of a step."""
+def profiled(step: Callable[[], object], device: torch.device) -> Profile:
+    """The profile of a step; on a CPU, of its operators, which leave no gaps."""
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as found:
         for _ in range(STEPS):
@@ -88,11 +98,13 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, list
         with tempfile.TemporaryDirectory() as folder:
             found.export_chrome_trace(str(Path(folder, "trace.json")))
             return own_times(read_trace(Path(folder, "trace.json")))
-    return by_name((event.name, event.self_cpu_time_total) for event in found.events() if not event.is_user_annotation)
+    events = [event for event in found.events() if not event.is_user_annotation]
+    kernels = by_name((event.name, event.self_cpu_time_total) for event in events)
+    return Profile(kernels, sum(ms for ms, _ in kernels.values()))
 
 
-def own_times(kernels: Iterable[Kernel]) -> dict[str, list[float]]:
-    """As :func:`profiled`: each moment counts for one kernel, the first that runs then, communication last."""
+def own_times(kernels: Sequence[Kernel]) -> Profile:
+    """Each moment counts for one kernel, the first that runs then, communication last."""
     times: list[tuple[str, float]] = []
     starts, ends = [float("-inf")], [float("-inf")]  # where something runs, in order and apart
     ordered = sorted(kernels, key=lambda kernel: kernel.start)
@@ -113,7 +125,8 @@ def own_times(kernels: Iterable[Kernel]) -> dict[str, list[float]]:
                 break
             alone -= max(min(ends[i], kernel.end) - max(starts[i], start), 0.0)
         times.append((kernel.name, alone))
-    return by_name(times)
+    span = max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels)
+    return Profile(by_name(times), span / STEPS / 1e3)
 
 
 def by_name(times: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
@@ -125,15 +138,15 @@ def by_name(times: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
     return kernels
 
 
-# ---- ways to run a step: milliseconds of it, and its kernels as of profiled() ------------------------------------
-def python_step(method: Method, shape: Shape, device: torch.device, seconds: float) -> tuple[float, dict]:
+# ---- ways to run a step: milliseconds of it without the profiler, and its profile --------------------------------
+def python_step(method: Method, shape: Shape, device: torch.device, seconds: float) -> tuple[float, Profile]:
     """In this process."""
     with training_step(method, shape, device) as (_, step):
         ms = median_ms(step, device, seconds)  # which warms up too
         return ms, profiled(step, device)
 
 
-def cpp_program_step(method: Method, shape: Shape, build: Path, seconds: float) -> tuple[float, dict]:
+def cpp_program_step(method: Method, shape: Shape, build: Path, seconds: float) -> tuple[float, Profile]:
     """By the program of cpp_step.py, in its folder."""
     with tempfile.TemporaryDirectory() as folder:
         config, trace = Path(folder, "config.json"), Path(folder, "trace.json")
@@ -144,7 +157,7 @@ def cpp_program_step(method: Method, shape: Shape, build: Path, seconds: float) 
         return ms, own_times(read_trace(trace))
 
 
-def sharded_step(method: Method, shape: Shape, device: torch.device) -> tuple[float, dict]:
+def sharded_step(method: Method, shape: Shape, device: torch.device) -> tuple[float, Profile]:
     """On this device of those that fsdp2_step.py shards over."""
     step, _ = fsdp2_step.sharded_step(method, shape, fsdp2_step.mesh_of(device), device)
     _, ms, _ = fsdp2_step.timed(step)
@@ -152,11 +165,12 @@ def sharded_step(method: Method, shape: Shape, device: torch.device) -> tuple[fl
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
-def by_kind(ms: float, kernels: dict[str, list[float]]) -> dict[str, float]:
+def by_kind(ms: float, found: Profile) -> dict[str, float]:
     times = dict.fromkeys((*KINDS, *REST), 0.0)
-    for name, (time, _) in kernels.items():
+    for name, (time, _) in found.kernels.items():
         times[kind_of(name)] += time
-    times[REST[1]] = ms - sum(times.values())
+    times[REST[1]] = found.ms - sum(times.values())
+    times[REST[2]] = ms - found.ms
     return times
 
 
@@ -175,17 +189,17 @@ def main() -> None:
     quiet = sharded and int(os.environ["LOCAL_RANK"]) > 0
     for method in methods:
         if sharded:
-            ms, kernels = sharded_step(method, shape, device)
+            ms, found = sharded_step(method, shape, device)
         elif args.cpp:
-            ms, kernels = cpp_program_step(method, shape, args.cpp, args.seconds)
+            ms, found = cpp_program_step(method, shape, args.cpp, args.seconds)
         else:
-            ms, kernels = python_step(method, shape, device, args.seconds)
+            ms, found = python_step(method, shape, device, args.seconds)
         gc.collect()
-        times.append(by_kind(ms, kernels))
+        times.append(by_kind(ms, found))
         if quiet:
             continue
         print(f"\n{method.text}, {how}, {shape}, {shape.batch} x {shape.length} tokens: {ms:.3f} ms; longest kernels")
-        for name, (time, launches) in sorted(kernels.items(), key=lambda item: -item[1][0])[:15]:
+        for name, (time, launches) in sorted(found.kernels.items(), key=lambda item: -item[1][0])[:15]:
             print(f"{time:9.3f} ms {launches:7.1f} x  {kind_of(name):28} {name[:120]}")
     if sharded:
         dist.destroy_process_group()

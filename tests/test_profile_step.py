@@ -20,8 +20,8 @@ def profile_step() -> Iterator[ModuleType]:
 
 def own_us(profile_step: ModuleType, *kernels: tuple[str, float, float]) -> dict[str, float]:
     """Microseconds that each kernel is given."""
-    times = profile_step.own_times(profile_step.Kernel(*kernel) for kernel in kernels)
-    return {name: pytest.approx(1e3 * profile_step.STEPS * ms) for name, (ms, _) in times.items()}
+    found = profile_step.own_times([profile_step.Kernel(*kernel) for kernel in kernels])
+    return {name: pytest.approx(1e3 * profile_step.STEPS * ms) for name, (ms, _) in found.kernels.items()}
 
 
 def test_a_kernel_that_waits_for_the_one_before_counts_from_its_end(profile_step: ModuleType) -> None:
@@ -41,6 +41,15 @@ def test_communication_counts_where_nothing_else_runs(profile_step: ModuleType) 
         "adam": 2,
         "nccl reduce": 10,
     }
+
+
+def test_rows_add_up_to_the_step(profile_step: ModuleType) -> None:
+    us = 1e3 * profile_step.STEPS
+    found = profile_step.own_times([profile_step.Kernel("gemm", 5, 15), profile_step.Kernel("nccl", 25, 30)])
+    rows = {kind: us * ms for kind, ms in profile_step.by_kind(20 / us, found).items() if ms}
+    assert rows == pytest.approx(
+        {"communication": 5, "matrix products": 10, "between kernels": 10, "less the profiler": -5}
+    )
 
 
 def test_a_trace_has_kernels_and_copies(profile_step: ModuleType, tmp_path: Path) -> None:
