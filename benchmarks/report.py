@@ -76,14 +76,16 @@ def step_line(run: dict[str, Row], method: str, short: bool) -> Line:
 
 
 def steps(hows: Sequence[str], short: bool = False) -> str:
-    """A line for each size and form; the short table has those alone that were measured beside both twins."""
+    """A line for each size and form; in the short table of 24 layers and more that were measured beside both twins."""
     rows = read_gpus("train_step")
     runs = step_runs(rows)
     lines = []
     for size in latest((r for r in rows if not r["method"].startswith("plain")), "model", "batch"):
         for method in (f"{form}-{how}" for how in hows for form in FORMS):
             run = step_run(runs, size, method)
-            if run and run[method]["status"] == "ok" and (fair_twin(run, method.rpartition("-")[2]) or not short):
+            if not run or run[method]["status"] != "ok":
+                continue
+            if not short or (width(run[method])[1] >= 24 and fair_twin(run, method.rpartition("-")[2])):
                 lines.append(step_line(run, method, short))
     head = ["layers x width, batch", "model", *(f"{name}: ms, GiB" for name in ("plain", "plain16", "ours"))]
     head += ["throughput", "memory"]

@@ -308,7 +308,7 @@ def test_costs_are_interpolated_never_extrapolated(quality):
     assert quality.stats.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5))
 
 
-def test_page_from_rows(quality, tmp_path):
+def test_pages_from_rows(quality, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     paths, rows = [], []
     for kind in quality.sets.KINDS:
@@ -335,7 +335,12 @@ def test_page_from_rows(quality, tmp_path):
         *map(str, paths),
         "--page",
         str(tmp_path / "docs" / "quality.md"),
+        "--readme",
+        str(tmp_path / "README.md"),
     ]
+    assert quality.report.main(arguments) == 2
+    assert "README.md has no <!-- quality -->" in capsys.readouterr().err
+    (tmp_path / "README.md").write_text("before\n<!-- quality -->\nold\n<!-- end quality -->\nafter\n")
     assert quality.report.main([*arguments, "--check"]) == 1
     assert quality.report.main(arguments) == 0
     assert quality.report.main([*arguments, "--check"]) == 0
@@ -347,11 +352,14 @@ def test_page_from_rows(quality, tmp_path):
     assert "0.1 nats below plain. MUDD at 0M tokens: 0.200 ± 0.000: reached" in text
     assert "2.5 times the compute. MUDD at 0M tokens: 2.000 ± 0.000: NOT reached" in text
     assert "1.5 times the seconds. MUDD at 0M tokens: 1.600 ± 0.000: reached" in text
+    told = (tmp_path / "README.md").read_text()
+    assert told.startswith("before\n<!-- quality -->\nOn real text (tiny time), 0M tokens bring MUDD to")
+    assert told.endswith("\n<!-- end quality -->\nafter\n") and "2.00 times the compute and 1.60 times" in told
     assert "-0.200 ± 0.000" in text and "**2.8" in text and "diverged by" in text
     assert "## Noise of the hardware" in text and f"| {again.held_out_loss:.4f} | 0.0125 |" in text
 
 
-def test_the_page_is_what_the_rows_give(quality):
+def test_the_pages_are_what_the_rows_give(quality):
     assert quality.report.main([str(BENCHMARKS / "results" / "quality.csv"), "--check"]) == 0
 
 
@@ -368,7 +376,9 @@ def test_page_of_what_connections_learn(quality, made, tmp_path, tiny_set, capsy
     (runs / "rows.csv").unlink()
     assert quality.run.main([*train, "--keep"]) == 0
     assert quality.inspection.main(inspect) == 0
+    (tmp_path / "README.md").write_text("<!-- quality --><!-- end quality -->")
     page = ["--sets", str(tiny_set), "--page", str(tmp_path / "page.md"), "--inspection", str(found)]
+    page += ["--readme", str(tmp_path / "README.md")]
     assert quality.report.main([str(runs / "rows.csv"), *page]) == 0
     text = (tmp_path / "page.md").read_text()
     assert "## What the connections learn" in text and "| plain | " in text and "| MUDD | " in text

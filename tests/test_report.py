@@ -32,14 +32,14 @@ def step(method: str, ms: float, gib: float = 10.0, commit: str = "aaaaaaa") -> 
         "date": "2026-01-01",
         "csv": "h100_train_step",
     }
-    names = {"model": "12x1024", "method": method, "batch": "8", "length": "2048", "status": "ok"}
+    names = {"model": "24x1024", "method": method, "batch": "8", "length": "2048", "status": "ok"}
     return {**names, **{name: str(value) for name, value in figures.items()}, **where}
 
 
 def cells(report: ModuleType, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]]) -> list[str]:
     """Those of the one line of the table of training steps."""
     monkeypatch.setattr(report, "read_gpus", lambda subject: rows)
-    (line,) = [line for line in report.steps(["compile"], short=True).splitlines() if line.startswith("| 12 x 1024")]
+    (line,) = [line for line in report.steps(["compile"], short=True).splitlines() if line.startswith("| 24 x 1024")]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
@@ -68,9 +68,17 @@ def test_without_both_twins_in_the_run_there_is_no_ratio(
     report: ModuleType, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]]
 ) -> None:
     monkeypatch.setattr(report, "read_gpus", lambda subject: rows)
-    (line,) = [line for line in report.steps(["compile"]).splitlines() if line.startswith("| 12 x 1024")]
+    (line,) = [line for line in report.steps(["compile"]).splitlines() if line.startswith("| 24 x 1024")]
     assert line.split(" | ")[6:8] == ["-", "-"]
     assert report.steps(["compile"], short=True) == "(not measured)\n"  # the README has whole comparisons alone
+
+
+def test_the_short_table_has_24_layers_and_more(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [step("plain-compile", 100), step("plain16-compile", 90), step("mudd-compile", 120)]
+    small = [{**row, "model": "12x1024"} for row in rows]
+    monkeypatch.setattr(report, "read_gpus", lambda subject: rows + small)
+    assert report.steps(["compile"]).count("| MUDD |") == 2
+    assert report.steps(["compile"], short=True).count("| MUDD |") == 1
 
 
 def test_a_later_run_with_one_twin_does_not_replace_one_with_both(

@@ -1,4 +1,4 @@
-"""Writes docs/quality.md and its pictures from the rows: ``python benchmarks/quality/report.py ROWS``."""
+"""Writes docs/quality.md, its pictures and its part of README.md: ``python benchmarks/quality/report.py ROWS``."""
 
 from __future__ import annotations
 
@@ -33,18 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("rows", type=Path, help="CSV file that run.py wrote")
     p.add_argument("--sets", type=Path, nargs="+", default=sorted(Path(__file__).parent.glob("runs/*.yaml")))
     p.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
+    p.add_argument("--readme", type=Path, default=ROOT / "README.md")
     p.add_argument("--inspection", type=Path, default=ROOT / "benchmarks" / "results" / "quality_inspection.json")
     p.add_argument("--repeats", type=Path, default=ROOT / "benchmarks" / "results" / "quality_repeats.csv")
-    p.add_argument("--check", action="store_true", help="write nothing, fail if the page is not what the rows give")
+    p.add_argument("--check", action="store_true", help="write nothing, fail if a page is not what the rows give")
     args = p.parse_args(arguments)
     try:
         results = [result for path in args.sets if (result := Results(load_set(path), read_rows(args.rows))).compares()]
         models = json.loads(args.inspection.read_text(encoding="utf-8")) if args.inspection.exists() else []
-        text = page(results, models, read_rows(args.repeats))
+        texts = {args.page: page(results, models, read_rows(args.repeats)), args.readme: readme(args.readme, results)}
         if args.check:
-            return int(not (args.page.exists() and args.page.read_text(encoding="utf-8") == text))
+            return int(any(not p.exists() or p.read_text(encoding="utf-8") != text for p, text in texts.items()))
         args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(text, encoding="utf-8")
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
         draw(results, args.page.parent)
         if models:
             draw_inspection(_labelled(models, results), args.page.parent)
@@ -120,6 +122,20 @@ def page(results: Sequence[Results], models: Sequence[dict[str, Any]] = (), repe
     if models:
         lines += ["## What the connections learn", "", *_inspection(_labelled(models, results)), ""]
     return "\n".join(lines)
+
+
+def readme(path: Path, results: Sequence[Results]) -> str:
+    """The text of README.md with its part on quality made anew: the compute and the time that the largest models save.
+
+    Raises:
+        InputError: if it has no place for that.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    begin, end = "<!-- quality -->", "<!-- end quality -->"
+    if begin not in text or end not in text:
+        raise InputError(f"{path} has no {begin} and {end}, between which the quality of the models is told")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{_saved(results)}{end}{after}"
 
 
 def draw(results: Sequence[Results], folder: Path) -> None:
@@ -209,6 +225,27 @@ def advantages(result: Results, form: str, budget: int, device: str) -> tuple[li
             if needed is not None:
                 values.append(needed / cost(row))
     return found
+
+
+def _saved(results: Sequence[Results]) -> str:
+    """Of the largest models that can tell it, the form with the largest compute advantage at its largest budget."""
+    found = []
+    for result in (result for result in results if result.set.kind == "time"):
+        parameters = max((row.parameters for row in result.final.values()), default=0)
+        for form, label in result.set.labels.items():
+            for budget in result.budgets(form):
+                compute, seconds = advantages(result, form, budget, device := _device(result))
+                if form != result.set.baseline and compute and seconds:
+                    means = interval(compute)[0], interval(seconds)[0]
+                    found.append((parameters, budget, means, label, result.set.title, device))
+    if not found:
+        return ""
+    _, budget, (compute_mean, seconds_mean), label, title, device = max(found)
+    return (
+        f"On real text ({title}), {_millions(budget)} tokens bring {label} to the held-out loss for which the\n"
+        f"plain model takes {compute_mean:.2f} times the compute and {seconds_mean:.2f} times the seconds "
+        f"({device}; [all runs](docs/quality.md)).\n"
+    )
 
 
 def _sweep(result: Results) -> list[str]:
