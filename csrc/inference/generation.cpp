@@ -98,7 +98,9 @@ at::Tensor generate(MUDDFormer model, const at::Tensor& input_ids, const Generat
 
 at::Tensor sample(const at::Tensor& logits, double temperature, std::optional<int64_t> top_k,
                   std::optional<double> top_p, std::optional<at::Generator> generator) {
-  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be [B, vocab_size], got shape ",
+  TORCH_CHECK_TYPE(logits.defined(), "logits must be a tensor, got an undefined one");
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1,
+                    "logits must be [B, vocab_size] with vocab_size >= 1, got shape ",
                     logits.sizes());
   check_real("temperature", temperature);
   if (top_k) check_integer("top_k", *top_k);

@@ -28,8 +28,8 @@ struct SafetensorsEntry {
 /// An open safetensors file, mapped into memory. Not to be truncated by anyone while it is in use.
 class MUDDFORMER_API SafetensorsFile {
  public:
-  /// Maps a file and checks its header: no duplicate, overlapping, missing or surplus bytes or
-  /// keys.
+  /// Maps a file and checks its header: no duplicate names, every entry with its three keys (others
+  /// are skipped), no overlapping, missing or surplus bytes.
   ///
   /// @throws c10::ValueError beginning with the path: no such file, or what is wrong with it.
   explicit SafetensorsFile(const std::filesystem::path& path);

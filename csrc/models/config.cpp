@@ -13,6 +13,8 @@ namespace muddformer {
 
 namespace {
 
+constexpr int64_t kMostLayers = 1024;
+
 // Exact for any double: int(x) of Python.
 int64_t truncated(double x) {
   return static_cast<int64_t>(x);
@@ -22,7 +24,7 @@ void check_sizes(const MUDDFormerConfig& c) {
   // Far above any model, low enough that a broken file cannot ask for an endless build.
   check_integer("vocab_size", c.vocab_size);
   check_integer("block_size", c.block_size, 1 << 22);
-  check_integer("n_layer", c.n_layer, 1024);
+  check_integer("n_layer", c.n_layer, kMostLayers);
   check_integer("n_head", c.n_head, 1 << 16);
   check_integer("dim", c.dim, 1 << 20);
   if (c.n_kv_heads) check_integer("n_kv_heads", *c.n_kv_heads, 1 << 16);
@@ -111,13 +113,20 @@ ConnectionOptions MUDDFormerConfig::connections() const {
   return options.checked();
 }
 
+int64_t MUDDFormerConfig::head_dim() const {
+  check_integer("n_head", n_head);
+  return dim / n_head;
+}
+
 int64_t MUDDFormerConfig::rotary_dim() const {
   TORCH_CHECK_VALUE(rotary_pct.has_value(), "rotary_pct has no value: use checked()");
+  check_real("rotary_pct", rotary_pct.value(), 0.0, 1.0);
   return truncated(static_cast<double>(head_dim()) * rotary_pct.value());
 }
 
 std::vector<int64_t> MUDDFormerConfig::ffn_widths() const {
   TORCH_CHECK_VALUE(intermediate_size.has_value(), "intermediate_size has no value: use checked()");
+  check_integer("n_layer", n_layer, kMostLayers);
   std::vector<int64_t> widths(static_cast<size_t>(n_layer), intermediate_size.value());
   if (!ffn_reallocation || n_layer == 1) return widths;
   const auto last = static_cast<double>(n_layer - 1);

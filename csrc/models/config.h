@@ -114,7 +114,9 @@ struct MUDDFormerConfig {
   MUDDFORMER_API ConnectionOptions connections() const;
 
   /// Width of one head. The derived values are those of a checked() configuration.
-  int64_t head_dim() const { return dim / n_head; }
+  ///
+  /// @throws c10::ValueError here and below, for fields of another that have no such value.
+  MUDDFORMER_API int64_t head_dim() const;
   /// Number of rotated entries of each head.
   MUDDFORMER_API int64_t rotary_dim() const;
   /// Hidden width of the FFN of every block (Eq. 9: linear from 0.5 to 1.5 of intermediate_size).

@@ -41,12 +41,21 @@ class MUDDFORMER_API KVCache {
   /// Number of tokens that it holds.
   int64_t length() const { return slots_.size(0); }
 
+  /// Whether a model could use it.
+  ///
+  /// @param config the model's configuration, checked.
+  /// @param weight a parameter of the model.
+  /// @throws c10::ValueError, c10::TypeError if it has other blocks, heads or places, or another
+  ///   device or, without autocast, dtype.
+  void check_fits(const MUDDFormerConfig& config, const at::Tensor& weight) const;
+
   /// Makes room for `count` tokens.
   ///
   /// @return (positions, mask): their positions, int64 [count], and which slots of the cache they
   ///   see, bool [count, length]; an undefined mask for the first ones, which see each other
   ///   causally.
-  /// @throws c10::ValueError if the cache is too short, c10::Error if gradients are enabled.
+  /// @throws c10::ValueError if the cache is too short or count less than 0, c10::Error if gradients
+  ///   are enabled. Nothing has changed then.
   std::pair<at::Tensor, at::Tensor> advance(int64_t count);
 
   /// Stores keys and values [B, heads, count, head width] of one block, after advance(count).
@@ -55,6 +64,7 @@ class MUDDFORMER_API KVCache {
   /// @return the keys and values to attend to: those given for the first tokens, or else of the
   ///   whole cache [B, heads, length, head width], of which the mask of advance() says what is
   ///   seen.
+  /// @throws c10::ValueError for a block that the model does not have, or tensors of another shape.
   std::pair<at::Tensor, at::Tensor> update(int64_t layer, const at::Tensor& k, const at::Tensor& v);
 
  private:

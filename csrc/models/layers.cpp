@@ -18,6 +18,8 @@
 namespace muddformer {
 
 NormKind norm_kind(const MUDDFormerConfig& config) {
+  TORCH_CHECK_VALUE(config.norm.has_value(), "norm has no value: use checked()");
+  check_choice("norm", *config.norm, {"rms", "layer"});
   return config.norm == "layer" ? NormKind::kLayerNorm : NormKind::kRMSNorm;
 }
 
@@ -50,11 +52,15 @@ Rotary RotaryEmbeddingImpl::tables(at::Device device) {
 }
 
 Rotary RotaryEmbeddingImpl::forward(int64_t length, at::Device device) {
+  check_integer("length", length, positions_, 0);
   const Rotary all = tables(device);
   return {all.cos.narrow(0, 0, length), all.sin.narrow(0, 0, length)};
 }
 
 Rotary RotaryEmbeddingImpl::forward_at(const at::Tensor& positions) {
+  TORCH_CHECK_TYPE(positions.defined() && positions.scalar_type() == at::kLong,
+                   "positions must be int64, got ",
+                   positions.defined() ? c10::toString(positions.scalar_type()) : "no tensor");
   const Rotary all = tables(positions.device());
   return {all.cos.index_select(0, positions), all.sin.index_select(0, positions)};
 }
@@ -65,6 +71,14 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
 }
 
 at::Tensor apply_rotary(const at::Tensor& x, const Rotary& rotary) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must be [B, T, H, E], got shape ", x.sizes());
+  TORCH_CHECK_TYPE(rotary.cos.defined() && rotary.sin.defined(),
+                   "rotary must have two tensors, got an undefined one");
+  TORCH_CHECK_VALUE(rotary.cos.dim() == 2 && rotary.cos.size(0) == x.size(1) &&
+                        2 * rotary.cos.size(1) <= x.size(3) &&
+                        rotary.sin.sizes() == rotary.cos.sizes(),
+                    "rotary must be [T, half] with T = ", x.size(1), " and half at most ",
+                    x.size(3) / 2, ", got ", rotary.cos.sizes(), " and ", rotary.sin.sizes());
   const int64_t half = rotary.cos.size(-1), width = x.size(-1);
   const at::Tensor cos = rotary.cos.unsqueeze(1), sin = rotary.sin.unsqueeze(1);
   const at::Tensor a = x.narrow(-1, 0, half), b = x.narrow(-1, half, half);
@@ -152,6 +166,7 @@ FeedForwardImpl::FeedForwardImpl(const MUDDFormerConfig& config, int64_t width,
       config_(config.checked()),
       width_(width),
       options_(options) {
+  check_integer("width", width_);
   reset();
   if (initialize) reset_parameters();
 }

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../nn/checks.h"
 #include "../ops/linear_cross_entropy/linear_cross_entropy.h"
 
 namespace muddformer {
@@ -21,18 +22,20 @@ void check_ids(const char* name, const at::Tensor& ids, at::Device device) {
                     ids.device());
 }
 
+at::TensorOptions checked(at::TensorOptions options) {
+  check_dtype("options", options);
+  return options;
+}
+
 }  // namespace
 
 MUDDFormerImpl::MUDDFormerImpl(const MUDDFormerConfig& given, at::TensorOptions options,
                                bool initialize)
     : Cloneable("muddformer::MUDDFormer"),
       config(given.checked()),
-      connections(config.dim, config.n_layer, config.connections(), *config.norm_eps, options),
+      connections(config.dim, config.n_layer, config.connections(), *config.norm_eps,
+                  checked(options)),
       options_(options) {
-  const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
-  TORCH_CHECK_TYPE(
-      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-      "options must have dtype float64, float32, bfloat16 or float16, got ", dtype);
   reset();
   if (initialize) reset_parameters();
 }
@@ -90,6 +93,7 @@ at::Tensor MUDDFormerImpl::forward(const at::Tensor& input_ids, const at::Tensor
     TORCH_CHECK_VALUE(input_ids.size(0) == cache->batch_size(), "input_ids must be ",
                       cache->batch_size(), " sequences, as many as the cache has, got ",
                       input_ids.size(0));
+    cache->check_fits(config, tok_embeddings->weight);
     std::tie(positions, mask) = cache->advance(length);
     tables = rotary->forward_at(positions);
   }

@@ -2,6 +2,7 @@
 // expected and what came, in the words of the Python package.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
@@ -32,6 +33,14 @@ inline void check_real(const char* name, double value, double low = 0.0,
                       value);
   }
   TORCH_CHECK_VALUE(right, name, " must be more than ", low, " and finite, got ", value);
+}
+
+// A dtype of the models: what parameters are made in.
+inline void check_dtype(const char* name, const at::TensorOptions& options) {
+  const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
+  TORCH_CHECK_TYPE(
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+      name, " must have dtype float64, float32, bfloat16 or float16, got ", dtype);
 }
 
 inline void check_choice(const char* name, std::string_view value,

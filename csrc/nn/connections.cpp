@@ -43,8 +43,10 @@ Connections::Connections(int64_t dim, int64_t layers, const ConnectionOptions& g
       tensor_options_(tensor_options),
       make_aggregation_(std::move(make_aggregation)) {
   check_integer("dim", dim_);
-  check_integer("layers", layers_, kLargestInteger, 0);
+  constexpr int64_t kMostLayers = (int64_t{1} << 16) - 1;  // one less than a layer's sources
+  check_integer("layers", layers_, kMostLayers, 0);
   check_real("eps", eps_, 0.0, 1.0);
+  check_dtype("tensor_options", tensor_options_);
   joins_.assign(static_cast<size_t>(layers_) + 1, false);
   if (!options.dense) return;
   const bool last = options.ways.find('r') != std::string::npos;
@@ -101,8 +103,7 @@ void Connections::reset(torch::nn::Module& owner) {
     const auto da = make_aggregation_ ? make_aggregation_(o, tensor_options_)
                                       : std::make_shared<DepthAggregationImpl>(
                                             o, tensor_options_, /*initialize=*/false);
-    TORCH_CHECK_VALUE(da != nullptr && da->options.sources == o.sources &&
-                          da->options.ways == o.ways && !da->options.prior,
+    TORCH_CHECK_VALUE(da != nullptr && da->options == o,
                       "make_aggregation must return a layer with the options that it is given");
     aggregations->push_back(da);
     shapes.push_back({da->num_ways(), o.sources});
@@ -122,7 +123,12 @@ void Connections::reset(torch::nn::Module& owner) {
       Norms(normed, dim_, eps_, NormKind::kRMSNorm, 1.0, tensor_options_, /*initialize=*/false));
 }
 
+void Connections::check_reset(const char* call) const {
+  TORCH_CHECK(!dense_bs.is_empty(), call, "() came before reset(), which makes the parts");
+}
+
 void Connections::reset_parameters() {
+  check_reset("reset_parameters");
   for (size_t n = 0; n < dynamic_dense->size(); ++n) {
     const auto da = dynamic_dense->ptr<DepthAggregationImpl>(n);
     da->reset_parameters();
@@ -132,6 +138,7 @@ void Connections::reset_parameters() {
 }
 
 std::vector<at::Tensor> Connections::parameters() const {
+  check_reset("parameters");
   std::vector<at::Tensor> all;
   for (const torch::nn::Module* module :
        {static_cast<const torch::nn::Module*>(dense_bs.get()),
@@ -144,6 +151,8 @@ std::vector<at::Tensor> Connections::parameters() const {
 }
 
 History Connections::begin(const at::Tensor& x0) const {
+  check_reset("begin");
+  TORCH_CHECK_TYPE(x0.defined(), "x must be a tensor, got an undefined one");
   TORCH_CHECK_VALUE(plan.empty() || (x0.dim() >= 1 && x0.size(-1) == dim_),
                     "x must have shape [..., dim] with dim = ", dim_, ", got ", x0.sizes());
   return {*this, x0};
@@ -211,8 +220,10 @@ std::vector<at::Tensor> History::streams(const std::vector<Norm>& norms) {
       streams_ = normed(made, norms);
     }
   }
+  given_ = streams_;
+  given_.push_back(std::move(newest_));
   newest_.reset();
-  versions_ = versions(streams_);
+  versions_ = versions(given_);
   return streams_;
 }
 
@@ -226,10 +237,11 @@ void History::append(at::Tensor x) {
   TORCH_CHECK_VALUE(x.sizes() == streams_[0].sizes(), "block ", count_,
                     " must return the shape of its input ", streams_[0].sizes(), ", got ",
                     x.sizes());
-  TORCH_CHECK(versions(streams_) == versions_, "block ", count_,
+  TORCH_CHECK(versions(given_) == versions_, "block ", count_,
               " changes its input in place, but later blocks read this hidden state too: "
               "write x = x + f(x) instead of x += f(x)");
   streams_.clear();
+  given_.clear();
   ++count_;
   join(std::move(x));
 }

@@ -65,7 +65,8 @@ class MUDDFORMER_API Connections {
   /// The history of a forward pass, for a stack with these connections. It must not outlive them.
   ///
   /// @param x0 X_0 [..., D], the embedding output.
-  /// @throws c10::ValueError if x0 has another width than dim, where anything is aggregated.
+  /// @throws c10::TypeError, c10::ValueError if x0 is undefined, or of another width than dim where
+  ///   anything is aggregated; c10::Error before reset().
   History begin(const at::Tensor& x0) const;
 
   ConnectionOptions options;
@@ -83,6 +84,7 @@ class MUDDFORMER_API Connections {
   struct FlushGroup {
     std::vector<int64_t> layers, ways, sources;
   };
+  void check_reset(const char* call) const;
   // Whether a group of aggregations defers the gradients of these hidden states.
   bool defers(at::TensorList older) const;
 
@@ -123,8 +125,8 @@ class MUDDFORMER_API History {
   /// Takes the output of the block whose streams() were made [..., D].
   ///
   /// @throws c10::TypeError, c10::ValueError if it is undefined or of another shape than the
-  ///   streams; c10::Error if the block changed a stream in place, because the history still holds
-  ///   it.
+  ///   streams; c10::Error if the block changed a stream or X_i in place, because the history still
+  ///   holds them.
   void append(at::Tensor x);
 
   /// The residual way's aggregate after the last block [..., D]; the history ends with it.
@@ -144,8 +146,8 @@ class MUDDFORMER_API History {
   at::Tensor newest_;                // X_count, until something has been made of it
   std::vector<at::Tensor> hiddens_;  // X_j by j, those that an aggregation to come mixes
   std::map<int64_t, Deferral> deferrals_;
-  // What streams() has handed out, and how often each had been changed.
-  std::vector<at::Tensor> streams_;
+  // What streams() has handed out, the same and X_count, and how often each had been changed.
+  std::vector<at::Tensor> streams_, given_;
   std::vector<int64_t> versions_;
 };
 

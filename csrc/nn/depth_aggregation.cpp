@@ -33,6 +33,7 @@ DepthAggregationImpl::DepthAggregationImpl(DepthAggregationOptions given,
   check_integer("expand", options.expand, kLargestCount);
   check_real("eps", options.eps, 0.0, 1.0);
   options.connections = options.connections.checked();
+  check_dtype("tensor_options", tensor_options_);
   reset();
   if (initialize) reset_parameters();
 }
@@ -86,7 +87,15 @@ void DepthAggregationImpl::reset_parameters() {
   if (options.prior) reset_prior(prior);
 }
 
+void DepthAggregationImpl::check_prior(const at::Tensor& tensor) const {
+  TORCH_CHECK_TYPE(tensor.defined(), "prior must be a tensor, got an undefined one");
+  TORCH_CHECK_VALUE(
+      tensor.dim() == 2 && tensor.size(0) == num_ways() && tensor.size(1) == options.sources,
+      "prior must have shape [", num_ways(), ", ", options.sources, "], got ", tensor.sizes());
+}
+
 void DepthAggregationImpl::reset_prior(at::Tensor tensor) const {
+  check_prior(tensor);
   const at::NoGradGuard no_grad;
   tensor.zero_();
   if (options.connections.post_norm != "none") return;
@@ -147,9 +156,16 @@ std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> DepthAggregationImpl
     const Deferral& deferral) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(hiddens.size()) == options.sources, "hiddens must be ",
                     options.sources, " tensors, got ", hiddens.size());
+  const at::Tensor& x = hiddens.back();
+  TORCH_CHECK_TYPE(x.defined(), "hiddens[", options.sources - 1,
+                   "] must be a tensor, got an undefined one");
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == options.dim,
+                    "hiddens must have shape [..., dim] with dim = ", options.dim, ", got ",
+                    x.sizes());
   const at::Tensor& a = given_prior.defined() ? given_prior : prior;
   TORCH_CHECK_VALUE(a.defined(),
                     "prior must be given to a DepthAggregation that was made with prior = false");
+  check_prior(a);
   const auto* letters = std::get_if<std::string>(&options.ways);
   const size_t count = letters != nullptr ? kWays.size() : static_cast<size_t>(num_ways());
   TORCH_CHECK_VALUE(stream_norms.empty() || stream_norms.size() == count, "stream_norms must have ",
@@ -162,7 +178,7 @@ std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> DepthAggregationImpl
     for (const char way : *letters) way_norms.push_back(norms[kWays.find(way)]);
   }
   std::optional<Mixed> fused;
-  if (hiddens.back().is_cuda()) fused = mix_fused(hiddens, a, way_norms, deferral);
+  if (x.is_cuda()) fused = mix_fused(hiddens, a, way_norms, deferral);
   Mixed mixed = fused ? *std::move(fused) : mix(hiddens, a, way_norms, deferral);
   if (letters == nullptr) return {std::move(mixed.streams), std::move(mixed.hiddens)};
   std::vector<at::Tensor> streams;
@@ -181,9 +197,14 @@ DepthAggregationImpl::Mixed DepthAggregationImpl::mix(at::TensorList hiddens, co
                                                       const std::vector<Norm>& norms,
                                                       const Deferral& deferral) {
   auto [weights, newest] = connection_weights(hiddens.back(), a);
+  TORCH_CHECK_TYPE(weights.defined() && newest.defined(),
+                   "connection_weights() must return two tensors, got an undefined one");
   std::vector<at::Tensor> sources = hiddens.vec();
   sources.back() = pre_norm ? pre_norm->forward(newest) : newest;
   auto [mixed, handed_on] = depth_aggregate_chained(sources, weights, deferral);
+  TORCH_CHECK_VALUE(mixed.size() == norms.size(),
+                    "connection_weights() must return weights [..., C, S] with C = ", norms.size(),
+                    ", got ", weights.sizes());
   if (!pre_norm) newest = handed_on.back();
   for (size_t way = 0; way < mixed.size(); ++way) {
     if (options.connections.post_norm != "none") {

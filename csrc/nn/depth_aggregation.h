@@ -39,6 +39,8 @@ struct DepthAggregationOptions {
   /// How they are mixed: dynamic, pre_norm, post_norm, round64, cap and gelu_approximate (with
   /// pre_norm the older hidden states are expected as an earlier layer returned them).
   ConnectionOptions connections = {.round64 = false};
+
+  bool operator==(const DepthAggregationOptions&) const = default;
 };
 
 /// Depth-wise aggregation DA_i: mixes the hidden states of all layers so far, with weights made
@@ -49,7 +51,7 @@ struct DepthAggregationOptions {
 /// the normed X_i, and a cap of at most 1).
 class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAggregationImpl> {
  public:
-  /// @throws c10::ValueError naming the option, what was expected and what came.
+  /// @throws c10::ValueError, c10::TypeError naming the option, what was expected and what came.
   explicit DepthAggregationImpl(DepthAggregationOptions options,
                                 at::TensorOptions tensor_options = {}, bool initialize = true);
   void reset() override;
@@ -57,6 +59,8 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
   /// a cap what it bounds to 1).
   virtual void reset_parameters();
   /// Fills a prior [C, S] for this layer with its initial values, in place.
+  ///
+  /// @throws c10::ValueError for another shape.
   virtual void reset_prior(at::Tensor prior) const;
 
   /// Mixes hidden states.
@@ -70,7 +74,8 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
   /// @return (streams, hiddens): the streams, each [..., D], and the sources that later layers get
   ///   in place of those that came (their gradients are chained, and with pre_norm the newest is
   ///   now the normed one).
-  /// @throws c10::ValueError for a wrong number of sources or norms, or a missing prior.
+  /// @throws c10::ValueError, c10::TypeError naming the argument: a wrong number of sources or norms,
+  ///   another width than dim, a missing prior or one of another shape.
   std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> forward(
       at::TensorList hiddens, const at::Tensor& prior = {},
       const std::vector<Norm>& stream_norms = {}, const Deferral& deferral = {});
@@ -118,6 +123,7 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
                                  const std::vector<Norm>& norms, const Deferral& deferral);
   // Whether connection_weights() may be another class's.
   bool derived() const;
+  void check_prior(const at::Tensor& tensor) const;
 
   at::TensorOptions tensor_options_;
 };

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "../ops/linear/linear.h"
+#include "checks.h"
 #include "operators.h"
 
 namespace muddformer {
@@ -17,6 +18,9 @@ LinearImpl::LinearImpl(int64_t in_features, int64_t out_features, bool with_bias
       with_bias_(with_bias),
       std_(std),
       options_(options) {
+  check_integer("in_features", in_features_);
+  check_integer("out_features", out_features_);
+  check_dtype("options", options_);
   reset();
   if (initialize) reset_parameters();
 }
@@ -56,6 +60,9 @@ void LinearImpl::pretty_print(std::ostream& stream) const {
 EmbeddingImpl::EmbeddingImpl(int64_t rows, int64_t dim, double std, at::TensorOptions options,
                              bool initialize)
     : rows_(rows), dim_(dim), std_(std), options_(options) {
+  check_integer("rows", rows_);
+  check_integer("dim", dim_);
+  check_dtype("options", options_);
   reset();
   if (initialize) reset_parameters();
 }

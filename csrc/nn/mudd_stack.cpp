@@ -1,16 +1,23 @@
 #include "mudd_stack.h"
 
+#include <c10/util/Exception.h>
+
 #include <cstdint>
 #include <utility>
 
 namespace muddformer {
+
+static torch::nn::Sequential checked(torch::nn::Sequential blocks) {
+  TORCH_CHECK_TYPE(!blocks.is_empty(), "blocks must be a Sequential, got an empty holder");
+  return blocks;
+}
 
 MUDDStackImpl::MUDDStackImpl(torch::nn::Sequential blocks, int64_t dim,
                              const ConnectionOptions& options, double eps,
                              at::TensorOptions tensor_options, bool initialize,
                              MakeAggregation make_aggregation)
     : Cloneable("muddformer::MUDDStack"),
-      layers(std::move(blocks)),
+      layers(checked(std::move(blocks))),
       connections(dim, static_cast<int64_t>(layers->size()), options, eps, tensor_options,
                   std::move(make_aggregation)) {
   reset();

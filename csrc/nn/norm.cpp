@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../ops/add_norm/add_norm.h"
+#include "checks.h"
 #include "operators.h"
 
 namespace muddformer {
@@ -13,6 +14,9 @@ namespace muddformer {
 NormImpl::NormImpl(int64_t dim, double eps, NormKind kind, double init, at::TensorOptions options,
                    bool initialize)
     : dim_(dim), eps_(eps), kind_(kind), init_(init), options_(options) {
+  check_integer("dim", dim_);
+  check_real("eps", eps_, 0.0, 1.0);
+  check_dtype("options", options_);
   reset();
   if (initialize) reset_parameters();
 }
@@ -62,6 +66,9 @@ NormsImpl::NormsImpl(std::vector<int64_t> numbers, int64_t dim, double eps, Norm
       kind_(kind),
       init_(init),
       options_(options) {
+  check_integer("dim", dim_);
+  check_real("eps", eps_, 0.0, 1.0);
+  check_dtype("options", options_);
   for (const int64_t number : numbers) norms_.emplace(number, nullptr);
   reset();
   if (initialize) reset_parameters();
@@ -84,6 +91,9 @@ Norm NormsImpl::at(int64_t number) const {
 }
 
 std::vector<at::Tensor> normed(at::TensorList streams, const std::vector<Norm>& norms) {
+  TORCH_CHECK_VALUE(streams.size() == 1 || streams.size() == norms.size(),
+                    "streams must be one tensor or as many as norms, ", norms.size(), ", got ",
+                    streams.size());
   std::vector<at::Tensor> results;
   for (size_t way = 0; way < norms.size(); ++way) {
     Norm norm = norms[way];

@@ -10,6 +10,7 @@ namespace muddformer {
 std::map<int64_t, std::vector<int64_t>> aggregation_plan(int64_t layers, int64_t source_stride,
                                                          int64_t block_stride,
                                                          std::optional<int64_t> window, bool last) {
+  check_integer("layers", layers, kLargestInteger, 0);
   check_integer("source_stride", source_stride);
   check_integer("block_stride", block_stride);
   if (window) check_integer("window", *window);
@@ -29,7 +30,12 @@ std::vector<std::vector<int64_t>> flush_groups(const std::map<int64_t, std::vect
                                                const std::map<int64_t, int64_t>& ways,
                                                std::optional<int64_t> interval) {
   std::vector<int64_t> order;
-  for (const auto& [i, sources] : plan) order.push_back(i);
+  for (const auto& [i, sources] : plan) {
+    TORCH_CHECK_VALUE(!sources.empty(), "plan must have sources for aggregation ", i, ", got none");
+    TORCH_CHECK_VALUE(interval || ways.contains(i), "ways must have a number for aggregation ", i,
+                      " of plan, got none");
+    order.push_back(i);
+  }
   const auto count = static_cast<int64_t>(order.size());
   const auto group_of = [&](int64_t begin, int64_t end) {
     return std::vector<int64_t>(order.begin() + begin, order.begin() + end);

@@ -56,10 +56,28 @@ class KVCache:
         self._blocks = config.n_layer
         self._dtype = dtype
         self.used = 0
-        self._next = torch.zeros(1, device=device, dtype=torch.int64)
-        self._slots = torch.arange(length, device=device)
+        with torch.inference_mode(False):  # what comes later may be without it
+            self._next = torch.zeros(1, device=device, dtype=torch.int64)
+            self._slots = torch.arange(length, device=device)
         self._positions = self._slots
         self._prompt = True
+
+    def check_fits(self, config: MUDDFormerConfig, device: torch.device) -> None:
+        """Whether a model could use it.
+
+        Args:
+            config: the model's configuration.
+            device: the model's.
+
+        Raises:
+            ValueError: if it has other blocks, more places than the model positions, or another device.
+        """
+        if self._blocks != config.n_layer:
+            raise ValueError(f"cache must be one of this model with n_layer={config.n_layer}, got {self._blocks}")
+        if len(self._slots) > config.block_size:
+            raise ValueError(f"cache must hold at most block_size={config.block_size} tokens, got {len(self._slots)}")
+        if self._slots.device != device:
+            raise ValueError(f"cache must be on {device}, like the model, got {self._slots.device}")
 
     def advance(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Makes room for ``count`` tokens.
@@ -69,13 +87,15 @@ class KVCache:
             [count, length]; no mask for the first ones, which see each other causally.
 
         Raises:
-            ValueError: if the cache is too short.
+            ValueError: if the cache is too short, or count less than 0. Nothing has changed then.
             RuntimeError: if gradients are enabled.
         """
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a KVCache works only without gradients: under torch.no_grad() or torch.inference_mode()"
             )
+        if count < 0:
+            raise ValueError(f"count must be 0 or more, got {count}")
         if self.used + count > len(self._slots):
             raise ValueError(
                 f"input_ids has {count} tokens, but of the {len(self._slots)} places of the cache {self.used} are taken"
@@ -90,7 +110,7 @@ class KVCache:
         """Stores keys and values [B, heads, count, head width] of one block; returns the ones to attend to."""
         if self._prompt and layer == 0:
             shape = (self._blocks, *k.shape[:2], len(self._slots), k.shape[3])
-            with torch.inference_mode(False):  # what comes later may be without it
+            with torch.inference_mode(False):
                 self.keys = torch.zeros(shape, device=k.device, dtype=self._dtype)
                 self.values = torch.zeros_like(self.keys)
         keys, values = self.keys[layer], self.values[layer]

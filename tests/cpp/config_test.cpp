@@ -214,6 +214,16 @@ TEST(ConfigErrors, OfAStruct) {
   EXPECT_THROW(c.to_json(), c10::ValueError);
 }
 
+TEST(ConfigErrors, OfDerivedValues) {
+  EXPECT_THROW(MUDDFormerConfig{.n_head = 0}.head_dim(), c10::ValueError);
+  EXPECT_THROW((MUDDFormerConfig{.n_layer = -1, .intermediate_size = 256}.ffn_widths()),
+               c10::ValueError);
+  MUDDFormerConfig c;
+  EXPECT_THROW(c.rotary_dim(), c10::ValueError);
+  c.rotary_pct = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_THROW(c.rotary_dim(), c10::ValueError);
+}
+
 TEST(ConfigErrors, OfTheOfficialKeys) {
   const std::pair<const char*, const char*> cases[] = {
       {R"({"n_layers": 4})", "unknown key 'n_layers': not a field of the public release"},

@@ -73,6 +73,25 @@ TEST(History, ChecksWhatItIsGiven) {
                "block 0 must return the shape of its input [3, 8], got [2, 8]");
   x.add_(1);
   expect_error([&] { history.append(x); }, "block 0 changes its input in place");
+  // X_0 is no stream where all streams have passed a norm, but later blocks read it all the same.
+  History normed = owner.connections.begin(x);
+  const Norm norm(8, 1e-6);
+  const Tensor read = normed.streams({norm, norm, norm, norm})[0];
+  {
+    const torch::NoGradGuard no_grad;
+    x.add_(read);
+  }
+  expect_error([&] { normed.append(x); }, "block 0 changes its input in place");
+  expect_error([&] { owner.connections.begin({}); }, "x must be a tensor, got an undefined one");
+}
+
+TEST(Connections, AreUsedAfterReset) {
+  Connections connections(8, 2, {});
+  expect_error([&] { connections.begin(torch::randn({3, 8})); }, "begin() came before reset()");
+  expect_error([&] { connections.reset_parameters(); }, "reset_parameters() came before reset()");
+  expect_error([&] { connections.parameters(); }, "parameters() came before reset()");
+  expect_error([] { Connections(8, 70000, {}); }, "layers must be from 0 to 65535, got 70000");
+  expect_error([] { Connections(8, 2, {}, 1e-6, at::kInt); }, "tensor_options must have dtype");
 }
 
 // What a block that pulls its streams reads, beside ready streams that it norms itself.
@@ -193,16 +212,24 @@ TEST(DepthAggregationSubclass, MakesItsOwnWeights) {
 }
 
 TEST(DepthAggregationSubclass, MustHaveTheOptionsThatItIsGiven) {
-  expect_error(
-      [] {
-        MUDDStack(torch::nn::Sequential(PlusOne()), 8, ConnectionOptions{}, 1e-6,
-                  at::TensorOptions(), true,
-                  [](DepthAggregationOptions options, const at::TensorOptions& tensors) {
-                    options.sources = 7;
-                    return std::make_shared<SoftmaxImpl>(options, tensors);
-                  });
-      },
-      "make_aggregation must return a layer with the options that it is given");
+  const std::function<void(DepthAggregationOptions&)> changes[] = {
+      [](DepthAggregationOptions& options) { options.sources = 7; },
+      [](DepthAggregationOptions& options) { options.dim = 4; },
+      [](DepthAggregationOptions& options) { options.eps = 0.5; },
+      [](DepthAggregationOptions& options) { options.connections.pre_norm = false; }};
+  for (const auto& change : changes) {
+    expect_error(
+        [&] {
+          MUDDStack(torch::nn::Sequential(PlusOne()), 8,
+                    ConnectionOptions{.pre_norm = true, .post_norm = "all"}, 1e-6,
+                    at::TensorOptions(), true,
+                    [&](DepthAggregationOptions options, const at::TensorOptions& tensors) {
+                      change(options);
+                      return std::make_shared<SoftmaxImpl>(options, tensors);
+                    });
+        },
+        "make_aggregation must return a layer with the options that it is given");
+  }
 }
 
 }  // namespace

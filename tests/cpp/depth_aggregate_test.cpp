@@ -99,6 +99,8 @@ TEST(DepthAggregateErrors, NameTheArgument) {
     }
     return "no error";
   };
+  EXPECT_NE(message([] { depth_aggregate({}, Tensor()); }).find("weights: expected a tensor"),
+            std::string::npos);
   EXPECT_NE(message([] { depth_aggregate({}, torch::zeros({4, 0})); }).find("hiddens:"),
             std::string::npos);
   EXPECT_NE(message([&] { depth_aggregate(hiddens, torch::zeros({2, 4, 3})); }).find("weights:"),

@@ -80,6 +80,72 @@ TEST(DepthAggregationErrors, NameTheOption) {
         DepthAggregation(DA{.dim = 4, .sources = 1, .prior = false})->forward({torch::ones(4)});
       },
       "prior must be given");
+  const DA one{.dim = 4, .sources = 1};
+  for (const bool dynamic : {true, false}) {
+    DA options = one;
+    options.connections.dynamic = dynamic;
+    DepthAggregation da(options);
+    expect_error([&] { da->forward({Tensor()}); }, "hiddens[0] must be a tensor, got an undefined");
+    expect_error([&] { da->forward({torch::ones(3)}); },
+                 "hiddens must have shape [..., dim] with dim = 4, got [3]");
+    expect_error([&] { da->forward({torch::ones({})}); }, "with dim = 4, got []");
+    for (const std::vector<int64_t>& shape : {std::vector<int64_t>{7, 1}, {2, 1}, {4, 2}, {4}}) {
+      expect_error([&] { da->forward({torch::ones(4)}, torch::zeros(shape)); },
+                   "prior must have shape [4, 1], got [");
+      expect_error([&] { da->reset_prior(torch::zeros(shape)); },
+                   "prior must have shape [4, 1], got [");
+    }
+    expect_error([&] { da->reset_prior({}); }, "prior must be a tensor, got an undefined one");
+  }
+  expect_error([&] { DepthAggregation(one, at::kInt); },
+               "tensor_options must have dtype float64, float32, bfloat16 or float16, got Int");
+}
+
+struct TwoWaysImpl : DepthAggregationImpl {
+  using DepthAggregationImpl::DepthAggregationImpl;
+  std::tuple<Tensor, Tensor> connection_weights(const Tensor& x, const Tensor& prior) override {
+    auto [weights, newest] = DepthAggregationImpl::connection_weights(x, prior);
+    return {undefined ? Tensor() : weights.narrow(-2, 0, 2), newest};
+  }
+  bool undefined = false;
+};
+
+TEST(DepthAggregationErrors, NameWhatASubclassReturns) {
+  const auto da = std::make_shared<TwoWaysImpl>(DepthAggregationOptions{.dim = 4, .sources = 1});
+  const auto error = [&]() -> std::string {
+    try {
+      da->forward({torch::ones({3, 4})});
+      return "no error";
+    } catch (const c10::Error& e) {
+      return e.what_without_backtrace();
+    }
+  };
+  EXPECT_NE(
+      error().find("connection_weights() must return weights [..., C, S] with C = 4, got [3,"),
+      std::string::npos)
+      << error();
+  da->undefined = true;
+  EXPECT_NE(error().find("connection_weights() must return two tensors, got an undefined one"),
+            std::string::npos)
+      << error();
+}
+
+TEST(NormErrors, NameTheArgument) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const double eps : {-1.0, 0.0, 1.5, nan, std::numeric_limits<double>::infinity()}) {
+    EXPECT_THROW(Norm(8, eps), c10::ValueError);
+    EXPECT_THROW(Norms(std::vector<int64_t>{0}, 8, eps), c10::ValueError);
+  }
+  EXPECT_THROW(Norm(0, 1e-6), c10::ValueError);
+  EXPECT_THROW(Norm(8, 1e-6, NormKind::kRMSNorm, 1.0, at::kLong), c10::TypeError);
+  EXPECT_THROW(Linear(0, 4, false, 0.02), c10::ValueError);
+  EXPECT_THROW(Linear(4, 4, false, 0.02, at::kComplexFloat), c10::TypeError);
+  EXPECT_THROW(Embedding(4, -1, 0.02), c10::ValueError);
+  const Tensor x = torch::randn({2, 8});
+  const Norm norm(8, 1e-6);
+  EXPECT_THROW(normed({x, x}, {norm, norm, norm}), c10::ValueError);
+  EXPECT_THROW(normed({}, {norm}), c10::ValueError);
+  EXPECT_EQ(normed({x}, {norm, norm, Norm(nullptr)}).size(), 3u);
 }
 
 }  // namespace

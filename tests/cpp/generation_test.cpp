@@ -158,6 +158,9 @@ TEST(Generate, BadArgumentsAreNamed) {
     expect(message(ids, {.max_new_tokens = 1, .temperature = 1, .top_p = top_p}), "top_p must be");
   }
   expect(message(ids, {.max_new_tokens = 1, .top_k = 0}), "top_k must be from 1");
+  expect(error_of([] { sample({}, 1.0, {}, {}, {}); }), "logits must be a tensor");
+  expect(error_of([] { sample(torch::empty({2, 0}), 1.0, {}, {}, {}); }),
+         "logits must be [B, vocab_size] with vocab_size >= 1, got shape [2, 0]");
   expect(message(ids, {.max_new_tokens = 1, .seed = -1}), "seed must be from 0");
   expect(message(ids, {.max_new_tokens = 1, .eos_token_id = 61}), "eos_token_id must be from 0");
   expect(message(ids, {.max_new_tokens = 1, .eos_token_id = -1}), "eos_token_id must be from 0");

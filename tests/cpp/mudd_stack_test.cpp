@@ -175,6 +175,10 @@ TEST(MUDDStackErrors, NameWhatIsWrong) {
           << error.what_without_backtrace();
     }
   };
+  expect_error([] { MUDDStack(torch::nn::Sequential(nullptr), 8); },
+               "blocks must be a Sequential, got an empty holder");
+  expect_error([] { stack_of<MLP>({})->forward(Tensor()); },
+               "x must be a tensor, got an undefined");
   expect_error([] { stack_of<MLP>({.ways = "qk"}); }, "ways must be 'qkvr' with multiway=false");
   expect_error([] { stack_of<MLP>({.window = 0}); }, "window must be from 1");
   expect_error([] { stack_of<MLP>({.source_stride = 0}); }, "source_stride must be from 1");

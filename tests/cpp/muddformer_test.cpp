@@ -314,6 +314,72 @@ TEST(KVCacheErrors, NameTheArgument) {
   expect_error<c10::ValueError>([&] { model->forward(ids.slice(1, 0, 4), {}, &cache); },
                                 "input_ids has 4 tokens, but of the 8 places of the cache 5 are");
   EXPECT_EQ(cache.used(), 5);
+  expect_error<c10::ValueError>([&] { cache.advance(-3); }, "count must be from 0");
+  const Tensor k = torch::zeros({2, 4, 5, 8});
+  expect_error<c10::ValueError>([&] { cache.update(-1, k, k); }, "layer must be from 0 to 4");
+  expect_error<c10::ValueError>([&] { cache.update(0, k.slice(2, 1), k); }, "k must have shape [");
+  expect_error<c10::TypeError>([&] { cache.update(0, k, {}); }, "v must be a tensor");
+  EXPECT_EQ(cache.used(), 5);
+  KVCache unused(model->config, 2, 8);
+  expect_error<c10::Error>([&] { unused.update(0, k, k); }, "update() came before advance()");
+}
+
+TEST(KVCacheErrors, OfACacheOfAnotherModel) {
+  MUDDFormer model(small());
+  const Tensor ids = some_ids();
+  const torch::NoGradGuard no_grad;
+  const auto with = [](const auto& change) {
+    MUDDFormerConfig c = small();
+    change(c);
+    return c;
+  };
+  const auto refused = [&](KVCache cache, const std::string& text) {
+    expect_error<c10::Error>([&] { model->forward(ids, {}, &cache); }, text);
+    EXPECT_EQ(cache.used(), 0);
+  };
+  refused(KVCache(with([](auto& c) { c.n_layer = 1; }), 2, 12),
+          "cache must be one of this model with n_layer=5, got 1");
+  refused(KVCache(with([](auto& c) { c.n_kv_heads = 1; }), 2, 12),
+          "cache must be one of this model with n_kv_heads=4, got 1");
+  refused(KVCache(with([](auto& c) { c.dim = 64; }), 2, 12),
+          "cache must be one of this model with a head width=8, got 16");
+  refused(KVCache(with([](auto& c) { c.block_size = 48; }), 2, 48),
+          "cache must hold at most block_size=24 tokens, got 48");
+  refused(KVCache(model->config, 2, 12, at::kBFloat16), "cache must be Float, like the model");
+  refused(KVCache(model->config, 2, 12, at::kMeta), "cache must be on cpu, like the model");
+  expect_error<c10::TypeError>([&] { KVCache(model->config, 2, 12, at::kInt); },
+                               "options must have dtype");
+}
+
+// Made in inference mode, used without it.
+TEST(KVCache, OfInferenceMode) {
+  MUDDFormer model(small());
+  auto cache = [&] {
+    const c10::InferenceMode inference;
+    return KVCache(model->config, 2, 12);
+  }();
+  const torch::NoGradGuard no_grad;
+  const Tensor ids = some_ids();
+  const Tensor expected = model->forward(ids);
+  EXPECT_TRUE(at::allclose(model->forward(ids, {}, &cache), expected, 1e-5, 1e-5));
+}
+
+TEST(LayerErrors, NameTheArgument) {
+  MUDDFormer model(small());
+  expect_error<c10::ValueError>([&] { model->rotary->forward(25, at::kCPU); },
+                                "length must be from 0 to 24, got 25");
+  expect_error<c10::TypeError>([&] { model->rotary->forward_at(torch::ones(2)); },
+                               "positions must be int64, got Float");
+  const Rotary one = model->rotary->forward(1, at::kCPU), none;
+  const Tensor x = torch::randn({2, 6, 4, 8});
+  expect_error<c10::ValueError>([&] { apply_rotary(x, one); },
+                                "rotary must be [T, half] with T = 6 and half at most 4, got [1,");
+  expect_error<c10::TypeError>([&] { apply_rotary(x, none); }, "rotary must have two tensors");
+  expect_error<c10::ValueError>([&] { apply_rotary(x[0], one); }, "x must be [B, T, H, E]");
+  expect_error<c10::ValueError>([] { FeedForward(small(), 0); }, "width must be from 1");
+  expect_error<c10::ValueError>([] { norm_kind(MUDDFormerConfig{}); }, "norm has no value");
+  expect_error<c10::ValueError>([] { norm_kind(MUDDFormerConfig{.norm = "batch"}); },
+                                "norm must be one of 'rms', 'layer', got 'batch'");
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 #include <muddformer/nn/plan.h>
 
+#include <limits>
+
 namespace muddformer {
 namespace {
 
@@ -34,6 +36,14 @@ TEST(FlushGroups, AreThoseOfPython) {
       groups(24, {}, {}),
       (Groups{{6, 7, 8}, {9, 10, 11, 12}, {13, 14, 15, 16}, {17, 18, 19, 20}, {21, 22, 23, 24}}));
   EXPECT_THROW(groups(12, {}, 0), c10::ValueError);
+}
+
+TEST(FlushGroups, RefusesWhatIsNoPlan) {
+  EXPECT_THROW(aggregation_plan(-1), c10::ValueError);
+  EXPECT_THROW(aggregation_plan(std::numeric_limits<int64_t>::max()), c10::ValueError);
+  EXPECT_THROW(flush_groups({{1, {}}, {2, {}}}, {{1, 4}, {2, 4}}), c10::ValueError);
+  EXPECT_THROW(flush_groups(aggregation_plan(3), {{1, 4}, {2, 4}}), c10::ValueError);
+  EXPECT_EQ(flush_groups(aggregation_plan(3), {}, 2).size(), 1u);
 }
 
 }  // namespace

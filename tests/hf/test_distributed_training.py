@@ -36,7 +36,7 @@ class Rows(Dataset):
 def train(model: PreTrainedModel, folder: str, batch: int, resume: bool = False, **settings: object) -> Trainer:
     given = {
         "output_dir": folder,
-        "learning_rate": 0.03,
+        "learning_rate": 0.01,  # with 0.03 four steps make 1e-3 of what rounding differs by
         "adam_epsilon": 0.1,  # so that gradients of nearly zero do not become steps of a learning rate
         "max_steps": 4,
         "per_device_train_batch_size": batch,
@@ -108,5 +108,5 @@ def test_two_processes(tmp_path: Path, kind: str) -> None:
     for saved in ("whole",) if kind == "ddp" else ("whole", "resumed", "checkpoint-4"):
         together = dict(load(tmp_path / saved).named_parameters())
         for name, parameter in alone.named_parameters():
-            torch.testing.assert_close(together[name], parameter, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(together[name], parameter, rtol=1e-4, atol=1e-4)
             assert not torch.equal(parameter, before[name]), name

@@ -204,10 +204,27 @@ def test_bad_cache() -> None:
     cache = KVCache(model.config, 2, 8)
     with pytest.raises(RuntimeError, match="a KVCache works only without gradients"):
         model(IDS, cache=cache)
+    other = muddformer.build_model(model.config.replace(n_layer=1, ffn_reallocation=False))
+    longer = muddformer.build_model(model.config.replace(block_size=48))
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="cache must be one of this model with n_layer="):
+            model(IDS, cache=other.new_cache(2, 8))
+        with pytest.raises(ValueError, match="cache must hold at most block_size=24 tokens, got 48"):
+            model(IDS, cache=longer.new_cache(2, 48))
+        with pytest.raises(ValueError, match="count must be 0 or more, got -3"):
+            cache.advance(-3)
     with torch.inference_mode():
         model(IDS, cache=cache)
         with pytest.raises(ValueError, match="input_ids has 5 tokens, but of the 8 places of the cache 5 are taken"):
             model(IDS, cache=cache)
+
+
+def test_a_cache_of_inference_mode_works_without_it() -> None:
+    model = scrambled()
+    with torch.inference_mode():
+        cache = model.new_cache(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS, cache=cache), model(IDS))
 
 
 def test_cuda_graph_needs_cuda() -> None:

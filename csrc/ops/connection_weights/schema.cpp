@@ -31,6 +31,7 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
 
 at::Tensor connection_weights(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
                               const at::Tensor& prior, const GeneratorOptions& options) {
+  detail::check_defined(x, {"x"});
   static const detail::Operator<decltype(connection_weights)> op("connection_weights");
   return op(x, w1, w2, prior, options);
 }
@@ -40,6 +41,7 @@ std::tuple<at::Tensor, at::Tensor> connection_weights_chained(const at::Tensor& 
                                                               const at::Tensor& w2,
                                                               const at::Tensor& prior,
                                                               const GeneratorOptions& options) {
+  detail::check_defined(x, {"x"});
   static const detail::Operator<decltype(connection_weights_chained)> op(
       "connection_weights_chained");
   return op(x, w1, w2, prior, options);

@@ -23,12 +23,14 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
 }
 
 std::vector<at::Tensor> depth_aggregate(at::TensorList hiddens, const at::Tensor& weights) {
+  detail::check_defined(weights, {"weights"});
   static const detail::Operator<decltype(depth_aggregate)> op("depth_aggregate");
   return op(hiddens, weights);
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_chained(
     at::TensorList hiddens, const at::Tensor& weights, const Deferral& deferral) {
+  detail::check_defined(weights, {"weights"});
   using Results = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
   if (deferral.tickets.empty() && deferral.count == 0) {
     static const detail::Operator<Results(at::TensorList, const at::Tensor&)> op(

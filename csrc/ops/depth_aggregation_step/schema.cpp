@@ -52,6 +52,7 @@ std::vector<at::Tensor> depth_aggregation_step(at::TensorList hiddens,
       norms.add_newest               ? "add_newest"
       : norms.pre_weight.has_value() ? "pre_weight"
                                      : "post_weight");
+  detail::check_defined(prior, {"prior"});
   using Step = std::vector<at::Tensor>(at::TensorList, const std::optional<at::Tensor>&,
                                        const std::optional<at::Tensor>&, const at::Tensor&,
                                        const GeneratorOptions&, const detail::StepNorms&);

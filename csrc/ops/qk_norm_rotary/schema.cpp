@@ -24,6 +24,7 @@ std::tuple<at::Tensor, at::Tensor> qk_norm_rotary(const at::Tensor& q, const at:
                                                   const std::optional<at::Tensor>& q_weight,
                                                   const std::optional<at::Tensor>& k_weight,
                                                   double eps) {
+  detail::check_defined(q, {"q"});
   static const detail::Operator<decltype(qk_norm_rotary)> op("qk_norm_rotary");
   return op(q, k, cos, sin, q_weight, k_weight, eps);
 }

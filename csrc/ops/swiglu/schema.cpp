@@ -13,6 +13,7 @@ TORCH_LIBRARY_FRAGMENT(muddformer, m) {
 }
 
 at::Tensor swiglu(const at::Tensor& gate, const std::optional<at::Tensor>& up) {
+  detail::check_defined(gate, {"gate"});
   static const detail::Operator<decltype(swiglu)> op("swiglu");
   return op(gate, up);
 }
