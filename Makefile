@@ -58,7 +58,7 @@ $(installed): $(ready) $(sources)
 
 # ---- tests ------------------------------------------------------------------------------------------------------
 test-python: $(installed)
-	$(bin)/pytest tests --numprocesses $(test_jobs) --dist loadfile
+	$(bin)/pytest tests --numprocesses $(test_jobs) --dist loadfile --no-loadscope-reorder
 
 test-cpp: tests-cpp
 	$(bin)/ctest --test-dir $(call cmake_build,tests-cpp) --output-on-failure --parallel $(cmake_jobs)
