@@ -67,8 +67,8 @@ class Kernel(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """Milliseconds and launches of every kernel by name, and milliseconds from the first's start to the last's end: of
-    a step, under the profiler."""
+    """Of a step under the profiler: milliseconds and launches of every kernel by name, and the milliseconds from the
+    start of the first to the end of the last."""
 
     kernels: dict[str, list[float]]
     ms: float
@@ -105,6 +105,8 @@ def profiled(step: Callable[[], object], device: torch.device) -> Profile:
 
 def own_times(kernels: Sequence[Kernel]) -> Profile:
     """Each moment counts for one kernel, the first that runs then, communication last."""
+    if not kernels:
+        raise SystemExit("the profile has no kernel: did the step run on CUDA?")
     times: list[tuple[str, float]] = []
     starts, ends = [float("-inf")], [float("-inf")]  # where something runs, in order and apart
     ordered = sorted(kernels, key=lambda kernel: kernel.start)

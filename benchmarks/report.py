@@ -76,7 +76,7 @@ def step_line(run: dict[str, Row], method: str, short: bool) -> Line:
 
 
 def steps(hows: Sequence[str], short: bool = False) -> str:
-    """A line for each size and form; in the short table of 24 layers and more that were measured beside both twins."""
+    """A line for each size and form; the short table has those of 24 layers and more alone, beside both twins."""
     rows = read_gpus("train_step")
     runs = step_runs(rows)
     lines = []

@@ -171,7 +171,7 @@ def _time(result: Results) -> list[str]:
             loss = result.by_seed(lambda row: row.held_out_loss, form=form, tokens=budget)
             compute = result.by_seed(_flops, form=form, tokens=budget)
             seconds = [row.seconds for _, row in result.runs(form=form, tokens=budget) if row.device == fastest]
-            more = [format_interval(values, 2) for values in advantages(result, form, budget, fastest)]
+            more = [_of(values, len(loss)) for values in advantages(result, form, budget, fastest)]
             cells = [label, _millions(budget), format_interval(list(loss.values()), 3), str(len(loss))]
             cells += [f"{interval(list(compute.values()))[0] / 1e15:,.0f}", format_interval(seconds, 0)]
             rows.append([*cells, *(["1", "1"] if form == result.set.baseline else more)])
@@ -183,6 +183,12 @@ def _time(result: Results) -> list[str]:
         f"Advantage: what {base} needs for the same loss, read off between its budgets, over what is needed here;",
     ]
     return [*lines, f"a dash where {base} was not trained to that loss from both sides.", *_goals(result, fastest)]
+
+
+def _of(values: Sequence[float], seeds: int) -> str:
+    """An advantage, and of how many seeds where it is not all of them."""
+    text = format_interval(values, 2)
+    return f"{text} (of {len(values)})" if 0 < len(values) < seeds else text
 
 
 def _goals(result: Results, device: str) -> list[str]:
@@ -228,23 +234,23 @@ def advantages(result: Results, form: str, budget: int, device: str) -> tuple[li
 
 
 def _saved(results: Sequence[Results]) -> str:
-    """Of the largest models that can tell it, the form with the largest compute advantage at its largest budget."""
+    """Of the largest models the largest budget that can tell it, by the form that saves the most compute there."""
     found = []
     for result in (result for result in results if result.set.kind == "time"):
-        parameters = max((row.parameters for row in result.final.values()), default=0)
+        device, parameters = _device(result), max(row.parameters for row in result.final.values())
         for form, label in result.set.labels.items():
             for budget in result.budgets(form):
-                compute, seconds = advantages(result, form, budget, device := _device(result))
+                compute, seconds = advantages(result, form, budget, device)
                 if form != result.set.baseline and compute and seconds:
                     means = interval(compute)[0], interval(seconds)[0]
-                    found.append((parameters, budget, means, label, result.set.title, device))
+                    found.append((parameters, budget, means, len(compute), label, result.set.title, device))
     if not found:
         return ""
-    _, budget, (compute_mean, seconds_mean), label, title, device = max(found)
+    _, budget, (compute_mean, seconds_mean), seeds, label, title, device = max(found)
     return (
-        f"On real text ({title}), {_millions(budget)} tokens bring {label} to the held-out loss for which the\n"
-        f"plain model takes {compute_mean:.2f} times the compute and {seconds_mean:.2f} times the seconds "
-        f"({device}; [all runs](docs/quality.md)).\n"
+        f"On real text ({title}), {_millions(budget)} tokens bring {label} to the held-out loss for which the plain\n"
+        f"model takes {compute_mean:.2f} times the compute and {seconds_mean:.2f} times the seconds "
+        f"({seeds} seed{'s' * (seeds > 1)}, {device}; [all runs](docs/quality.md)).\n"
     )
 
 

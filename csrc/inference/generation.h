@@ -46,7 +46,7 @@ MUDDFORMER_API at::Tensor generate(MUDDFormer model, const at::Tensor& input_ids
 
 /// Draws token ids [B, 1] from logits [B, vocab_size], as generate() does.
 ///
-/// @throws c10::ValueError naming the argument, what was expected and what came.
+/// @throws c10::ValueError, c10::TypeError naming the argument, what was expected and what came.
 MUDDFORMER_API at::Tensor sample(const at::Tensor& logits, double temperature,
                                  std::optional<int64_t> top_k, std::optional<double> top_p,
                                  std::optional<at::Generator> generator);

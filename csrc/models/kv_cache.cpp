@@ -1,7 +1,6 @@
 #include "kv_cache.h"
 
 #include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "../nn/checks.h"
+#include "../nn/operators.h"
 
 namespace muddformer {
 
@@ -27,7 +27,6 @@ KVCache::KVCache(const MUDDFormerConfig& config, int64_t batch_size, int64_t len
   values_ = at::zeros_like(keys_);
   next_ = at::zeros({1}, options.dtype(at::kLong));
   slots_ = at::arange(length, options.dtype(at::kLong));
-  positions_ = slots_;
 }
 
 void KVCache::check_fits(const MUDDFormerConfig& config, const at::Tensor& weight) const {
@@ -37,17 +36,16 @@ void KVCache::check_fits(const MUDDFormerConfig& config, const at::Tensor& weigh
   };
   expect("n_layer", config.n_layer, keys_.size(0));
   expect("n_kv_heads", *config.n_kv_heads, keys_.size(2));
-  expect("a head width", config.head_dim(), keys_.size(4));
+  expect("head_dim", config.head_dim(), keys_.size(4));
   TORCH_CHECK_VALUE(length() <= config.block_size,
                     "cache must hold at most block_size=", config.block_size, " tokens, got ",
                     length());
   const at::Device device = weight.device();
   TORCH_CHECK_VALUE(keys_.device() == device, "cache must be on ", device, ", like the model, got ",
                     keys_.device());
-  const bool autocasts = at::autocast::is_autocast_available(device.type()) &&
-                         at::autocast::is_autocast_enabled(device.type());
-  TORCH_CHECK_TYPE(autocasts || keys_.scalar_type() == weight.scalar_type(), "cache must be ",
-                   weight.scalar_type(), ", like the model, got ", keys_.scalar_type());
+  TORCH_CHECK_TYPE(autocasts(device.type()) || keys_.scalar_type() == weight.scalar_type(),
+                   "cache must be ", weight.scalar_type(), ", like the model, got ",
+                   keys_.scalar_type());
 }
 
 std::pair<at::Tensor, at::Tensor> KVCache::advance(int64_t count) {
@@ -67,7 +65,7 @@ std::pair<at::Tensor, at::Tensor> KVCache::advance(int64_t count) {
 std::pair<at::Tensor, at::Tensor> KVCache::update(int64_t layer, const at::Tensor& k,
                                                   const at::Tensor& v) {
   check_integer("layer", layer, keys_.size(0) - 1, 0);
-  TORCH_CHECK(used_ > 0, "update() came before advance()");
+  TORCH_CHECK(positions_.defined(), "update() came before advance()");
   const std::vector<int64_t> shape = {batch_size(), keys_.size(2), positions_.size(0),
                                       keys_.size(4)};
   const auto check = [&shape](const char* name, const at::Tensor& tensor) {

@@ -24,8 +24,8 @@ class MUDDFORMER_API KVCache {
   /// @param batch_size number of sequences B.
   /// @param length number of tokens that it holds, at most config.block_size.
   /// @param options dtype and device of the model's parameters.
-  /// @throws c10::ValueError naming the argument or field, what was expected and what came: a model
-  ///   that is not causal has no cache.
+  /// @throws c10::ValueError, c10::TypeError naming the argument or field, what was expected and what
+  ///   came: a model that is not causal has no cache.
   KVCache(const MUDDFormerConfig& config, int64_t batch_size, int64_t length,
           at::TensorOptions options = {});
   // A copy would share the tensors and not the count of what is in them.
@@ -41,7 +41,7 @@ class MUDDFORMER_API KVCache {
   /// Number of tokens that it holds.
   int64_t length() const { return slots_.size(0); }
 
-  /// Whether a model could use it.
+  /// Checks that a model can use it.
   ///
   /// @param config the model's configuration, checked.
   /// @param weight a parameter of the model.
@@ -64,7 +64,8 @@ class MUDDFORMER_API KVCache {
   /// @return the keys and values to attend to: those given for the first tokens, or else of the
   ///   whole cache [B, heads, length, head width], of which the mask of advance() says what is
   ///   seen.
-  /// @throws c10::ValueError for a block that the model does not have, or tensors of another shape.
+  /// @throws c10::ValueError, c10::TypeError for a block that the model does not have, or tensors that
+  ///   are undefined or of another shape; c10::Error before advance().
   std::pair<at::Tensor, at::Tensor> update(int64_t layer, const at::Tensor& k, const at::Tensor& v);
 
  private:

@@ -22,6 +22,8 @@
 namespace muddformer {
 
 /// The kind of the norms over the model width, config.norm of a checked() configuration.
+///
+/// @throws c10::ValueError if it has no value or an unknown one.
 MUDDFORMER_API NormKind norm_kind(const MUDDFormerConfig& config);
 
 /// Cosines and sines of T positions, float32 [T, rotary_dim / 2] each.
@@ -39,8 +41,12 @@ class MUDDFORMER_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmb
   explicit RotaryEmbeddingImpl(const MUDDFormerConfig& config);
   void reset() override {}
   /// Of the positions from 0 to length - 1, length at most block_size, on `device`.
+  ///
+  /// @throws c10::ValueError for another length.
   Rotary forward(int64_t length, at::Device device);
   /// Of `positions`, int64 [T], on their device.
+  ///
+  /// @throws c10::TypeError for another dtype.
   Rotary forward_at(const at::Tensor& positions);
   void pretty_print(std::ostream& stream) const override;
 
@@ -61,6 +67,7 @@ TORCH_MODULE(RotaryEmbedding);
 /// @param x [B, T, H, E].
 /// @param rotary float32 [T, half], half <= E / 2. The other E - 2 half entries pass through.
 /// @return [B, T, H, E] in the dtype of x; computed in float32 (float64 for float64).
+/// @throws c10::TypeError, c10::ValueError for undefined tables or other shapes.
 MUDDFORMER_API at::Tensor apply_rotary(const at::Tensor& x, const Rotary& rotary);
 
 /// Self-attention whose queries, keys and values may come from different streams.
@@ -104,6 +111,7 @@ TORCH_MODULE(Attention);
 class MUDDFORMER_API FeedForwardImpl : public torch::nn::Cloneable<FeedForwardImpl> {
  public:
   /// @param width hidden width.
+  /// @throws c10::ValueError for a wrong configuration or width.
   FeedForwardImpl(const MUDDFormerConfig& config, int64_t width, at::TensorOptions options = {},
                   bool initialize = true);
   void reset() override;

@@ -51,8 +51,9 @@ class MUDDFORMER_API MUDDFormerImpl : public torch::nn::Cloneable<MUDDFormerImpl
   /// @param cache keys and values of the tokens that input_ids follows, which are added to it.
   /// @return logits [B, T, vocab_size]; with targets the mean cross-entropy instead, a float32
   ///   scalar (float64 for a float64 model).
-  /// @throws c10::TypeError, c10::ValueError for a wrong dtype, shape or length; c10::IndexError
-  ///   for a token id outside the vocabulary (on CUDA: torch's device-side assertion).
+  /// @throws c10::TypeError, c10::ValueError for a wrong dtype, shape, length or cache;
+  ///   c10::IndexError for a token id outside the vocabulary (on CUDA: torch's device-side
+  ///   assertion); c10::Error with a cache while gradients are enabled.
   at::Tensor forward(const at::Tensor& input_ids, const at::Tensor& targets = {},
                      KVCache* cache = nullptr);
 

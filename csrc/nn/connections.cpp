@@ -12,6 +12,7 @@
 #include <variant>
 
 #include "checks.h"
+#include "operators.h"
 
 namespace muddformer {
 
@@ -43,7 +44,7 @@ Connections::Connections(int64_t dim, int64_t layers, const ConnectionOptions& g
       tensor_options_(tensor_options),
       make_aggregation_(std::move(make_aggregation)) {
   check_integer("dim", dim_);
-  constexpr int64_t kMostLayers = (int64_t{1} << 16) - 1;  // one less than a layer's sources
+  constexpr int64_t kMostLayers = (int64_t{1} << 16) - 1;  // whose outputs and X_0 are 2^16 sources
   check_integer("layers", layers_, kMostLayers, 0);
   check_real("eps", eps_, 0.0, 1.0);
   check_dtype("tensor_options", tensor_options_);
@@ -66,14 +67,6 @@ Connections::Connections(int64_t dim, int64_t layers, const ConnectionOptions& g
     }
   }
 }
-
-namespace {
-
-bool autocasts(at::DeviceType device) {
-  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
-}
-
-}  // namespace
 
 bool Connections::defers(at::TensorList older) const {
   if (older.empty() || !at::GradMode::is_enabled()) return false;
@@ -222,7 +215,6 @@ std::vector<at::Tensor> History::streams(const std::vector<Norm>& norms) {
   }
   given_ = streams_;
   given_.push_back(std::move(newest_));
-  newest_.reset();
   versions_ = versions(given_);
   return streams_;
 }

@@ -47,11 +47,11 @@ class History;
 class MUDDFORMER_API Connections {
  public:
   /// @param dim model width D.
-  /// @param layers number of blocks L.
+  /// @param layers number of blocks L, at most 65535.
   /// @param eps added to the mean square in the norms.
   /// @param tensor_options dtype and device of the parameters.
   /// @param make_aggregation makes the layers; by default they are DepthAggregation.
-  /// @throws c10::ValueError naming the option, what was expected and what came.
+  /// @throws c10::ValueError, c10::TypeError naming the option, what was expected and what came.
   Connections(int64_t dim, int64_t layers, const ConnectionOptions& options, double eps = 1e-6,
               at::TensorOptions tensor_options = {}, MakeAggregation make_aggregation = {});
 
@@ -59,6 +59,8 @@ class MUDDFORMER_API Connections {
   void reset(torch::nn::Module& owner);
   /// Gives the parts their initial values, with which the stack computes what its blocks alone
   /// compute.
+  ///
+  /// @throws c10::Error before reset(), as parameters() does.
   void reset_parameters();
   std::vector<at::Tensor> parameters() const;
 

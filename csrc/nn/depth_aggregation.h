@@ -60,7 +60,7 @@ class MUDDFORMER_API DepthAggregationImpl : public torch::nn::Cloneable<DepthAgg
   virtual void reset_parameters();
   /// Fills a prior [C, S] for this layer with its initial values, in place.
   ///
-  /// @throws c10::ValueError for another shape.
+  /// @throws c10::TypeError, c10::ValueError if it is undefined or of another shape.
   virtual void reset_prior(at::Tensor prior) const;
 
   /// Mixes hidden states.

@@ -18,6 +18,7 @@ namespace muddformer {
 class MUDDFORMER_API LinearImpl : public torch::nn::Cloneable<LinearImpl> {
  public:
   /// @param std standard deviation of a fresh weight; a fresh bias is 0.
+  /// @throws c10::ValueError, c10::TypeError for a size or dtype that cannot be.
   LinearImpl(int64_t in_features, int64_t out_features, bool with_bias, double std,
              at::TensorOptions options = {}, bool initialize = true);
   void reset() override;
@@ -45,6 +46,7 @@ class MUDDFORMER_API EmbeddingImpl : public torch::nn::Cloneable<EmbeddingImpl> 
  public:
   /// @param rows number of rows; D is `dim`.
   /// @param std standard deviation of a fresh weight.
+  /// @throws c10::ValueError, c10::TypeError for a size or dtype that cannot be.
   EmbeddingImpl(int64_t rows, int64_t dim, double std, at::TensorOptions options = {},
                 bool initialize = true);
   void reset() override;

@@ -7,10 +7,14 @@
 
 namespace muddformer {
 
-static torch::nn::Sequential checked(torch::nn::Sequential blocks) {
+namespace {
+
+torch::nn::Sequential checked(torch::nn::Sequential blocks) {
   TORCH_CHECK_TYPE(!blocks.is_empty(), "blocks must be a Sequential, got an empty holder");
   return blocks;
 }
+
+}  // namespace
 
 MUDDStackImpl::MUDDStackImpl(torch::nn::Sequential blocks, int64_t dim,
                              const ConnectionOptions& options, double eps,

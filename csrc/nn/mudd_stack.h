@@ -30,7 +30,7 @@ class MUDDFORMER_API MUDDStackImpl : public torch::nn::Cloneable<MUDDStackImpl> 
   /// @param eps added to the mean square in the norms.
   /// @param tensor_options dtype and device of the connections' parameters.
   /// @param make_aggregation makes the layers of connections; by default they are DepthAggregation.
-  /// @throws c10::ValueError naming the option, what was expected and what came.
+  /// @throws c10::ValueError, c10::TypeError naming the option, what was expected and what came.
   MUDDStackImpl(torch::nn::Sequential blocks, int64_t dim, const ConnectionOptions& options = {},
                 double eps = 1e-6, at::TensorOptions tensor_options = {}, bool initialize = true,
                 MakeAggregation make_aggregation = {});

@@ -92,7 +92,7 @@ Norm NormsImpl::at(int64_t number) const {
 
 std::vector<at::Tensor> normed(at::TensorList streams, const std::vector<Norm>& norms) {
   TORCH_CHECK_VALUE(streams.size() == 1 || streams.size() == norms.size(),
-                    "streams must be one tensor or as many as norms, ", norms.size(), ", got ",
+                    "streams must be one tensor or ", norms.size(), ", as many as norms, got ",
                     streams.size());
   std::vector<at::Tensor> results;
   for (size_t way = 0; way < norms.size(); ++way) {

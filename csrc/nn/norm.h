@@ -24,6 +24,7 @@ class MUDDFORMER_API NormImpl : public torch::nn::Cloneable<NormImpl> {
  public:
   /// @param eps added to the mean square or variance.
   /// @param init value of a fresh weight; a fresh bias is 0.
+  /// @throws c10::ValueError, c10::TypeError for a dim, eps (0 to 1) or dtype that cannot be.
   NormImpl(int64_t dim, double eps, NormKind kind = NormKind::kRMSNorm, double init = 1.0,
            at::TensorOptions options = {}, bool initialize = true);
   void reset() override;
@@ -55,6 +56,7 @@ TORCH_MODULE(Norm);
 class MUDDFORMER_API NormsImpl : public torch::nn::Cloneable<NormsImpl> {
  public:
   /// @param numbers those that are there; the other arguments are those of NormImpl.
+  /// @throws c10::ValueError, c10::TypeError as NormImpl does.
   NormsImpl(std::vector<int64_t> numbers, int64_t dim, double eps,
             NormKind kind = NormKind::kRMSNorm, double init = 1.0, at::TensorOptions options = {},
             bool initialize = true);
@@ -77,6 +79,7 @@ TORCH_MODULE(Norms);
 ///
 /// @param streams as many as norms, each [..., D]. Or one for all: it passes a norm that follows
 ///   itself once.
+/// @throws c10::ValueError for another number of streams.
 MUDDFORMER_API std::vector<at::Tensor> normed(at::TensorList streams,
                                               const std::vector<Norm>& norms);
 

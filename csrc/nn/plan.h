@@ -32,6 +32,7 @@ MUDDFORMER_API std::map<int64_t, std::vector<int64_t>> aggregation_plan(
 ///   move the fewest bytes, of at most 16 ways, what one pass of the CUDA kernel adds up.
 /// @return groups of two or more successive aggregations, in order. The older hidden states of a
 ///   group are the sources of its first aggregation but the newest.
+/// @throws c10::ValueError for an aggregation without sources or, where they count, ways.
 MUDDFORMER_API std::vector<std::vector<int64_t>> flush_groups(
     const std::map<int64_t, std::vector<int64_t>>& plan, const std::map<int64_t, int64_t>& ways,
     std::optional<int64_t> interval = std::nullopt);

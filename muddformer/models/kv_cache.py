@@ -54,7 +54,7 @@ class KVCache:
         self.batch_size = check_integer("batch_size", batch_size)
         check_integer("length", length, config.block_size)
         self._blocks = config.n_layer
-        self._dtype = dtype
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
         self.used = 0
         with torch.inference_mode(False):  # what comes later may be without it
             self._next = torch.zeros(1, device=device, dtype=torch.int64)
@@ -62,15 +62,16 @@ class KVCache:
         self._positions = self._slots
         self._prompt = True
 
-    def check_fits(self, config: MUDDFormerConfig, device: torch.device) -> None:
-        """Whether a model could use it.
+    def check_fits(self, config: MUDDFormerConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Checks that a model can use it.
 
         Args:
             config: the model's configuration.
-            device: the model's.
+            device, dtype: of the model's parameters.
 
         Raises:
-            ValueError: if it has other blocks, more places than the model positions, or another device.
+            ValueError: if it has other blocks, more places than the model has positions, or another device.
+            TypeError: without autocast, if it has another dtype.
         """
         if self._blocks != config.n_layer:
             raise ValueError(f"cache must be one of this model with n_layer={config.n_layer}, got {self._blocks}")
@@ -78,6 +79,8 @@ class KVCache:
             raise ValueError(f"cache must hold at most block_size={config.block_size} tokens, got {len(self._slots)}")
         if self._slots.device != device:
             raise ValueError(f"cache must be on {device}, like the model, got {self._slots.device}")
+        if self._dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"cache must be {dtype}, like the model, got {self._dtype}")
 
     def advance(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Makes room for ``count`` tokens.

@@ -81,7 +81,7 @@ class MUDDFormer(Backbone, Pretrained):
                 raise ValueError(
                     f"input_ids must be {cache.batch_size} sequences, as many as the cache has, got {sequences}"
                 )
-            cache.check_fits(self.config, x.device)
+            cache.check_fits(self.config, x.device, self.dtype)
             positions, mask = cache.advance(length)
             blocks = {"rotary": self.rotary(length, positions), "mask": mask, "cache": cache}
         x = self.norm(super().forward(x, **blocks))

@@ -2,6 +2,7 @@
 #include <muddformer/models/config.h>
 #include <torch/types.h>
 
+#include <limits>
 #include <string>
 #include <utility>
 

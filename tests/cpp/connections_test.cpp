@@ -2,6 +2,7 @@
 #include <muddformer/nn.h>
 #include <torch/torch.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>

@@ -3,7 +3,10 @@
 #include <torch/types.h>
 #include <torch/utils.h>
 
+#include <limits>
+#include <memory>
 #include <string>
+#include <tuple>
 #include <variant>
 #include <vector>
 

@@ -6,6 +6,7 @@
 #include <sstream>
 #include <string>
 
+#include "autocast.h"
 #include "variants.h"
 
 namespace muddformer {
@@ -322,6 +323,7 @@ TEST(KVCacheErrors, NameTheArgument) {
   EXPECT_EQ(cache.used(), 5);
   KVCache unused(model->config, 2, 8);
   expect_error<c10::Error>([&] { unused.update(0, k, k); }, "update() came before advance()");
+  EXPECT_EQ(model->forward(ids.slice(1, 0, 0), {}, &unused).size(1), 0);
 }
 
 TEST(KVCacheErrors, OfACacheOfAnotherModel) {
@@ -342,13 +344,18 @@ TEST(KVCacheErrors, OfACacheOfAnotherModel) {
   refused(KVCache(with([](auto& c) { c.n_kv_heads = 1; }), 2, 12),
           "cache must be one of this model with n_kv_heads=4, got 1");
   refused(KVCache(with([](auto& c) { c.dim = 64; }), 2, 12),
-          "cache must be one of this model with a head width=8, got 16");
+          "cache must be one of this model with head_dim=8, got 16");
   refused(KVCache(with([](auto& c) { c.block_size = 48; }), 2, 48),
           "cache must hold at most block_size=24 tokens, got 48");
   refused(KVCache(model->config, 2, 12, at::kBFloat16), "cache must be Float, like the model");
   refused(KVCache(model->config, 2, 12, at::kMeta), "cache must be on cpu, like the model");
   expect_error<c10::TypeError>([&] { KVCache(model->config, 2, 12, at::kInt); },
                                "options must have dtype");
+  // Autocast gives keys and values its own dtype.
+  KVCache other(model->config, 2, 12, at::kBFloat16);
+  const testing_autocast::Autocast autocast(at::kCPU);
+  model->forward(ids, {}, &other);
+  EXPECT_EQ(other.used(), 9);
 }
 
 // Made in inference mode, used without it.

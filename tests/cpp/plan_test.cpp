@@ -14,6 +14,8 @@ TEST(AggregationPlan, IsThatOfThePaper) {
   EXPECT_EQ(aggregation_plan(4, 1, 1, 2),
             (Plan{{1, {0, 1}}, {2, {0, 1, 2}}, {3, {0, 2, 3}}, {4, {0, 3, 4}}}));
   EXPECT_EQ(aggregation_plan(4, 1, 1, 1, false), (Plan{{1, {0, 1}}, {2, {0, 2}}, {3, {0, 3}}}));
+  EXPECT_THROW(aggregation_plan(-1), c10::ValueError);
+  EXPECT_THROW(aggregation_plan(std::numeric_limits<int64_t>::max()), c10::ValueError);
 }
 
 // The same as Python's, tests/nn/test_plan.py.
@@ -39,8 +41,6 @@ TEST(FlushGroups, AreThoseOfPython) {
 }
 
 TEST(FlushGroups, RefusesWhatIsNoPlan) {
-  EXPECT_THROW(aggregation_plan(-1), c10::ValueError);
-  EXPECT_THROW(aggregation_plan(std::numeric_limits<int64_t>::max()), c10::ValueError);
   EXPECT_THROW(flush_groups({{1, {}}, {2, {}}}, {{1, 4}, {2, 4}}), c10::ValueError);
   EXPECT_THROW(flush_groups(aggregation_plan(3), {{1, 4}, {2, 4}}), c10::ValueError);
   EXPECT_EQ(flush_groups(aggregation_plan(3), {}, 2).size(), 1u);

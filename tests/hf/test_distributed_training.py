@@ -36,7 +36,7 @@ class Rows(Dataset):
 def train(model: PreTrainedModel, folder: str, batch: int, resume: bool = False, **settings: object) -> Trainer:
     given = {
         "output_dir": folder,
-        "learning_rate": 0.01,  # with 0.03 four steps make 1e-3 of what rounding differs by
+        "learning_rate": 0.01,  # 0.03 would blow rounding up to 1e-3 in four steps
         "adam_epsilon": 0.1,  # so that gradients of nearly zero do not become steps of a learning rate
         "max_steps": 4,
         "per_device_train_batch_size": batch,

@@ -211,6 +211,8 @@ def test_bad_cache() -> None:
             model(IDS, cache=other.new_cache(2, 8))
         with pytest.raises(ValueError, match="cache must hold at most block_size=24 tokens, got 48"):
             model(IDS, cache=longer.new_cache(2, 48))
+        with pytest.raises(TypeError, match="cache must be torch\\.float32, like the model, got"):
+            model(IDS, cache=KVCache(model.config, 2, 8, dtype=torch.bfloat16))
         with pytest.raises(ValueError, match="count must be 0 or more, got -3"):
             cache.advance(-3)
     with torch.inference_mode():

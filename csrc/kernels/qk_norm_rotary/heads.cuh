@@ -14,7 +14,7 @@ inline constexpr int kStages = 2;                              // of the backwar
 // How the heads of queries or of keys are split over lanes and blocks.
 struct Split {
   int lanes;        // of a head
-  int warp_items;   // heads, or their pairs, that a warp's lanes have at a time
+  int warp_items;   // heads side by side in a warp
   int lane_packs;   // pairs of packs of a head
   uint32_t groups;  // lanes' shares of a token: heads / heads of a lane, rounded up
   uint32_t items;   // of all tokens

@@ -1,7 +1,7 @@
 // See qk_norm_rotary.h for the formula.
 //
 // A head has the lanes of a part of a warp: a power of two, or fewer where more heads then have room
-// (heads of 80 five lanes, six heads a warp). A lane holds pairs of packs, entries i.. and i + half..
+// (a 16-bit head of 80: five lanes, six side by side in a warp). A lane holds pairs of packs, entries i.. and i + half..
 // that are rotated with each other, so that only the sums of the norm go from lane to lane. It has
 // the same pairs of several heads of a token, which share cosines and sines. Of the entries that
 // pass through neighbouring packs are a pair, with cosine 1 and sine 0.
