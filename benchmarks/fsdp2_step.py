@@ -4,7 +4,8 @@ Every block is a unit of its own, and the rest of the model one. Parameters are 
 them in bfloat16, gradients are added up in float32; fused AdamW. So the residual stream is bfloat16 in both models, and
 there is one plain twin. Runs: eager, block (torch.compile of every block). "ms" is a step by the clock, each waited
 for; ratios are to the faster run of the plain model. bytes_deferred_ms is what the connections must move at least, at
-the speed of a copy.
+the speed of a copy. host_ms is how long the host of the slowest process takes until all of a step is enqueued: where it
+comes near ms, the devices wait for it.
 
     torchrun --nproc-per-node 2 benchmarks/fsdp2_step.py --models 24x2048:4 --csv benchmarks/results/h100_fsdp2_step.csv
 """
@@ -44,8 +45,9 @@ def mesh_of(device: torch.device) -> DeviceMesh:
 
 def sharded_step(
     method: Method, shape: Shape, mesh: DeviceMesh, device: torch.device
-) -> tuple[Callable[[], float], float]:
-    """A step, which waits for what it enqueues and returns the loss, and the bytes that the connections must move."""
+) -> tuple[Callable[[], tuple[float, float]], float]:
+    """A step, which waits for what it enqueues and returns the loss and the host's seconds until it began to wait; and
+    the bytes that the connections must move."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     with torch.device(device):
@@ -60,40 +62,45 @@ def sharded_step(
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     ids, targets = (torch.randint(VOCABULARY, (shape.batch, shape.length), device=device) for _ in range(2))
 
-    def step() -> float:
+    def step() -> tuple[float, float]:
+        begin = time.perf_counter()
         loss = model(ids, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        enqueued = time.perf_counter() - begin
         value = loss.item()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return value
+        return value, enqueued
 
     return step, moved
 
 
-def timed(step: Callable[[], float]) -> tuple[float, float, float]:
-    """Seconds of the first step, the median milliseconds of later ones by the clock, and the first loss."""
+def timed(step: Callable[[], tuple[float, float]]) -> tuple[float, float, float, float]:
+    """Seconds of the first step, the median milliseconds of later ones by the clock and of the host, the first loss."""
 
-    def timed_step() -> tuple[float, float]:
+    def timed_step() -> tuple[float, float, float]:
         dist.barrier()
         begin = time.perf_counter()
-        value = step()
-        return 1e3 * (time.perf_counter() - begin), value
+        value, enqueued = step()
+        return 1e3 * (time.perf_counter() - begin), 1e3 * enqueued, value
 
-    first, loss = timed_step()
+    first, _, loss = timed_step()
     for _ in range(3):
         timed_step()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return first / 1e3, statistics.median(timed_step()[0] for _ in range(STEPS)), loss
+    ms, host_ms, _ = zip(*(timed_step() for _ in range(STEPS)), strict=True)
+    return first / 1e3, statistics.median(ms), statistics.median(host_ms), loss
 
 
 def measure(method: Method, shape: Shape, mesh: DeviceMesh, device: torch.device) -> dict:
     """The figures of one method, on every process."""
     step, moved = sharded_step(method, shape, mesh, device)
-    first, ms, loss = timed(step)
+    first, ms, host_ms, loss = timed(step)
+    slowest = torch.tensor(host_ms, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
     cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     speed = copy_gb_per_s(2**28 if cuda else 2**22, torch.bfloat16, device, 0.2)
@@ -103,6 +110,7 @@ def measure(method: Method, shape: Shape, mesh: DeviceMesh, device: torch.device
         "peak_gib": round(peak, 2) if cuda else "",
         "first_step_s": round(first, 1),
         "loss": round(loss, 4),
+        "host_ms": round(slowest.item(), 3),
         "bytes_deferred_ms": round(moved / speed / 1e6, 3),
     }
 
