@@ -115,8 +115,8 @@ struct MUDDFormerConfig {
 
   /// Width of one head. The derived values are those of a checked() configuration.
   ///
-  /// @throws c10::ValueError, as the two below do, if the configuration is not checked and its
-  ///   fields give no such value.
+  /// @throws c10::ValueError if the configuration is not checked and its fields give no such value.
+  ///   The two below do so too.
   MUDDFORMER_API int64_t head_dim() const;
   /// Number of rotated entries of each head.
   MUDDFORMER_API int64_t rotary_dim() const;
