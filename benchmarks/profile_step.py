@@ -98,7 +98,7 @@ def profiled(step: Callable[[], object], device: torch.device) -> Profile:
         with tempfile.TemporaryDirectory() as folder:
             found.export_chrome_trace(str(Path(folder, "trace.json")))
             return own_times(read_trace(Path(folder, "trace.json")))
-    events = [event for event in found.events() if not event.is_user_annotation]
+    events = (event for event in found.events() if not event.is_user_annotation)
     kernels = by_name((event.name, event.self_cpu_time_total) for event in events)
     return Profile(kernels, sum(ms for ms, _ in kernels.values()))
 

@@ -5,7 +5,7 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
-#include <vector>
+#include <array>
 
 #include "../nn/checks.h"
 #include "../nn/operators.h"
@@ -66,12 +66,12 @@ std::pair<at::Tensor, at::Tensor> KVCache::update(int64_t layer, const at::Tenso
                                                   const at::Tensor& v) {
   check_integer("layer", layer, keys_.size(0) - 1, 0);
   TORCH_CHECK(positions_.defined(), "update() came before advance()");
-  const std::vector<int64_t> shape = {batch_size(), keys_.size(2), positions_.size(0),
-                                      keys_.size(4)};
-  const auto check = [&shape](const char* name, const at::Tensor& tensor) {
+  const std::array<int64_t, 4> places = {batch_size(), keys_.size(2), positions_.size(0),
+                                         keys_.size(4)};
+  const auto check = [shape = at::IntArrayRef(places)](const char* name, const at::Tensor& tensor) {
     TORCH_CHECK_TYPE(tensor.defined(), name, " must be a tensor, got an undefined one");
-    TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", at::IntArrayRef(shape),
-                      ", got ", tensor.sizes());
+    TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ",
+                      tensor.sizes());
   };
   check("k", k);
   check("v", v);

@@ -13,6 +13,8 @@
 #include <string_view>
 #include <vector>
 
+#include "../ops/common/checks.h"
+
 namespace muddformer {
 
 inline constexpr std::string_view kWays = "qkvr";
@@ -38,9 +40,8 @@ inline void check_real(const char* name, double value, double low = 0.0,
 // A dtype of the models: what parameters are made in.
 inline void check_dtype(const char* name, const at::TensorOptions& options) {
   const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
-  TORCH_CHECK_TYPE(
-      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-      name, " must have dtype float64, float32, bfloat16 or float16, got ", dtype);
+  TORCH_CHECK_TYPE(detail::is_floating(dtype), name,
+                   " must have dtype float64, float32, bfloat16 or float16, got ", dtype);
 }
 
 inline void check_choice(const char* name, std::string_view value,

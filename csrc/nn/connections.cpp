@@ -196,43 +196,42 @@ void History::check_open(const char* call) const {
 std::vector<at::Tensor> History::streams(const std::vector<Norm>& norms) {
   const Connections& c = *connections_;
   check_open("streams");
-  TORCH_CHECK(streams_.empty(), "streams were made already for block ", count_,
+  TORCH_CHECK(given_.empty(), "streams were made already for block ", count_,
               "; append its output first");
   TORCH_CHECK(count_ < c.layers_, "streams() came after the output of the last of the ", c.layers_,
               " blocks; what follows is result()");
   TORCH_CHECK_VALUE(norms.empty() || norms.size() == kWays.size(),
                     "norms must be those of xq, xk, xv and xr or none, got ", norms.size());
   const bool multiway = c.options.multiway;
+  std::vector<at::Tensor> streams;
   if (multiway && c.plan.contains(count_)) {
-    streams_ = aggregate(norms);
+    streams = aggregate(norms);
   } else {
     const at::Tensor made = c.plan.contains(count_) ? aggregate({})[0] : newest_;
     if (norms.empty()) {
-      streams_.assign(multiway ? kWays.size() : 1, made);
+      streams.assign(multiway ? kWays.size() : 1, made);
     } else {
-      streams_ = normed(made, norms);
+      streams = normed(made, norms);
     }
   }
-  given_ = streams_;
+  given_ = streams;
   given_.push_back(std::move(newest_));
   versions_ = versions(given_);
-  return streams_;
+  return streams;
 }
 
 void History::append(at::Tensor x) {
   check_open("append");
   TORCH_CHECK(count_ < connections_->layers_, "append() came after the output of the last of the ",
               connections_->layers_, " blocks; what follows is result()");
-  TORCH_CHECK(!streams_.empty(), "append() came before streams() of block ", count_,
+  TORCH_CHECK(!given_.empty(), "append() came before streams() of block ", count_,
               ", which are what its output is made of");
   TORCH_CHECK_TYPE(x.defined(), "block ", count_, " must return a tensor, got an undefined one");
-  TORCH_CHECK_VALUE(x.sizes() == streams_[0].sizes(), "block ", count_,
-                    " must return the shape of its input ", streams_[0].sizes(), ", got ",
-                    x.sizes());
+  TORCH_CHECK_VALUE(x.sizes() == given_[0].sizes(), "block ", count_,
+                    " must return the shape of its input ", given_[0].sizes(), ", got ", x.sizes());
   TORCH_CHECK(versions(given_) == versions_, "block ", count_,
               " changes its input in place, but later blocks read this hidden state too: "
               "write x = x + f(x) instead of x += f(x)");
-  streams_.clear();
   given_.clear();
   ++count_;
   join(std::move(x));
@@ -240,7 +239,7 @@ void History::append(at::Tensor x) {
 
 at::Tensor History::result() {
   check_open("result");
-  TORCH_CHECK(count_ == connections_->layers_ && streams_.empty(),
+  TORCH_CHECK(count_ == connections_->layers_ && given_.empty(),
               "result() came before the output of block ", count_, " of ", connections_->layers_,
               " was appended");
   at::Tensor y = connections_->plan.contains(count_) ? aggregate({})[0] : newest_;

@@ -148,8 +148,9 @@ class MUDDFORMER_API History {
   at::Tensor newest_;                // X_count, until something has been made of it
   std::vector<at::Tensor> hiddens_;  // X_j by j, those that an aggregation to come mixes
   std::map<int64_t, Deferral> deferrals_;
-  // What streams() has handed out, the same and X_count, and how often each had been changed.
-  std::vector<at::Tensor> streams_, given_;
+  // What the block has been given: the streams and, last, X_count; empty in between. And how often
+  // each had been changed.
+  std::vector<at::Tensor> given_;
   std::vector<int64_t> versions_;
 };
 

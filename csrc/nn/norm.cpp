@@ -11,12 +11,20 @@
 
 namespace muddformer {
 
+namespace {
+
+void check(int64_t dim, double eps, const at::TensorOptions& options) {
+  check_integer("dim", dim);
+  check_real("eps", eps, 0.0, 1.0);
+  check_dtype("options", options);
+}
+
+}  // namespace
+
 NormImpl::NormImpl(int64_t dim, double eps, NormKind kind, double init, at::TensorOptions options,
                    bool initialize)
     : dim_(dim), eps_(eps), kind_(kind), init_(init), options_(options) {
-  check_integer("dim", dim_);
-  check_real("eps", eps_, 0.0, 1.0);
-  check_dtype("options", options_);
+  check(dim_, eps_, options_);
   reset();
   if (initialize) reset_parameters();
 }
@@ -66,9 +74,7 @@ NormsImpl::NormsImpl(std::vector<int64_t> numbers, int64_t dim, double eps, Norm
       kind_(kind),
       init_(init),
       options_(options) {
-  check_integer("dim", dim_);
-  check_real("eps", eps_, 0.0, 1.0);
-  check_dtype("options", options_);
+  check(dim_, eps_, options_);
   for (const int64_t number : numbers) norms_.emplace(number, nullptr);
   reset();
   if (initialize) reset_parameters();

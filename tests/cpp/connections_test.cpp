@@ -16,7 +16,7 @@ namespace {
 
 using at::Tensor;
 using testing_autocast::Autocast;
-using testing_files::error_of;
+using testing_files::expect_error;
 
 void scramble(torch::nn::Module& module) {
   const torch::NoGradGuard no_grad;
@@ -32,11 +32,6 @@ struct Owner : torch::nn::Module {
   }
   Connections connections;
 };
-
-void expect_error(const std::function<void()>& call, const std::string& text) {
-  const std::string error = error_of(call);
-  EXPECT_NE(error.find(text), std::string::npos) << error;
-}
 
 TEST(History, IsUsedInOrder) {
   const Owner owner;

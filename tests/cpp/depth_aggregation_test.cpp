@@ -10,12 +10,14 @@
 #include <variant>
 #include <vector>
 
+#include "files.h"
 #include "reference.h"
 
 namespace muddformer {
 namespace {
 
 using at::Tensor;
+using testing_files::expect_error;
 
 void scramble(torch::nn::Module& module) {
   const torch::NoGradGuard no_grad;
@@ -61,15 +63,6 @@ TEST(DepthAggregation, FreshPassesTheNewestOn) {
 }
 
 TEST(DepthAggregationErrors, NameTheOption) {
-  const auto expect_error = [](const auto& call, const std::string& text) {
-    try {
-      call();
-      ADD_FAILURE() << "no error: " << text;
-    } catch (const c10::Error& error) {
-      EXPECT_NE(std::string(error.what_without_backtrace()).find(text), std::string::npos)
-          << error.what_without_backtrace();
-    }
-  };
   using DA = DepthAggregationOptions;
   expect_error([] { DepthAggregation(DA{.sources = 2}); }, "dim must be from 1");
   expect_error([] { DepthAggregation(DA{.dim = 4, .sources = 2, .ways = int64_t{0}}); },
@@ -115,22 +108,10 @@ struct TwoWaysImpl : DepthAggregationImpl {
 
 TEST(DepthAggregationErrors, NameWhatASubclassReturns) {
   const auto da = std::make_shared<TwoWaysImpl>(DepthAggregationOptions{.dim = 4, .sources = 1});
-  const auto error = [&]() -> std::string {
-    try {
-      da->forward({torch::ones({3, 4})});
-      return "no error";
-    } catch (const c10::Error& e) {
-      return e.what_without_backtrace();
-    }
-  };
-  EXPECT_NE(
-      error().find("connection_weights() must return weights [..., C, S] with C = 4, got [3,"),
-      std::string::npos)
-      << error();
+  const auto forward = [&] { da->forward({torch::ones({3, 4})}); };
+  expect_error(forward, "connection_weights() must return weights [..., C, S] with C = 4, got [3,");
   da->undefined = true;
-  EXPECT_NE(error().find("connection_weights() must return two tensors, got an undefined one"),
-            std::string::npos)
-      << error();
+  expect_error(forward, "connection_weights() must return two tensors, got an undefined one");
 }
 
 TEST(NormErrors, NameTheArgument) {

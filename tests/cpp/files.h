@@ -58,6 +58,12 @@ inline std::string error_of(const std::function<void()>& call) {
   return "no error";
 }
 
+/// A call must end with a c10::Error whose message has `text`.
+inline void expect_error(const std::function<void()>& call, const std::string& text) {
+  const std::string error = error_of(call);
+  EXPECT_NE(error.find(text), std::string::npos) << error;
+}
+
 /// Copies of `bytes` with one fault each: cut at every place, every bit of the first `text` bytes
 /// flipped, and a byte removed, doubled or replaced by something that JSON gives a meaning.
 inline std::vector<std::string> damaged(const std::string& bytes, size_t text) {

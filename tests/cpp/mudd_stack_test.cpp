@@ -4,12 +4,14 @@
 
 #include <string>
 
+#include "files.h"
 #include "reference.h"
 
 namespace muddformer {
 namespace {
 
 using at::Tensor;
+using testing_files::expect_error;
 
 // A block with one stream.
 struct MLPImpl : torch::nn::Cloneable<MLPImpl> {
@@ -166,15 +168,6 @@ struct InPlaceImpl : torch::nn::Module {
 TORCH_MODULE(InPlace);
 
 TEST(MUDDStackErrors, NameWhatIsWrong) {
-  const auto expect_error = [](const auto& call, const std::string& text) {
-    try {
-      call();
-      ADD_FAILURE() << "no error: " << text;
-    } catch (const c10::Error& error) {
-      EXPECT_NE(std::string(error.what_without_backtrace()).find(text), std::string::npos)
-          << error.what_without_backtrace();
-    }
-  };
   expect_error([] { MUDDStack(torch::nn::Sequential(nullptr), 8); },
                "blocks must be a Sequential, got an empty holder");
   expect_error([] { stack_of<MLP>({})->forward(Tensor()); },
