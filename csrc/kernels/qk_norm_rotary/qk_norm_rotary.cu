@@ -1,10 +1,10 @@
 // See qk_norm_rotary.h for the formula.
 //
 // A head has the lanes of a part of a warp: a power of two, or fewer where more heads then have room
-// (a 16-bit head of 80: five lanes, six side by side in a warp). A lane holds pairs of packs, entries i.. and i + half..
-// that are rotated with each other, so that only the sums of the norm go from lane to lane. It has
-// the same pairs of several heads of a token, which share cosines and sines. Of the entries that
-// pass through neighbouring packs are a pair, with cosine 1 and sine 0.
+// (a 16-bit head of 80: five lanes, six side by side in a warp). A lane holds pairs of packs,
+// entries i.. and i + half.. that are rotated with each other, so that only the sums of the norm go
+// from lane to lane. It has the same pairs of several heads of a token, which share cosines and
+// sines. Of the entries that pass through neighbouring packs are a pair, with cosine 1 and sine 0.
 //
 // A block has queries or keys alone. The backward of the norms has blocks that stay and walk over
 // the tokens, so that a lane keeps the sums of dw in registers. Each lane asks early for what it
@@ -24,16 +24,17 @@
 namespace muddformer::kernels {
 namespace {
 
-template <typename T, int P, int V, bool kNorm>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks)
+template <typename T, int P, int V, bool kNorm, bool kHalves>
+__global__ void __launch_bounds__(kForward<kNorm>.threads, kForward<kNorm>.blocks)
     qk_norm_rotary_kernel(const __grid_constant__ QkNormRotary p,
                           const __grid_constant__ Splits splits, float direction) {
-  constexpr int U = V > 1 ? 1 : kForwardHeads;
+  constexpr int U = V > 1 ? 1 : kForward<kNorm>.heads;
   const int which = blockIdx.x < splits.of[kQueries].blocks ? kQueries : kKeys;
   const Split& split = splits.of[which];
   const uint32_t block = blockIdx.x - (which == kKeys ? splits.of[kQueries].blocks : 0);
   const int lanes = split.lanes, lane = threadIdx.x % 32 % lanes;
-  const uint64_t item = uint64_t{block} * (kThreads / 32 * split.warp_items) + item_in_block(split);
+  const uint64_t item =
+      uint64_t{block} * (kForward<kNorm>.threads / 32 * split.warp_items) + item_in_block(split);
   const Item at =
       item_of(static_cast<uint32_t>(min(item, uint64_t{split.items - 1})), split.groups, p.tokens);
   const int heads = item < split.items ? p.heads[which] : 0;
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
     }
     float rstd = 1.0f;
     if constexpr (kNorm) {
-      rstd = rsqrtf(lane_sum(square, lane, lanes) / static_cast<float>(p.head_dim) + p.eps);
+      rstd =
+          rsqrtf(lane_sum<kHalves>(square, lane, lanes) / static_cast<float>(p.head_dim) + p.eps);
     }
     const int head = at.head + u * split.groups;
     if (head >= heads) continue;
@@ -129,19 +131,20 @@ __device__ __forceinline__ void leave_partial(float (&first)[V][P], float (&seco
     }
   }
   __syncthreads();
-  for (int column = threadIdx.x; column < p.head_dim; column += kThreads) {
+  for (int column = threadIdx.x; column < p.head_dim; column += kBackward.threads) {
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < kThreads / 32; ++warp) sum += of_warps[warp * p.head_dim + column];
+    for (int warp = 0; warp < kBackward.threads / 32; ++warp)
+      sum += of_warps[warp * p.head_dim + column];
     to[column] = sum;
   }
 }
 
-template <typename T, int P, int V>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+template <typename T, int P, int V, bool kHalves>
+__global__ void __launch_bounds__(kBackward.threads, kBackward.blocks)
     qk_norm_rotary_backward_kernel(const __grid_constant__ QkNormRotaryBackward b,
                                    const __grid_constant__ Splits splits) {
-  constexpr int U = V > 1 ? 1 : kBackwardHeads;
+  constexpr int U = V > 1 ? 1 : kBackward.heads;
   using Bits = PackBits<T, P>;
   const QkNormRotary& p = b.forward;
   const int which = blockIdx.x < splits.of[kQueries].blocks ? kQueries : kKeys;
@@ -155,9 +158,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   // Four packs for each pair of a lane: of dy, and of x.
   extern __shared__ __align__(16) unsigned char shared[];
   const auto place = [&](int stage, int u, int k) {
-    return reinterpret_cast<Bits*>(shared) + ((stage * U + u) * V + k) * 4 * kThreads + threadIdx.x;
+    return reinterpret_cast<Bits*>(shared) + ((stage * U + u) * V + k) * 4 * kBackward.threads +
+           threadIdx.x;
   };
-  const uint32_t block_items = kThreads / 32 * split.warp_items;
+  const uint32_t block_items = kBackward.threads / 32 * split.warp_items;
   const uint64_t own = item_in_block(split);
   const uint64_t step = uint64_t{split.blocks} * block_items;
   const auto ask = [&](uint64_t from, int stage) {
@@ -175,9 +179,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
           const Pair pair = pair_of<P>(lane + k * lanes, p.half);
           Bits* const to = place(stage, u, k);
           copy_bits<T, P>(to, dy + pair.first);
-          copy_bits<T, P>(to + kThreads, dy + pair.second);
-          copy_bits<T, P>(to + 2 * kThreads, x + pair.first);
-          copy_bits<T, P>(to + 3 * kThreads, x + pair.second);
+          copy_bits<T, P>(to + kBackward.threads, dy + pair.second);
+          copy_bits<T, P>(to + 2 * kBackward.threads, x + pair.first);
+          copy_bits<T, P>(to + 3 * kBackward.threads, x + pair.second);
         }
       }
     }
@@ -208,9 +212,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
         if (head < heads && lane + k * lanes < split.lane_packs) {
           const Bits* const bits = place(stage, u, k);
           unpack_bits<T, P>(bits[0], ya[k]);
-          unpack_bits<T, P>(bits[kThreads], yb[k]);
-          unpack_bits<T, P>(bits[2 * kThreads], xa[k]);
-          unpack_bits<T, P>(bits[3 * kThreads], xb[k]);
+          unpack_bits<T, P>(bits[kBackward.threads], yb[k]);
+          unpack_bits<T, P>(bits[2 * kBackward.threads], xa[k]);
+          unpack_bits<T, P>(bits[3 * kBackward.threads], xb[k]);
         } else {
 #pragma unroll
           for (int i = 0; i < P; ++i) xa[k][i] = xb[k][i] = ya[k][i] = yb[k][i] = 0.0f;
@@ -224,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
           square = fmaf(xa[k][i], xa[k][i], fmaf(xb[k][i], xb[k][i], square));
         }
       }
-      const float rstd = rsqrtf(lane_sum(square, lane, lanes) * over_dim + p.eps);
+      const float rstd = rsqrtf(lane_sum<kHalves>(square, lane, lanes) * over_dim + p.eps);
       float along = 0.0f;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
@@ -239,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
           along = fmaf(ya[k][i], xa[k][i], fmaf(yb[k][i], xb[k][i], along));
         }
       }
-      along = lane_sum(along, lane, lanes) * over_dim;
+      along = lane_sum<kHalves>(along, lane, lanes) * over_dim;
       if (head >= heads) continue;
       T* const dx = head_at<T>(b.dx[which], at, head);
 #pragma unroll
@@ -285,20 +289,21 @@ bool has_packs(const QkNormRotaryBackward& b, int pack) {
 }
 
 // most_blocks: of queries and keys together; 0: as many as there is work for.
-cudaError_t split_heads(const QkNormRotary& p, int pack, int packs_each, int heads_each,
+cudaError_t split_heads(const QkNormRotary& p, int pack, int packs_each, const HeadLaunch& launch,
                         uint32_t most_blocks, Splits& splits) {
+  const int heads_each = packs_each > 1 ? 1 : launch.heads, threads = launch.threads;
   const int pairs = p.head_dim / (2 * pack);
   const int fewest = (pairs + packs_each - 1) / packs_each;
   int lanes = 1;
   while (lanes < fewest) lanes *= 2;
   if (32 / fewest > 32 / lanes) lanes = fewest;
   const int warp_items = 32 / lanes;
-  const int64_t tokens = p.batch * p.tokens, block_items = kThreads / 32 * warp_items;
+  const int64_t tokens = p.batch * p.tokens, block_items = threads / 32 * warp_items;
   const int64_t heads = p.heads[kQueries] + p.heads[kKeys];
   for (int which : {kQueries, kKeys}) {
     const int64_t groups = (p.heads[which] + heads_each - 1) / heads_each;
     const int64_t items = tokens * groups;
-    if (items > std::numeric_limits<uint32_t>::max() - kThreads) return cudaErrorNotSupported;
+    if (items > std::numeric_limits<uint32_t>::max() - threads) return cudaErrorNotSupported;
     int64_t blocks = (items + block_items - 1) / block_items;
     if (most_blocks > 0) {
       blocks = std::min(blocks, std::max<int64_t>(most_blocks * p.heads[which] / heads, 1));
@@ -313,14 +318,22 @@ cudaError_t split_heads(const QkNormRotary& p, int pack, int packs_each, int hea
   return cudaSuccess;
 }
 
+// Whether the lanes of a head are a power of two: sums then take fewer steps.
+bool halves(const Splits& splits) {
+  const int lanes = splits.of[kQueries].lanes;
+  return (lanes & (lanes - 1)) == 0;
+}
+
 // direction: 1, or -1 to rotate back.
 template <typename T, int P, int V, bool kNorm>
 cudaError_t launch(const QkNormRotary& p, float direction, cudaStream_t stream) {
   Splits splits{};
-  const cudaError_t error = split_heads(p, P, V, V > 1 ? 1 : kForwardHeads, 0, splits);
+  const cudaError_t error = split_heads(p, P, V, kForward<kNorm>, 0, splits);
   if (error != cudaSuccess) return error;
   const uint32_t blocks = splits.of[kQueries].blocks + splits.of[kKeys].blocks;
-  qk_norm_rotary_kernel<T, P, V, kNorm><<<blocks, kThreads, 0, stream>>>(p, splits, direction);
+  const auto kernel = halves(splits) ? qk_norm_rotary_kernel < T, P, V, kNorm,
+             kNorm && V == 1 >       : qk_norm_rotary_kernel<T, P, V, kNorm, false>;
+  kernel<<<blocks, kForward<kNorm>.threads, 0, stream>>>(p, splits, direction);
   return cudaGetLastError();
 }
 
@@ -344,20 +357,21 @@ cudaError_t launch(const QkNormRotaryBackward& b, cudaStream_t stream) {
   Device device{};
   cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  constexpr int U = V > 1 ? 1 : kBackwardHeads;
+  constexpr int U = V > 1 ? 1 : kBackward.heads;
   Splits splits{};
-  const auto most = static_cast<uint32_t>(kBackwardBlocks * device.multiprocessors);
-  error = split_heads(p, P, V, U, most, splits);
+  const auto most = static_cast<uint32_t>(kBackward.blocks * device.multiprocessors);
+  error = split_heads(p, P, V, kBackward, most, splits);
   if (error != cudaSuccess) return error;
-  const size_t places = kStages * U * V * 4 * kThreads * sizeof(PackBits<T, P>);
-  const size_t sums = kThreads / 32 * p.head_dim * sizeof(float);
+  const size_t places = kStages * U * V * 4 * kBackward.threads * sizeof(PackBits<T, P>);
+  const size_t sums = kBackward.threads / 32 * p.head_dim * sizeof(float);
   const size_t shared_bytes = std::max(places, sums);
-  const auto kernel = qk_norm_rotary_backward_kernel<T, P, V>;
+  const auto kernel = halves(splits) ? qk_norm_rotary_backward_kernel<T, P, V, V == 1>
+                                     : qk_norm_rotary_backward_kernel<T, P, V, false>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return error;
   const uint32_t blocks = splits.of[kQueries].blocks + splits.of[kKeys].blocks;
-  kernel<<<blocks, kThreads, shared_bytes, stream>>>(b, splits);
+  kernel<<<blocks, kBackward.threads, shared_bytes, stream>>>(b, splits);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const auto of_queries = static_cast<int>(splits.of[kQueries].blocks);
@@ -407,7 +421,8 @@ cudaError_t qk_norm_rotary_workspace(const QkNormRotaryBackward& b, int64_t& flo
   Device device{};
   const cudaError_t error = current_device(device);
   const bool norms = b.forward.weight[kQueries] != nullptr;
-  floats = norms ? (int64_t{kBackwardBlocks} * device.multiprocessors + 2) * b.forward.head_dim : 0;
+  floats =
+      norms ? (int64_t{kBackward.blocks} * device.multiprocessors + 2) * b.forward.head_dim : 0;
   return error;
 }
 
