@@ -46,7 +46,8 @@ def defer_gradients(
 
     Returns:
         ``(hiddens, deferrals)``: the hidden states to be used from here on, and for each layer what it is called with.
-        Every layer is to be called once: a second call with its deferral is an error. The hidden states that were given
+        Every layer is to be called once: a second call with its deferral is an error, as is a call with hidden states
+        that require gradients where those given here required none. The hidden states that were given
         get their whole gradients; those which are returned, here and by the layers of the group, have only a part of
         theirs, as hooks would see.
 

@@ -2,6 +2,7 @@
 #include <muddformer/muddformer.h>
 #include <torch/torch.h>
 
+#include "files.h"
 #include "reference.h"
 
 namespace muddformer {
@@ -88,6 +89,16 @@ INSTANTIATE_TEST_SUITE_P(
                                      Shape{{2}, 100, 9, 6}, Shape{{6}, 130, 65, 2},
                                      Shape{{2, 0}, 8, 3, 4}, Shape{{}, 16, 3, 4}),
                      testing::Values(at::kDouble, at::kFloat, at::kBFloat16, at::kHalf)));
+
+TEST(DepthAggregateErrors, TicketsWithoutGradients) {
+  const std::vector<at::Tensor> hiddens(2, torch::randn({2, 3, 8}));
+  const at::Tensor weights = torch::randn({2, 3, 1, 2}).requires_grad_();
+  const auto [older, deferrals] = defer_gradients(hiddens, {1}, {2});
+  EXPECT_EQ(std::get<0>(depth_aggregate_chained(older, weights, deferrals[0])).size(), 1);
+  const auto young = hiddens[0].clone().requires_grad_();
+  testing_files::expect_error([&] { depth_aggregate_chained({young, young}, weights, deferrals[0]); },
+                              "as hiddens[0] does, got tickets without gradients");
+}
 
 TEST(DepthAggregateErrors, NameTheArgument) {
   const std::vector<Tensor> hiddens = {torch::zeros({2, 8}), torch::zeros({2, 8})};

@@ -91,6 +91,20 @@ def test_tickets_of_something_else(change: str, device: torch.device) -> None:
         plain(hiddens, w, ops.Deferral(tickets, count))
 
 
+@pytest.mark.parametrize("layer", [plain, normed])
+def test_tickets_without_gradients(layer: Layer, device: torch.device) -> None:
+    """They carry nothing back: of hidden states that require gradients these would be lost."""
+    hiddens = [torch.randn(2, 3, 8, device=device) for _ in range(3)]
+    w = torch.randn(2, 3, 2, 3, device=device, requires_grad=True)
+    older, (deferral,) = ops.defer_gradients(hiddens, [(2, 3)])
+    sum(layer(older, w, deferral)).sum().backward()
+    assert w.grad is not None
+    hiddens[1].requires_grad_()
+    (deferral,) = ops.defer_gradients([h.detach() for h in hiddens], [(2, 3)])[1]
+    with pytest.raises(ValueError, match=r"tickets: expected those of a group .* as hiddens\[1\] does, got tickets w"):
+        layer(hiddens, w, deferral)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_layer_is_computed_again(reentrant: bool, device: torch.device) -> None:
     def gradients(wrapped: bool) -> list[Tensor]:

@@ -8,6 +8,8 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "../common/autograd_functions.h"
 #include "../common/checks.h"
 #include "../common/rows.h"
@@ -85,14 +87,24 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> defer_gradients_com
 
 }  // namespace
 
-void use_tickets(at::TensorList tickets, int64_t deferred) {
+void use_tickets(at::TensorList hiddens, at::TensorList tickets, int64_t deferred) {
   if (tickets.empty() || torch::autograd::get_current_graph_task_id() != -1) return;
+  const auto requires_grad = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
+  if (std::none_of(tickets.begin(), tickets.end(), requires_grad)) {
+    for (int64_t j = 0; j < deferred; ++j) {
+      TORCH_CHECK_VALUE(!hiddens[j].requires_grad(),
+                        "tickets: expected those of a group of hidden states that require "
+                        "gradients, as ",
+                        ArgumentName{"hiddens", j}, " does, got tickets without gradients");
+    }
+    return;
+  }
   const auto node = tickets[0].grad_fn();
   auto* group = dynamic_cast<torch::autograd::CppNode<DeferGradients>*>(node.get());
   if (group == nullptr) return;
   auto& data = group->ctx_.saved_data;
-  const int64_t hiddens = data["hiddens"].toInt();
-  TORCH_CHECK_VALUE(deferred == hiddens, "deferred: expected ", hiddens,
+  const int64_t older = data["hiddens"].toInt();
+  TORCH_CHECK_VALUE(deferred == older, "deferred: expected ", older,
                     " of the group that the tickets are of, got ", deferred);
   const auto count = static_cast<int64_t>(tickets.size());
   const int64_t first = tickets[0].output_nr();
@@ -104,7 +116,7 @@ void use_tickets(at::TensorList tickets, int64_t deferred) {
   }
   const auto ways = data["ways"].toIntVector();
   size_t layer = 0;
-  int64_t begin = hiddens;
+  int64_t begin = older;
   while (layer + 1 < ways.size() && begin < first) begin += ways[layer++] + 1;
   TORCH_CHECK_VALUE(begin == first && ways[layer] + 1 == count,
                     "tickets: expected all tickets of one layer, got those of parts of layers");

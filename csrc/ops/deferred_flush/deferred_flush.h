@@ -20,7 +20,8 @@
 namespace muddformer {
 
 /// What a layer of a group is given, see defer_gradients(): unchanged, and to one call. One without
-/// tickets defers nothing.
+/// tickets defers nothing. Tickets of hidden states that require no gradients carry none, and are
+/// refused with hidden states that require some.
 struct Deferral {
   /// Placeholders of no size in memory, whose gradients carry dV_c [..., D] of the C ways and the
   /// weights [..., C, S].

@@ -21,9 +21,10 @@ std::vector<at::Tensor> deferred_flush(const OptionalTensors& grad_hiddens,
 
 void check_defer_gradients(at::TensorList hiddens, at::IntArrayRef ways, at::IntArrayRef sources);
 // Marks a layer's tickets as used, after checking that they are one layer's own, not used before,
-// and that as many hidden states are deferred as the group has. Tickets that carry no gradient are
-// not looked at, nor is a layer that is computed again in a backward, for a checkpoint.
-void use_tickets(at::TensorList tickets, int64_t deferred);
+// that as many hidden states are deferred as the group has, and that the tickets carry gradients
+// where these hidden states have some. A layer that is computed again in a backward, for a
+// checkpoint, is not looked at.
+void use_tickets(at::TensorList hiddens, at::TensorList tickets, int64_t deferred);
 // Returns a tensor of the shape, dtype and device of the gradients.
 at::Tensor check_deferred_flush(const OptionalTensors& grad_hiddens,
                                 const OptionalTensors& grad_sums, at::TensorList weights);

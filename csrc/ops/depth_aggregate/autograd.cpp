@@ -85,7 +85,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> depth_aggregate_def
   }
   check_all_defined(hiddens, "hiddens");
   check_defined(weights, {"weights"});
-  use_tickets(tickets, deferred);
+  use_tickets(hiddens, tickets, deferred);
   variable_list streams = DepthAggregate<true>::apply(
       at::TensorList(without_edges(hiddens, deferred)), weights, tickets, deferred);
   const auto young = static_cast<int64_t>(hiddens.size()) - deferred;

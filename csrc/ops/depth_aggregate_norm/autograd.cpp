@@ -179,7 +179,7 @@ StreamsAndHiddens deferred_composite(at::TensorList hiddens, const at::Tensor& w
     if (norms.pre_weight.has_value()) handed_on.back() = std::move(newest);
     return {std::move(streams), std::move(handed_on)};
   }
-  use_tickets(tickets, deferred);
+  use_tickets(hiddens, tickets, deferred);
   variable_list streams =
       DepthAggregateNorm::apply(at::TensorList(without_edges(hiddens, deferred)), weights,
                                 at::TensorList(tensors.list), norms, tensors, tickets, deferred);
