@@ -314,7 +314,7 @@ def test_pages_from_rows(quality, tmp_path, capsys):
     for kind in quality.sets.KINDS:
         grid = {"learning_rates": [1e-3, 2e-3]} if kind in ("sweep", "stability") else {}
         if kind == "time":
-            grid |= {"tokens": [640, 1280, 2560], "goals": {"loss": 0.1, "compute": 2.5, "seconds": 1.5}}
+            grid |= {"tokens": [640, 1280, 2560], "goals": {"loss": 0.1, "tokens": 5000, "compute": 2.5, "seconds": 1.5}}
         if kind == "ablation":
             grid["order"] = list(SET["forms"])
         path = tmp_path / f"{kind}.yaml"
@@ -349,7 +349,7 @@ def test_pages_from_rows(quality, tmp_path, capsys):
     # MUDD at a budget has the loss of plain at twice the budget, and is 1.25 times as slow.
     assert "| MUDD | 0M | 2.800 ± 0.127 | 2 | 1 | 1 ± 0 | 2.00 ± 0.00 | 1.60 ± 0.00 |" in text
     assert text.count("| - | - |") == 1, "the loss of the largest budget is out of plain's reach"
-    assert "0.1 nats below plain. MUDD at 0M tokens: 0.200 ± 0.000: reached" in text
+    assert "0.1 nats below plain. MUDD at 0M tokens: 0.200 ± 0.000: reached, asked for at 0M tokens or more" in text
     assert "2.5 times the compute. MUDD at 0M tokens: 2.000 ± 0.000: NOT reached" in text
     assert "1.5 times the seconds. MUDD at 0M tokens: 1.600 ± 0.000: reached" in text
     told = (tmp_path / "README.md").read_text()

@@ -141,7 +141,10 @@ def readme(path: Path, results: Sequence[Results]) -> str:
 def draw(results: Sequence[Results], folder: Path) -> None:
     """The pictures of the page, beside it."""
     for kind, (name, picture) in _PICTURES.items():
-        if chosen := [result for result in results if result.set.kind == kind]:
+        chosen = [result for result in results if result.set.kind == kind]
+        if kind == "time":  # a curve has two points at least
+            chosen = [result for result in chosen if len(result.budgets(result.set.baseline)) > 1]
+        if chosen:
             picture(chosen, folder / name)
 
 
@@ -193,8 +196,9 @@ def _of(values: Sequence[float], seeds: int) -> str:
 
 def _goals(result: Results, device: str) -> list[str]:
     """What was to be reached and what was: at the largest budget that shows it, by the form that is best there."""
-    lines, base = [], result.set.baseline
-    for name, asked in result.set.goals.items():
+    lines, base, goals = [], result.set.baseline, dict(result.set.goals)
+    least = goals.pop("tokens", 0)
+    for name, asked in goals.items():
         found = []
         for form in result.set.labels.keys() - {base}:
             for budget in result.budgets(form):
@@ -210,6 +214,8 @@ def _goals(result: Results, device: str) -> list[str]:
         if found:
             budget, mean, form, values = max(found)
             verdict = "reached" if mean >= asked else "NOT reached"
+            if name == "loss" and budget < least:
+                verdict += f", asked for at {_millions(least)} tokens or more"
             measured = (
                 f"{result.set.labels[form]} at {_millions(budget)} tokens: {format_interval(values, 3)}: {verdict}"
             )

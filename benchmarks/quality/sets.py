@@ -26,7 +26,7 @@ _KEYS = {
     "title", "kind", "note", "baseline", "model", "train", "warmup", "evaluations", "tokens", "seeds", "learning_rates",
     "forms", "goals", "order",
 }  # fmt: skip
-_GOALS = {"loss", "compute", "seconds"}
+_GOALS = {"loss", "compute", "seconds", "tokens"}
 _FORM_KEYS = {"label", "model", "train"}
 _COMPUTED = {"steps", "warmup_steps", "seed", "learning_rate"}
 
@@ -93,7 +93,8 @@ class RunSet:
         title, note: what report.py writes over and under its tables.
         kind: which tables these are, one of :data:`KINDS`.
         baseline: the form that others are compared with.
-        goals: figures to reach: nats below the baseline ("loss"), advantages in "compute" and in "seconds".
+        goals: figures to reach: nats below the baseline ("loss"), after so many "tokens" at least; advantages in "compute"
+            and in "seconds".
         order: forms, each of which adds something to the one before.
         labels: of the forms, as they are listed.
         runs: all of them.
