@@ -314,7 +314,8 @@ def test_pages_from_rows(quality, tmp_path, capsys):
     for kind in quality.sets.KINDS:
         grid = {"learning_rates": [1e-3, 2e-3]} if kind in ("sweep", "stability") else {}
         if kind == "time":
-            grid |= {"tokens": [640, 1280, 2560], "goals": {"loss": 0.1, "tokens": 5000, "compute": 2.5, "seconds": 1.5}}
+            goals = {"loss": 0.1, "tokens": 5000, "compute": 2.5, "seconds": 1.5}
+            grid |= {"tokens": [640, 1280, 2560], "goals": goals}
         if kind == "ablation":
             grid["order"] = list(SET["forms"])
         path = tmp_path / f"{kind}.yaml"

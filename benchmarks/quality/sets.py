@@ -93,8 +93,8 @@ class RunSet:
         title, note: what report.py writes over and under its tables.
         kind: which tables these are, one of :data:`KINDS`.
         baseline: the form that others are compared with.
-        goals: figures to reach: nats below the baseline ("loss"), after so many "tokens" at least; advantages in "compute"
-            and in "seconds".
+        goals: figures to reach: nats below the baseline ("loss"), after so many "tokens" at least; advantages in
+            "compute" and in "seconds".
         order: forms, each of which adds something to the one before.
         labels: of the forms, as they are listed.
         runs: all of them.

@@ -96,8 +96,9 @@ TEST(DepthAggregateErrors, TicketsWithoutGradients) {
   const auto [older, deferrals] = defer_gradients(hiddens, {1}, {2});
   EXPECT_EQ(std::get<0>(depth_aggregate_chained(older, weights, deferrals[0])).size(), 1);
   const auto young = hiddens[0].clone().requires_grad_();
-  testing_files::expect_error([&] { depth_aggregate_chained({young, young}, weights, deferrals[0]); },
-                              "as hiddens[0] does, got tickets without gradients");
+  testing_files::expect_error(
+      [&] { depth_aggregate_chained({young, young}, weights, deferrals[0]); },
+      "as hiddens[0] does, got tickets without gradients");
 }
 
 TEST(DepthAggregateErrors, NameTheArgument) {
