@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import multiprocessing.connection
+import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,6 +186,24 @@ def test_bad_corpus(quality, packages, made, tmp_path, tiny_set, capsys):
 
 
 @needs_dpkg
+def test_a_damaged_package_is_downloaded_again(quality, packages, tmp_path, monkeypatch):
+    """So is any package of the newest version, whatever is there."""
+    (package, _), good = yaml.safe_load((packages / "packages.yaml").read_text())["packages"], "alpha_1.0_all.deb"
+
+    def download(command, cwd, **_):
+        asked.append(command[-1])
+        shutil.copy(packages / "packages" / good, cwd)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    asked: list[str] = []
+    (tmp_path / good).write_bytes(b"damaged")
+    monkeypatch.setattr(quality.corpus.subprocess, "run", download)
+    for newest in (False, False, True):
+        assert quality.corpus.find_package(package, tmp_path, newest) == tmp_path / good
+    assert asked == ["alpha=1.0", "alpha"]
+
+
+@needs_dpkg
 @pytest.mark.slow
 def test_a_run_that_is_cut_gives_the_rows_of_one_that_is_not(
     quality, made, tmp_path, tiny_set, monkeypatch, capsys, one_thread
@@ -203,10 +224,16 @@ def test_a_run_that_is_cut_gives_the_rows_of_one_that_is_not(
     assert sorted(map(_timeless, two), key=str) == sorted(map(_timeless, whole), key=str), "two at once"
     plain = quality.sets.load_set(tiny_set).runs[0]
     parts, rows = quality.parts.Parts(made), tmp_path / "cut" / "rows.csv"
-    assert train(tmp_path / "cut", "--seconds", "0") == 0, "no time, nothing done"
+    assert train(tmp_path / "cut", "--seconds", "0") == 3, "no time, nothing done"
     for _ in range(2):  # each makes one step, since its time is over by then
         trainer = quality.trainer.Trainer(parts, 2000, tmp_path / "cut", rows, torch.device("cpu"), deadline=0.0)
         assert trainer(plain) == "cut"
+    monkeypatch.setattr(quality.trainer, "device_name", lambda device: "another device")
+    trainer = quality.trainer.Trainer(parts, 2000, tmp_path / "moved", rows, torch.device("cpu"), deadline=0.0)
+    shutil.copytree(tmp_path / "cut" / plain.id, tmp_path / "moved" / plain.id)
+    progress = quality.trainer._Progress(plain, trainer, *trainer._model(plain))
+    assert progress.device == f"{whole[0].device} and another device", "seconds of both are of neither"
+    monkeypatch.undo()
     update, done = quality.trainer._Progress._update, []
 
     def killed(progress):
@@ -244,9 +271,14 @@ def test_sets(quality, tmp_path):
         ({"colour": 1}, "colour"),
         ({"tokens": [100]}, "multiple"),
         ({"train": {"steps": 5}}, "steps"),
-        ({"train": {"batch": 5}}, "batch_size"),
+        ({"train": {"batch": 5, "learning_rate": 1e-3}}, "batch_size"),
         ({"kind": "ablation", "order": ["other"]}, "other"),
         ({"kind": "time", "order": ["plain"]}, "ablation"),
+        ({"kind": "ablation", "beside": ["other"]}, "other"),
+        ({"learning_rates": [1e-3], "train": {"batch_size": 2}}, "of a sweep or of stability, but kind is 'time'"),
+        ({"kind": "sweep", "learning_rates": [1e-3]}, "train must not give learning_rate"),
+        ({"kind": "sweep", "tokens": [640, 1280]}, "must be one budget"),
+        ({"train": {"batch_size": 2}}, "learning_rate"),
     ):
         path = tmp_path / "bad.yaml"
         path.write_text(yaml.safe_dump({**SET, **change}, sort_keys=False))
@@ -312,12 +344,14 @@ def test_pages_from_rows(quality, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     paths, rows = [], []
     for kind in quality.sets.KINDS:
-        grid = {"learning_rates": [1e-3, 2e-3]} if kind in ("sweep", "stability") else {}
+        grid: dict = {}
+        if kind in ("sweep", "stability"):
+            grid = {"learning_rates": [1e-3, 2e-3], "train": {"batch_size": 2, "eval_batches": 2}}
         if kind == "time":
             goals = {"loss": 0.1, "tokens": 5000, "compute": 2.5, "seconds": 1.5}
             grid |= {"tokens": [640, 1280, 2560], "goals": goals}
         if kind == "ablation":
-            grid["order"] = list(SET["forms"])
+            grid |= {"order": list(SET["forms"]), "beside": ["mudd"]}
         path = tmp_path / f"{kind}.yaml"
         path.write_text(
             yaml.safe_dump({**SET, "kind": kind, "title": f"tiny {kind}", "seeds": [0, 1], **grid}, sort_keys=False)
@@ -348,16 +382,51 @@ def test_pages_from_rows(quality, tmp_path, capsys):
     text = (tmp_path / "docs" / "quality.md").read_text()
     assert {path.name for path in (tmp_path / "docs").glob("*.png")} == {"quality_time.png", "quality_stability.png"}
     # MUDD at a budget has the loss of plain at twice the budget, and is 1.25 times as slow.
-    assert "| MUDD | 0M | 2.800 ± 0.127 | 2 | 1 | 1 ± 0 | 2.00 ± 0.00 | 1.60 ± 0.00 |" in text
+    assert "| MUDD | 0M | 2.800 ± 0.127 | 2 | -0.200 ± 0.000 | 1 | 1 ± 0 | 2.00 ± 0.00 | 1.60 ± 0.00 |" in text
     assert text.count("| - | - |") == 1, "the loss of the largest budget is out of plain's reach"
-    assert "0.1 nats below plain. MUDD at 0M tokens: 0.200 ± 0.000: reached, asked for at 0M tokens or more" in text
-    assert "2.5 times the compute. MUDD at 0M tokens: 2.000 ± 0.000: NOT reached" in text
-    assert "1.5 times the seconds. MUDD at 0M tokens: 1.600 ± 0.000: reached" in text
+    assert "0.1 nats below plain after 0M tokens or more. At 0M: MUDD 0.200 ± 0.000: not measured at so many." in text
+    assert "2.5 times the compute. At 0M: MUDD 2.000 ± 0.000: NOT reached" in text
+    assert "1.5 times the seconds. At 0M: MUDD 1.600 ± 0.000: reached" in text
     told = (tmp_path / "README.md").read_text()
-    assert told.startswith("before\n<!-- quality -->\nOn real text (tiny time), 0M tokens bring MUDD to")
-    assert told.endswith("\n<!-- end quality -->\nafter\n") and "2.00 times the compute and 1.60 times" in told
+    assert told.startswith("before\n<!-- quality -->\n0M tokens of program source bring MUDD (tiny time) to")
+    assert told.endswith("\n<!-- end quality -->\nafter\n") and "2.0 times the compute and 1.6 times" in told
     assert "-0.200 ± 0.000" in text and "**2.8" in text and "diverged by" in text
     assert "## Noise of the hardware" in text and f"| {again.held_out_loss:.4f} | 0.0125 |" in text
+
+
+def test_an_advantage_of_means(quality, tmp_path):
+    """Where a seed of the plain model lacks a budget."""
+    path = tmp_path / "set.yaml"
+    path.write_text(yaml.safe_dump({**SET, "seeds": [0, 1], "tokens": [640, 1280, 2560]}, sort_keys=False))
+    run_set = quality.sets.load_set(path)
+    runs = [run for run in run_set.runs if (run.form, run.tokens, run.seed) != ("plain", 2560, 1)]
+    rows = [row for run in runs for row in _rows_of(quality, run)]
+    result = quality.report.Results(run_set, rows)
+    # 2.6 between the means 2.8 and 2.59 of plain.
+    of_means = pytest.approx([2 ** (0.2 / 0.21)])
+    assert quality.report.advantage(result, "mudd", 1280, quality.report._flops) == of_means
+    assert len(quality.report.advantage(result, "mudd", 640, quality.report._flops)) == 2
+    assert quality.report.advantage(result, "mudd", 2560, quality.report._flops) == []
+    with pytest.raises(ValueError, match="was made twice: step 5 of it"):
+        quality.report.Results(run_set, [*rows, rows[0]])
+
+
+def test_a_device_that_works_no_more_gets_no_run(quality, tiny_set, monkeypatch):
+    def start(target, args, daemon):
+        connection = multiprocessing.connection.Connection(os.dup(args[0].fileno()))
+        return threading.Thread(target=target, args=(connection, *args[1:]), daemon=daemon)
+
+    def trainer(device, settings):
+        return lambda run: "failed: an error of the device" if device == "broken" else "finished"
+
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=start)
+    monkeypatch.setattr(quality.run.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(quality.run, "_works", lambda device: device != "broken")
+    monkeypatch.setattr(quality.run, "_trainer", trainer)
+    tiny_set.write_text(yaml.safe_dump({**SET, "seeds": [0, 1, 2]}, sort_keys=False))
+    runs = quality.sets.load_set(tiny_set).runs
+    outcomes = quality.run.train_all(runs, ["broken", "good"], (), None)
+    assert sorted(outcomes.values()) == ["failed: an error of the device", *["finished"] * (len(runs) - 1)]
 
 
 def test_the_pages_are_what_the_rows_give(quality):
@@ -375,7 +444,7 @@ def test_page_of_what_connections_learn(quality, made, tmp_path, tiny_set, capsy
     assert quality.inspection.main(inspect) == 2
     assert "holds no checkpoints: run.py --keep" in capsys.readouterr().err
     (runs / "rows.csv").unlink()
-    assert quality.run.main([*train, "--keep"]) == 0
+    assert quality.run.main([*train, "--keep", "--checkpoint-every", "0"]) == 0, "of each step, but not to be kept"
     assert quality.inspection.main(inspect) == 0
     (tmp_path / "README.md").write_text("<!-- quality --><!-- end quality -->")
     page = ["--sets", str(tiny_set), "--page", str(tmp_path / "page.md"), "--inspection", str(found)]

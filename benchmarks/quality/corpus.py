@@ -90,9 +90,9 @@ def find_package(package: dict[str, Any], folder: Path, newest: bool) -> Path:
     """
     name, version = package["package"], package["version"]
     for path in folder.glob(f"{name}_*.deb"):
-        if newest or _sha256(path) == package["sha256"]:
+        if not newest and _sha256(path) == package["sha256"]:
             return path
-    before = set(folder.glob("*.deb"))
+        path.unlink()  # of another version, or damaged
     command = ["apt-get", "download", "-qq", name if newest else f"{name}={version}"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -100,7 +100,7 @@ def find_package(package: dict[str, Any], folder: Path, newest: bool) -> Path:
             f"cannot download {name} {version}: {' '.join(result.stderr.split())}; apt-get update may help, or "
             "--newest, which takes what Debian offers now and gives another corpus"
         )
-    (path,) = set(folder.glob(f"{name}_*.deb")) - before
+    (path,) = folder.glob(f"{name}_*.deb")
     if not newest and _sha256(path) != package["sha256"]:
         raise InputError(f"{path} has sha256 {_sha256(path)}, not {package['sha256']} as expected of {name} {version}")
     return path

@@ -51,15 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def inspect_run(folder: Path, parts: Parts, tokens: int, device: torch.device) -> dict[str, Any]:
     """What the connections of a run's last checkpoint do, and the norms of the hidden states in all its checkpoints."""
     checkpoints = find_checkpoints(folder)
-    norms = {}
+    norms, held_out = {}, parts.held_out()
     for checkpoint in checkpoints:
         training = Checkpoint(checkpoint).training
         if training["corpus"] != {"id": parts.id}:
             raise InputError(f"{checkpoint} is of corpus {training['corpus'].get('id')}, this one is {parts.id}")
         run, model = Run(**training["settings"]), load_model(checkpoint).to(device)
         length = min(run.model["block_size"], tokens)
-        held_out = held_out_batches(parts.held_out(), length, 1, max(1, tokens // length))
-        batches = [inputs for inputs, _ in held_out]
+        batches = [inputs for inputs, _ in held_out_batches(held_out, length, 1, max(1, tokens // length))]
         seen = training["sequences"] * run.model["block_size"]
         inspection = inspect_model(model, batches if checkpoint == checkpoints[-1] else batches[:1])
         norms[seen] = inspection.history_rms.tolist()

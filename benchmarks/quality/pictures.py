@@ -37,7 +37,8 @@ def draw_time(results: Sequence[Results], path: Path) -> None:
             points = []
             for budget in result.budgets(form):
                 rows = [row for _, row in result.runs(form=form, tokens=budget)]
-                points.append((interval([r.seconds for r in rows])[0], *interval([r.held_out_loss for r in rows])))
+                if seconds := result.seconds(form=form, tokens=budget):
+                    points.append((interval(seconds)[0], *interval([row.held_out_loss for row in rows])))
             if points:
                 seconds, losses, halves = zip(*sorted(points), strict=True)
                 bars = [half or 0.0 for half in halves]
@@ -46,7 +47,7 @@ def draw_time(results: Sequence[Results], path: Path) -> None:
         for place in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
             place("{x:g}")
         axis.set_title(result.set.title, fontsize=9)
-        axis.set_xlabel(f"seconds of training, {next(iter(result.final.values())).device}", fontsize=8)
+        axis.set_xlabel(f"seconds of training, {result.device}", fontsize=8)
         axis.set_ylabel("held-out loss at the end (nats per token)", fontsize=8)
         axis.grid(alpha=0.25, which="both")
         axis.legend(fontsize=8)

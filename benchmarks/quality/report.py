@@ -20,18 +20,31 @@ from stats import cost_at_loss, format_interval, interval
 from muddformer.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
+_SETS = sorted(Path(__file__).parent.glob("runs/*.yaml"), key=lambda path: path.stem)
 HEADINGS = {
     "time": "Time to loss",
     "sweep": "Learning rates",
     "ablation": "What each part brings",
     "stability": "Stability at depth",
 }
+_TOLD = {
+    "time": """\
+Advantage: the cost at which the plain model reaches the same loss, over the cost here. The former lies on a straight
+line over the logarithm of the cost between two of the plain model's budgets; a curve that flattens lies below that
+line, so true advantages are rather smaller. Where not every seed has both budgets, an advantage is that of the means in
+the table. A dash: the plain model was not trained to that loss from both sides.""",
+    "sweep": """\
+Held-out loss at the end by peak learning rate, the lowest mean in bold; below it the largest norm of a gradient before
+it is clipped, of any step after the warm-up and any seed.""",
+    "ablation": "The largest gradient norm is that of any step after the warm-up and any seed, before it is clipped.",
+    "stability": "The largest norm and loss are those of any step after the warm-up.",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("rows", type=Path, help="CSV file that run.py wrote")
-    p.add_argument("--sets", type=Path, nargs="+", default=sorted(Path(__file__).parent.glob("runs/*.yaml")))
+    p.add_argument("--sets", type=Path, nargs="+", default=_SETS)
     p.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     p.add_argument("--readme", type=Path, default=ROOT / "README.md")
     p.add_argument("--inspection", type=Path, default=ROOT / "benchmarks" / "results" / "quality_inspection.json")
@@ -71,7 +84,10 @@ class Results:
         ids = {run.id for run in run_set.runs}
         for row in sorted(rows, key=lambda row: row.step):
             if row.run in ids:
-                self.rows.setdefault(row.run, []).append(row)
+                found = self.rows.setdefault(row.run, [])
+                if found and found[-1].step == row.step:
+                    raise InputError(f"run {row.run} was made twice: step {row.step} of it has two rows")
+                found.append(row)
         self.final = {i: found[-1] for i, found in self.rows.items() if found[-1].state}
 
     def compares(self) -> bool:
@@ -96,6 +112,15 @@ class Results:
         """Budgets of the form's finished runs."""
         return sorted({run.tokens for run, _ in self.runs(form=form)})
 
+    def seconds(self, **fields: object) -> list[float]:
+        """Seconds of the last rows of runs on :attr:`device`, which alone can be compared."""
+        return [row.seconds for _, row in self.runs(**fields) if row.device == self.device]
+
+    @property
+    def device(self) -> str:
+        """The device that most of the set's runs ended on."""
+        return Counter(row.device for row in self.final.values()).most_common(1)[0][0]
+
 
 def page(results: Sequence[Results], models: Sequence[dict[str, Any]] = (), repeats: Sequence[Row] = ()) -> str:
     """The text of docs/quality.md.
@@ -110,11 +135,11 @@ def page(results: Sequence[Results], models: Sequence[dict[str, Any]] = (), repe
         chosen = [result for result in results if result.set.kind == kind]
         if not chosen:
             continue
-        lines += [f"## {HEADINGS[kind]}", ""]
+        lines += [f"## {HEADINGS[kind]}", "", _TOLD[kind], ""]
         if kind in _PICTURES:
             lines += [f"![{HEADINGS[kind]}]({_PICTURES[kind][0]})", ""]
         for result in chosen:
-            lines += [f"### {result.set.title}", "", *_SECTIONS[kind](result), ""]
+            lines += [f"### {result.set.title}", "", _settings(result), "", *_SECTIONS[kind](result), ""]
             if result.set.note:
                 lines += [" ".join(result.set.note.split()), ""]
     if repeated := _repeats(results, repeats):
@@ -153,141 +178,176 @@ def _opening(results: Sequence[Results]) -> list[str]:
     if not rows:
         raise InputError("no run of these sets has ended in the rows")
     told = {name: _join(getattr(row, name) for row in rows) for name in ("device", "torch", "commit", "corpus")}
+    shares = sorted(row.tokens / row.parameters for row in rows)
     return [
-        f"Written by benchmarks/quality/report.py from the rows of {len(rows)} runs on real text: Linux, compilers,",
-        "libraries and documentation, from the Debian packages that benchmarks/quality/corpus.yaml lists, split by",
-        "file. Every run sees each token once, under a cosine to its end, with bfloat16 autocast, torch.compile and",
-        "fused AdamW. Losses are those of held-out files at the end of a run, in nats per token; ± is the 95 %",
-        "interval of a mean over seeds. Differences and ratios are taken seed by seed. Seconds are those of",
-        "training on one card, without compiling. The plain model keeps its residual stream in bfloat16, as MUDD",
-        "does: the faster of the two twins.",
+        f"Written by benchmarks/quality/report.py from the rows of {len(rows)} runs. The text is program source and",
+        "its documentation: Linux, compilers, libraries, from the Debian packages that benchmarks/quality/corpus.yaml",
+        "lists. A run sees each token once, while the learning rate falls along a cosine until the run ends; with",
+        "bfloat16 autocast, torch.compile and fused AdamW. The runs are short:",
+        f"{shares[0]:.1f} to {shares[-1]:.1f} tokens a parameter.",
+        "",
+        "Losses are those of held-out files at the end of a run, in nats per token. ± is the 95 % interval of a mean",
+        "over seeds (Student's t); a number without ± is of a single run. Differences are taken seed by seed. Seconds",
+        "are those of training on one card, without compiling. The residual stream of the plain model is bfloat16, as",
+        "MUDD's is, which is the faster of its two twins. PrePostDANorm is that of the public release, which norms the",
+        'aggregate of the residual way alone (`post_norm="residual"`), unless all ways are said to have norms.',
         "",
         f"Device {told['device']}; torch {told['torch']}; commit {told['commit']}; corpus {told['corpus']}.",
     ]
 
 
+def _settings(result: Results) -> str:
+    """What all runs of a set have in common."""
+    run = result.set.runs[0]
+    settings, length = run.settings, run.model["block_size"]
+    held_out = settings.eval_batches * settings.batch_size * length
+    return (
+        f"Steps of {settings.batch_size} sequences of {length} tokens; losses over up to {held_out / 1e6:.2f}M held-out"
+        f" tokens; {len(result.final)} of {len({run.id for run in result.set.runs})} runs have ended."
+    )
+
+
 def _time(result: Results) -> list[str]:
-    fastest, lines = _device(result), []
-    rows = []
+    base, rows = result.set.baseline, []
     for form, label in result.set.labels.items():
         for budget in result.budgets(form):
-            loss = result.by_seed(lambda row: row.held_out_loss, form=form, tokens=budget)
-            compute = result.by_seed(_flops, form=form, tokens=budget)
-            seconds = [row.seconds for _, row in result.runs(form=form, tokens=budget) if row.device == fastest]
-            more = [_of(values, len(loss)) for values in advantages(result, form, budget, fastest)]
-            cells = [label, _millions(budget), format_interval(list(loss.values()), 3), str(len(loss))]
-            cells += [f"{interval(list(compute.values()))[0] / 1e15:,.0f}", format_interval(seconds, 0)]
-            rows.append([*cells, *(["1", "1"] if form == result.set.baseline else more)])
-    heads = ["", "tokens", "held-out loss", "seeds", "PFLOP", "seconds", "compute advantage", "wall-clock advantage"]
-    lines += _table(heads, rows)
-    base = result.set.labels[result.set.baseline]
-    lines += [
-        "",
-        f"Advantage: what {base} needs for the same loss, read off between its budgets, over what is needed here;",
-    ]
-    return [*lines, f"a dash where {base} was not trained to that loss from both sides.", *_goals(result, fastest)]
+            losses, compute = (result.by_seed(of, form=form, tokens=budget) for of in (_loss, _flops))
+            cells = [label, _millions(budget), format_interval(list(losses.values()), 3), str(len(losses))]
+            cells += ["0" if form == base else format_interval(_beside(result, form, base, budget), 3)]
+            cells += [f"{statistics.fmean(compute.values()) / 1e15:,.0f}"]
+            cells += [format_interval(result.seconds(form=form, tokens=budget), 0)]
+            advantages = [format_interval(advantage(result, form, budget, cost), 2) for cost in (_flops, _seconds)]
+            rows.append([*cells, *(["1", "1"] if form == base else advantages)])
+    heads = ["", "tokens", "held-out loss", "seeds", f"minus {result.set.labels[base]}", "PFLOP", "seconds"]
+    return [*_table([*heads, "compute advantage", "wall-clock advantage"], rows), *_goals(result)]
 
 
-def _of(values: Sequence[float], seeds: int) -> str:
-    """An advantage, and of how many seeds where it is not all of them."""
-    text = format_interval(values, 2)
-    return f"{text} (of {len(values)})" if 0 < len(values) < seeds else text
+def _beside(result: Results, form: str, other: str, budget: int) -> list[float]:
+    """Losses of a form minus those of another, seed by seed."""
+    losses, of_other = (result.by_seed(_loss, form=name, tokens=budget) for name in (form, other))
+    return [loss - of_other[seed] for seed, loss in losses.items() if seed in of_other]
 
 
-def _goals(result: Results, device: str) -> list[str]:
-    """What was to be reached and what was: at the largest budget that shows it, by the form that is best there."""
-    lines, base, goals = [], result.set.baseline, dict(result.set.goals)
+def advantage(result: Results, form: str, budget: int, cost: Callable[[Row], float]) -> list[float]:
+    """The cost of the baseline at the loss of a form's budget, over the form's.
+
+    Returns:
+        A value for each seed where all seeds can tell it, else that of the means, or none.
+    """
+
+    def runs(form: str, **fields: object) -> list[tuple[Run, Row]]:
+        found = result.runs(form=form, **fields)
+        # Seconds compare on one kind of device only.
+        return [(run, row) for run, row in found if cost is not _seconds or row.device == result.device]
+
+    own, base = runs(form, tokens=budget), runs(result.set.baseline)
+    values = []
+    for run, row in own:
+        points = [(cost(other), other.held_out_loss) for r, other in base if r.seed == run.seed]
+        needed = cost_at_loss(points, row.held_out_loss)
+        values += [] if needed is None else [needed / cost(row)]
+    if not own or len(values) == len(own):
+        return values
+    points = []
+    for tokens in {run.tokens for run, _ in base}:
+        rows = [row for run, row in base if run.tokens == tokens]
+        points.append((statistics.fmean(map(cost, rows)), statistics.fmean(map(_loss, rows))))
+    needed = cost_at_loss(points, statistics.fmean(_loss(row) for _, row in own))
+    return [] if needed is None else [needed / statistics.fmean(cost(row) for _, row in own)]
+
+
+def _goals(result: Results) -> list[str]:
+    """What was to be reached and what was, by the best form at the largest budget that tells it."""
+    base, goals, lines = result.set.baseline, dict(result.set.goals), []
     least = goals.pop("tokens", 0)
     for name, asked in goals.items():
-        found = []
+        found: dict[int, dict[str, list[float]]] = {}  # by budget and form
         for form in result.set.labels.keys() - {base}:
             for budget in result.budgets(form):
                 if name == "loss":
-                    plain, losses = (result.by_seed(_loss, form=f, tokens=budget) for f in (base, form))
-                    values = [plain[seed] - loss for seed, loss in losses.items() if seed in plain]
+                    values = [-difference for difference in _beside(result, form, base, budget)]
                 else:
-                    values = advantages(result, form, budget, device)[name == "seconds"]
+                    values = advantage(result, form, budget, _flops if name == "compute" else _seconds)
                 if values:
-                    found.append((budget, interval(values)[0], form, values))
+                    found.setdefault(budget, {})[form] = values
         what = {"loss": f"nats below {result.set.labels[base]}", "compute": "times the compute"}.get(name)
-        what = what or "times the seconds"
-        if found:
-            budget, mean, form, values = max(found)
-            verdict = "reached" if mean >= asked else "NOT reached"
-            if name == "loss" and budget < least:
-                verdict += f", asked for at {_millions(least)} tokens or more"
-            measured = (
-                f"{result.set.labels[form]} at {_millions(budget)} tokens: {format_interval(values, 3)}: {verdict}"
-            )
-            lines.append(f"* Asked for: {asked:g} {what}. {measured}.")
-        else:
-            lines.append(f"* Asked for: {asked:g} {what}. Not measured.")
+        asked_for = f"* Goal: {asked:g} {what or 'times the seconds'}"
+        if name == "loss" and least:
+            asked_for += f" after {_millions(least)} tokens or more"
+        if not found:
+            lines.append(f"{asked_for}. Not measured.")
+            continue
+        budget = max(found)
+        told = {form: format_interval(values, 3) for form, values in found[budget].items()}
+        measured = "; ".join(f"{label} {told[form]}" for form, label in result.set.labels.items() if form in told)
+        best = max(interval(values)[0] for values in found[budget].values())
+        verdict = "reached" if best >= asked else "NOT reached"
+        if name == "loss" and budget < least:
+            verdict = "not measured at so many"
+        lines.append(f"{asked_for}. At {_millions(budget)}: {measured}: {verdict}.")
     return ["", *lines] if lines else []
-
-
-def advantages(result: Results, form: str, budget: int, device: str) -> tuple[list[float], list[float]]:
-    """Compute and wall-clock advantage over the baseline at the loss of a budget, one value a seed."""
-    found: tuple[list[float], list[float]] = ([], [])
-    for values, cost in zip(found, (_flops, lambda row: row.seconds), strict=True):
-        for run, row in result.runs(form=form, tokens=budget):
-            of_plain = [r for _, r in result.runs(form=result.set.baseline, seed=run.seed)]
-            if cost is not _flops:  # seconds compare on one kind of device only
-                of_plain = [r for r in of_plain if r.device == row.device == device]
-            needed = cost_at_loss([(cost(r), r.held_out_loss) for r in of_plain], row.held_out_loss)
-            if needed is not None:
-                values.append(needed / cost(row))
-    return found
 
 
 def _saved(results: Sequence[Results]) -> str:
     """Of the largest models the largest budget that can tell it, by the form that saves the most compute there."""
     found = []
     for result in (result for result in results if result.set.kind == "time"):
-        device, parameters = _device(result), max(row.parameters for row in result.final.values())
+        parameters = max(row.parameters for row in result.final.values())
         for form, label in result.set.labels.items():
             for budget in result.budgets(form):
-                compute, seconds = advantages(result, form, budget, device)
+                compute, seconds = (advantage(result, form, budget, cost) for cost in (_flops, _seconds))
                 if form != result.set.baseline and compute and seconds:
-                    means = interval(compute)[0], interval(seconds)[0]
-                    found.append((parameters, budget, means, len(compute), label, result.set.title, device))
+                    means = statistics.fmean(compute), statistics.fmean(seconds)
+                    found.append((parameters, budget, means, label, result.set.title, result.device))
     if not found:
         return ""
-    _, budget, (compute_mean, seconds_mean), seeds, label, title, device = max(found)
+    _, budget, (compute_mean, seconds_mean), label, title, device = max(found)
     return (
-        f"On real text ({title}), {_millions(budget)} tokens bring {label} to the held-out loss for which the plain\n"
-        f"model takes {compute_mean:.2f} times the compute and {seconds_mean:.2f} times the seconds "
-        f"({seeds} seed{'s' * (seeds > 1)}, {device}; [all runs](docs/quality.md)).\n"
+        f"{_millions(budget)} tokens of program source bring {label} ({title}) to the held-out loss for which plain\n"
+        f"takes about {compute_mean:.1f} times the compute and {seconds_mean:.1f} times the seconds "
+        f"({device}; [how sure that is](docs/quality.md)).\n"
     )
 
 
 def _sweep(result: Results) -> list[str]:
     rates = sorted({run.learning_rate for run in result.set.runs})
-    rows = []
+    rows, norms = [], []
     for form, label in result.set.labels.items():
+        if not result.runs(form=form):
+            continue
         losses = [list(result.by_seed(_loss, form=form, learning_rate=rate).values()) for rate in rates]
-        best = min((interval(values)[0] for values in losses if values), default=None)
+        best = min(statistics.fmean(values) for values in losses if values)
         cells = [format_interval(values, 3) for values in losses]
-        bold = [bool(values) and interval(values)[0] == best for values in losses]
+        bold = [bool(values) and statistics.fmean(values) == best for values in losses]
         rows.append([label, *(f"**{cell}**" if b else cell for cell, b in zip(cells, bold, strict=True))])
-    tokens = _join(_millions(run.tokens) for run in result.set.runs)
-    heads = ["", *(f"{rate:g}" for rate in rates)]
-    return [f"Held-out loss after {tokens} tokens by peak learning rate; the best in bold.", "", *_table(heads, rows)]
+        ended = [[_largest_norm(result, run) for run, _ in result.runs(form=form, learning_rate=r)] for r in rates]
+        norms.append([label, *(f"{max(values):.1f}" if values else "-" for values in ended)])
+    heads = [f"after {_millions(result.set.runs[0].tokens)} tokens", *(f"{rate:g}" for rate in rates)]
+    return [*_table(heads, rows), "", *_table(["largest gradient norm", *heads[1:]], norms)]
 
 
 def _ablation(result: Results) -> list[str]:
-    base, lines = result.set.baseline, []
-    heads = ["", "parameters", "GFLOP a token", "held-out loss", "seeds", f"minus {result.set.labels[base]}"]
+    base, beside, lines = result.set.baseline, result.set.beside, []
+    heads = ["", "parameters", "GFLOP a token", "seconds", "largest gradient norm", "held-out loss", "seeds"]
+    heads += [f"minus {result.set.labels[other]}" for other in (base, *beside)]
     for budget in sorted({run.tokens for run, _ in result.runs()}):
-        of_base, rows = result.by_seed(_loss, form=base, tokens=budget), []
+        rows = []
         for form, label in result.set.labels.items():
             losses = result.by_seed(_loss, form=form, tokens=budget)
             if not losses:
                 continue
-            differences = [loss - of_base[seed] for seed, loss in losses.items() if seed in of_base]
-            row = result.runs(form=form, tokens=budget)[0][1]
+            runs = result.runs(form=form, tokens=budget)
+            row = runs[0][1]
             cells = [label, f"{row.parameters / 1e6:.1f}M", f"{row.flops_per_token / 1e9:.3f}"]
+            cells += [format_interval(result.seconds(form=form, tokens=budget), 0)]
+            cells += [f"{max(_largest_norm(result, run) for run, _ in runs):.1f}"]
             cells += [format_interval(list(losses.values()), 3), str(len(losses))]
-            rows.append([*cells, "0" if form == base else format_interval(differences, 3)])
+            differences = [_beside(result, form, other, budget) for other in (base, *beside)]
+            cells += [
+                "0" if form == other else format_interval(values, 3)
+                for other, values in zip((base, *beside), differences, strict=True)
+            ]
+            rows.append(cells)
         lines += [f"After {_millions(budget)} tokens.", "", *_table(heads, rows), "", *_steps(result, budget)]
     return lines[:-1]
 
@@ -296,12 +356,20 @@ def _steps(result: Results, budget: int) -> list[str]:
     """What each form of the set's order brings beyond the one before."""
     found = []
     for before, form in itertools.pairwise(result.set.order):
-        old, new = (result.by_seed(_loss, form=name, tokens=budget) for name in (before, form))
-        if differences := [loss - old[seed] for seed, loss in new.items() if seed in old]:
-            label = result.set.labels[form]
-            found.append(f"{label} {format_interval(differences, 3)} (of {len(differences)})")
-    told = "Each form minus the one before it, in nats, seed by seed (of how many)"
-    return [f"{told}: {'; '.join(found)}.", ""] if found else []
+        if differences := _beside(result, form, before, budget):
+            labels = result.set.labels
+            found.append(f"{labels[before]} to {labels[form]} {format_interval(differences, 3)}")
+    return [f"Step by step, in nats: {'; '.join(found)}.", ""] if found else []
+
+
+def _settled(result: Results, run: Run) -> list[Row]:
+    """The rows of a run that tell of no step of its warm-up."""
+    found, warmup = result.rows[run.id], run.settings.warmup_steps
+    return [row for before, row in itertools.pairwise(found) if before.step >= warmup] or found
+
+
+def _largest_norm(result: Results, run: Run) -> float:
+    return max(row.grad_norm_max for row in _settled(result, run))
 
 
 def _stability(result: Results) -> list[str]:
@@ -309,8 +377,7 @@ def _stability(result: Results) -> list[str]:
     for run in result.set.runs:
         if run.id not in result.final:
             continue
-        found, last = result.rows[run.id], result.final[run.id]
-        settled = [row for row in found if row.step > run.settings.warmup_steps] or found
+        settled, last = _settled(result, run), result.final[run.id]
         end = (
             f"{last.held_out_loss:.3f}" if last.state == "finished" else f"diverged by {_millions(last.tokens)} tokens"
         )
@@ -318,7 +385,7 @@ def _stability(result: Results) -> list[str]:
         cells = [result.set.labels[run.form], f"{run.learning_rate:g}", str(run.seed), end]
         rows.append([*cells, f"{norm:.2f}", f"{loss:.2f}"])
     heads = ["", "peak learning rate", "seed", "held-out loss", "largest gradient norm", "largest loss"]
-    return [*_table(heads, rows), "", "The largest of any step after the warm-up."]
+    return _table(heads, rows)
 
 
 def _repeats(results: Sequence[Results], repeats: Sequence[Row]) -> list[str]:
@@ -339,7 +406,12 @@ def _repeats(results: Sequence[Results], repeats: Sequence[Row]) -> list[str]:
 
 def _labelled(models: Sequence[dict[str, Any]], results: Sequence[Results]) -> dict[str, dict[str, Any]]:
     """What inspection.py found by the labels of the forms, in the order of their sets."""
-    labels = {run.id: result.set.labels[run.form] for result in results for run in result.set.runs}
+    sizes = {model["size"] for model in models}
+    labels = {
+        run.id: result.set.labels[run.form] + (f", {result.set.title}" if len(sizes) > 1 else "")
+        for result in results
+        for run in result.set.runs
+    }
     order = list(labels)
     if unknown := [model["run"] for model in models if model["run"] not in labels]:
         raise InputError(f"the inspection is of runs that are in no set: {', '.join(unknown)}")
@@ -369,13 +441,12 @@ def _inspection(models: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _device(result: Results) -> str:
-    """The device that most of the set's runs ended on: seconds of others are left out."""
-    return Counter(row.device for row in result.final.values()).most_common(1)[0][0]
-
-
 def _flops(row: Row) -> float:
     return row.flops_per_token * row.tokens
+
+
+def _seconds(row: Row) -> float:
+    return row.seconds
 
 
 def _loss(row: Row) -> float:

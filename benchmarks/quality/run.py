@@ -1,7 +1,8 @@
 """Trains the runs of sets: ``python benchmarks/quality/run.py runs/time-12x512.yaml --corpus PARTS --out FOLDER``.
 
 One run on each GPU at a time. Runs that the rows show as ended are left out; others go on from their checkpoint in
-FOLDER, so that the same command, given again after being cut off at any moment, does what is left.
+FOLDER, so that the same command, given again after being cut off at any moment, does what is left. Exit status: 0 if
+all runs have ended, 1 if one failed, 2 for bad input, 3 if there was no time for all.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def _run(args: argparse.Namespace, deadline: float | None) -> int:
     for run in left:
         print(f"left: {run.name}: {outcomes.get(run.id, 'not begun')}", file=sys.stderr)
     print(f"{len(runs) - len(left)} of {len(runs)} runs have ended; rows in {rows}")
-    return 1 if any(outcome.startswith("failed") for outcome in outcomes.values()) else 0
+    failed = any(outcome.startswith("failed") for outcome in outcomes.values())
+    return 1 if failed else 3 if left else 0
 
 
 def unfinished(runs: list[Run], path: Path, out: Path, corpus: str, *, change: bool = True) -> list[Run]:
@@ -113,7 +115,7 @@ def train_all(runs: list[Run], devices: list[str], settings: tuple, deadline: fl
     if len(devices) == 1:
         train, outcomes = _trainer(devices[0], settings), {}
         for run in _in_order(runs):
-            if deadline is None or time.time() < deadline:
+            if (deadline is None or time.time() < deadline) and _works(devices[0]):
                 outcomes[run.id] = _attempt(train, run)
         return outcomes
     context = multiprocessing.get_context("spawn")
@@ -131,12 +133,13 @@ def train_all(runs: list[Run], devices: list[str], settings: tuple, deadline: fl
         for connection in multiprocessing.connection.wait(list(at_work)):
             run = at_work[connection]
             try:
-                outcomes[run.id] = connection.recv()
+                outcomes[run.id], works = connection.recv()
             except EOFError:
-                outcomes[run.id] = "failed: its process died"
+                outcomes[run.id], works = "failed: its process died", False
+            if works:
+                _hand_out(connection, at_work, waiting, deadline)
+            else:  # the others go on
                 del at_work[connection]
-                continue
-            _hand_out(connection, at_work, waiting, deadline)
     return outcomes
 
 
@@ -161,16 +164,26 @@ def _hand_out(
 
 
 def _serve(connection: multiprocessing.connection.Connection, device: str, settings: tuple, threads: int) -> None:
-    """A process of one GPU: trains what it is sent until it is sent None."""
+    """A process of one GPU: trains what it is sent until it is sent None, or the GPU works no more."""
     torch.set_num_threads(threads)
-    train = None
-    while (run := connection.recv()) is not None:
+    train, works = None, True
+    while works and (run := connection.recv()) is not None:
         try:
             train = train or _trainer(device, settings)
         except InputError as error:
-            connection.send(f"failed: {error}")
+            connection.send((f"failed: {error}", True))
             continue
-        connection.send(_attempt(train, run))
+        outcome, works = _attempt(train, run), _works(device)
+        connection.send((outcome, works))
+
+
+def _works(device: str) -> bool:
+    """Whether a device does anything: after some errors it refuses everything until its process ends."""
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _trainer(device: str, settings: tuple) -> Trainer:

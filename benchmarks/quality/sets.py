@@ -24,7 +24,7 @@ __all__ = ["KINDS", "Run", "RunSet", "load_set"]
 KINDS = ("time", "sweep", "ablation", "stability")
 _KEYS = {
     "title", "kind", "note", "baseline", "model", "train", "warmup", "evaluations", "tokens", "seeds", "learning_rates",
-    "forms", "goals", "order",
+    "forms", "goals", "order", "beside",
 }  # fmt: skip
 _GOALS = {"loss", "compute", "seconds", "tokens"}
 _FORM_KEYS = {"label", "model", "train"}
@@ -89,24 +89,24 @@ class RunSet:
     """The runs of a file.
 
     Attributes:
-        name: of the file, without its ending.
         title, note: what report.py writes over and under its tables.
         kind: which tables these are, one of :data:`KINDS`.
         baseline: the form that others are compared with.
         goals: figures to reach: nats below the baseline ("loss"), after so many "tokens" at least; advantages in
             "compute" and in "seconds".
         order: forms, each of which adds something to the one before.
+        beside: forms that others are compared with besides the baseline.
         labels: of the forms, as they are listed.
         runs: all of them.
     """
 
-    name: str
     title: str
     note: str
     kind: str
     baseline: str
     goals: dict[str, float]
     order: list[str]
+    beside: list[str]
     labels: dict[str, str]
     runs: list[Run]
 
@@ -119,12 +119,12 @@ def load_set(path: Path) -> RunSet:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _parse(path.stem, values)
+        return _parse(values)
     except (OSError, yaml.YAMLError, InputError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{str(path)!r} describes no set of runs: {error!r}") from error
 
 
-def _parse(name: str, values: dict[str, Any]) -> RunSet:
+def _parse(values: dict[str, Any]) -> RunSet:
     _check_keys("the set", values, _KEYS)
     if values["kind"] not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)}, got {values['kind']!r}")
@@ -135,11 +135,13 @@ def _parse(name: str, values: dict[str, Any]) -> RunSet:
     for form, given in forms.items():
         _check_keys(f"form {form!r}", given, _FORM_KEYS)
         train = {**values.get("train", {}), **given.get("train", {})}
-        if given := _COMPUTED & train.keys() - {"learning_rate"}:
-            raise InputError(f"train must not give {', '.join(sorted(given))}: tokens, warmup and seeds do")
-        rates = [train.pop("learning_rate", None)]
-        rates = values.get("learning_rates", rates)
-        model = {**values["model"], **forms[form].get("model", {})}
+        rates = values.get("learning_rates") or [train.pop("learning_rate", None)]
+        if computed := _COMPUTED & train.keys():
+            told = "tokens, warmup, seeds and learning_rates do"
+            raise InputError(f"train must not give {', '.join(sorted(computed))}: {told}")
+        if None in rates:
+            raise InputError("there is neither train.learning_rate nor learning_rates")
+        model = {**values["model"], **given.get("model", {})}
         for tokens, rate, seed in itertools.product(values["tokens"], rates, values["seeds"]):
             warmup, evaluations = values.get("warmup", 0.1), values.get("evaluations", 10)
             run = Run(form, model, train, tokens, rate, warmup, seed, evaluations)
@@ -147,12 +149,17 @@ def _parse(name: str, values: dict[str, Any]) -> RunSet:
             runs.append(run)
     baseline = values.get("baseline", next(iter(forms)))
     labels = {form: given.get("label", form) for form, given in forms.items()}
-    order = values.get("order", [])
+    order, beside = (values.get(key, []) for key in ("order", "beside"))
     _check_keys("order", dict.fromkeys(order), forms)
-    if order and values["kind"] != "ablation":
-        raise InputError(f"order must be of an ablation, but kind is {values['kind']!r}")
-    head = values["title"], values.get("note", ""), values["kind"]
-    return RunSet(name, *head, baseline, goals, order, labels, runs)
+    _check_keys("beside", dict.fromkeys(beside), forms)
+    kind = values["kind"]
+    if (order or beside) and kind != "ablation":
+        raise InputError(f"order and beside must be of an ablation, but kind is {kind!r}")
+    if kind in ("time", "ablation") and "learning_rates" in values:
+        raise InputError(f"learning_rates must be of a sweep or of stability, but kind is {kind!r}")
+    if kind == "sweep" and len(values["tokens"]) > 1:
+        raise InputError(f"tokens of a sweep must be one budget, got {values['tokens']}")
+    return RunSet(values["title"], values.get("note", ""), kind, baseline, goals, order, beside, labels, runs)
 
 
 def _check_keys(owner: str, values: dict[str, Any], known: Collection[str]) -> None:

@@ -27,7 +27,7 @@ from muddformer.training import Batches
 from muddformer.training.data import held_out_batches
 from muddformer.training.modelling import make_config
 from muddformer.training.optim import learning_rate, make_optimizer
-from muddformer.training.state import Checkpoint, restore_state, save_checkpoint
+from muddformer.training.state import Checkpoint, checkpoint_name, restore_state, save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import commit, device_name
@@ -69,6 +69,7 @@ class Trainer:
         self.held_out = parts.held_out()
         self.train_ids = parts.train(longest)
         self._compiled: tuple[dict, Pretrained, Callable] | None = None
+        self.device_name = device_name(device)
 
     def __call__(self, run: Run) -> str:
         """Trains a run to its end, from its checkpoint if there is one.
@@ -107,7 +108,7 @@ class _Progress:
         self.settings = settings = run.settings
         self.folder = trainer.out / run.id
         self.optimizer = make_optimizer(model, settings)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.device = 0, 0.0, trainer.device_name
         self.losses: list[float | Tensor] = []  # of the steps since the last row
         self.norms: list[float | Tensor] = []
         block = run.model["block_size"]
@@ -207,7 +208,7 @@ class _Progress:
             parameters=sum(p.numel() for p in self.model.parameters()),
             flops_per_token=step_flops(self.model, shape),
             corpus=self.trainer.parts.id,
-            device=device_name(self.trainer.device),
+            device=self.device,
             torch=torch.__version__,
             commit=self.trainer.revision,
             date=datetime.date.today().isoformat(),
@@ -231,17 +232,25 @@ class _Progress:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "seconds": self.seconds,
+            "device": self.device,
             "losses": self.losses,
             "norms": self.norms,
         }
-        kept = self.run.evaluations + 1 if self.trainer.keep else 1
+        older = find_checkpoints(self.folder)
+        kept = len(older) + 1 if self.trainer.keep else 1
         save_checkpoint(self.folder, self.model, self.optimizer, self.trainer.parts.tokenizer_json, training, kept)
+        if self.trainer.keep:
+            evaluated = {checkpoint_name(step) for step in self.evaluations}
+            for path in (path for path in older if path.name not in evaluated):
+                shutil.rmtree(path)
 
     def _restore(self, folder: Path) -> None:
         checkpoint = Checkpoint(folder)
         self.model.load_state_dict(load_model(folder).state_dict())
         restore_state(checkpoint, self.model, self.optimizer)
         self.step, self.seconds = checkpoint.training["step"], checkpoint.training["seconds"]
+        if checkpoint.training["device"] != self.device:  # seconds of both: not to be compared with either's
+            self.device = f"{checkpoint.training['device']} and {self.device}"
         self.losses, self.norms = checkpoint.training["losses"], checkpoint.training["norms"]
 
     def _synchronize(self) -> None:
