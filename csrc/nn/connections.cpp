@@ -71,7 +71,8 @@ Connections::Connections(int64_t dim, int64_t layers, const ConnectionOptions& g
 bool Connections::defers(at::TensorList older) const {
   if (older.empty() || !at::GradMode::is_enabled()) return false;
   const at::DeviceType device = older[0].device().type();
-  const bool cast = autocasts(device) && older[0].scalar_type() != at::kDouble;
+  const bool cast = options.residual_dtype != "float32" && autocasts(device) &&
+                    older[0].scalar_type() != at::kDouble;
   const at::ScalarType dtype =
       cast ? at::autocast::get_autocast_dtype(device) : older[0].scalar_type();
   const bool fast = older[0].is_cuda() && (dtype == at::kBFloat16 || dtype == at::kHalf) &&

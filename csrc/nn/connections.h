@@ -128,7 +128,7 @@ class MUDDFORMER_API History {
   ///
   /// @throws c10::TypeError, c10::ValueError if it is undefined or of another shape than the
   ///   streams; c10::Error if the block changed a stream or X_i in place, because the history still
-  ///   holds them.
+  ///   holds them (not seen of tensors of inference mode: there the result is wrong).
   void append(at::Tensor x);
 
   /// The residual way's aggregate after the last block [..., D]; the history ends with it.

@@ -53,7 +53,7 @@ class KVCache:
             )
         self.batch_size = check_integer("batch_size", batch_size)
         check_integer("length", length, config.block_size)
-        self._blocks = config.n_layer
+        self._made_for = _shape(config)
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
         self.used = 0
         with torch.inference_mode(False):  # what comes later may be without it
@@ -70,11 +70,12 @@ class KVCache:
             device, dtype: of the model's parameters.
 
         Raises:
-            ValueError: if it has other blocks, more places than the model has positions, or another device.
+            ValueError: if it has other blocks or heads, more places than the model has positions, or another device.
             TypeError: without autocast, if it has another dtype.
         """
-        if self._blocks != config.n_layer:
-            raise ValueError(f"cache must be one of this model with n_layer={config.n_layer}, got {self._blocks}")
+        for name, value in _shape(config).items():
+            if self._made_for[name] != value:
+                raise ValueError(f"cache must be one of this model with {name}={value}, got {self._made_for[name]}")
         if len(self._slots) > config.block_size:
             raise ValueError(f"cache must hold at most block_size={config.block_size} tokens, got {len(self._slots)}")
         if self._slots.device != device:
@@ -112,7 +113,7 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values [B, heads, count, head width] of one block; returns the ones to attend to."""
         if self._prompt and layer == 0:
-            shape = (self._blocks, *k.shape[:2], len(self._slots), k.shape[3])
+            shape = (self._made_for["n_layer"], *k.shape[:2], len(self._slots), k.shape[3])
             with torch.inference_mode(False):
                 self.keys = torch.zeros(shape, device=k.device, dtype=self._dtype)
                 self.values = torch.zeros_like(self.keys)
@@ -120,3 +121,8 @@ class KVCache:
         keys.index_copy_(2, self._positions, k.to(keys.dtype))
         values.index_copy_(2, self._positions, v.to(values.dtype))
         return (k, v) if self._prompt else (keys, values)
+
+
+def _shape(config: MUDDFormerConfig) -> dict[str, int]:
+    """What a model and its cache have in common."""
+    return {"n_layer": config.n_layer, "n_kv_heads": config.n_kv_heads, "head_dim": config.head_dim}

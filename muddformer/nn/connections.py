@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import check_integer
 from .depth_aggregation import DepthAggregation
-from .norm import RMSNorm, autocast_dtype
+from .norm import RMSNorm, autocast_dtype, check_norms
 from .options import WAYS, ConnectionOptions
 from .plan import aggregation_plan, flush_groups
 
@@ -205,15 +205,13 @@ class BlockHistory:
 
         Raises:
             RuntimeError: if they were made already, or are made without gradients in a forward that records them.
-            ValueError: for a wrong number of norms.
+            TypeError, ValueError: for norms that are none, or a wrong number of them.
         """
         turn = self.turn
         if not torch.compiler.is_compiling():
             _check_turn(turn, again=self.hiddens is not None)
         if turn.aggregation is None:
-            if norms is not None and len(norms) != turn.copies:
-                raise ValueError(f"norms must have {turn.copies} entries, got {len(norms)}")
-            norms = norms or [None] * turn.copies
+            norms = check_norms("norms", norms, turn.copies)
             made = {norm: x if norm is None else norm(x) for norm in dict.fromkeys(norms)}  # each norm once
             streams = [made[norm] for norm in norms]
             self.hiddens = []
@@ -336,14 +334,15 @@ class History:
             place = connections.places[i]
             aggregation, prior = connections.dynamic_dense[place], connections.dense_bs[place]
             older = [self._older[j] for j in connections.plan[i][:-1]]
+            wide = options.residual_dtype == "float32" and autocast_dtype(self.newest) is not None
             if i in connections.flush_groups and connections._defers(older):
                 group = connections.flush_groups[i]
-                older, opened = ops.defer_gradients(older, list(group.values()))
+                with _without_autocast(self.newest) if wide else nullcontext():
+                    older, opened = ops.defer_gradients(older, list(group.values()))
                 self._deferrals = dict(zip(group, opened, strict=True))
             deferral = self._deferrals.pop(i, None)  # to one block: nothing to watch, also in compiled blocks
             if deferral is not None:
                 deferral.used = None
-            wide = options.residual_dtype == "float32" and autocast_dtype(self.newest) is not None
         copies = len(WAYS) if options.multiway and i < connections.num_blocks else 1
         self._turn = Turn(i, aggregation, older, prior, deferral, copies, wide, torch.is_grad_enabled())
         return self._turn

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_flag, check_integer, check_real
-from .norm import RMSNorm, as_stream_norms, autocast_dtype, plain_parameters
+from .norm import RMSNorm, as_stream_norms, autocast_dtype, check_norms, plain_parameters
 from .options import WAYS, ConnectionOptions, check_ways
 
 __all__ = ["DepthAggregation"]
@@ -145,9 +145,7 @@ class DepthAggregation(nn.Module):
         # Streams are the ways themselves, but for ways that are left out.
         ways = self.ways if isinstance(self.ways, str) and self.ways != WAYS else None
         count = self.num_ways if ways is None else len(WAYS)
-        norms = [None] * count if stream_norms is None else list(stream_norms)
-        if len(norms) != count:
-            raise ValueError(f"stream_norms must have {count} entries, got {len(norms)}")
+        norms = check_norms("stream_norms", stream_norms, count)
         prior = self.prior if prior is None else prior
         if prior is None:
             raise ValueError("prior must be given to a DepthAggregation that was made with prior=False")

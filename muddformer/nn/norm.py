@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from .._checks import check_integer, check_real
 from ..ops import StreamNorms
 
-__all__ = ["RMSNorm", "as_stream_norms", "autocast_dtype", "is_plain", "plain_parameters", "register_norm"]
+__all__ = [
+    "RMSNorm",
+    "as_stream_norms",
+    "autocast_dtype",
+    "check_norms",
+    "is_plain",
+    "plain_parameters",
+    "register_norm",
+]
 
 _ORDINARY = (Tensor, nn.Parameter)
 
@@ -111,6 +119,27 @@ def plain_parameters(module: nn.Module, x: Tensor, *types: type[nn.Module]) -> t
     return weight, bias
 
 
+def check_norms(name: str, norms: Sequence[nn.Module | None] | None, count: int) -> list[nn.Module | None]:
+    """The norms of ``count`` streams, a list of None where there are none.
+
+    Args:
+        name: of the argument, for errors.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if norms is None:
+        return [None] * count
+    if not isinstance(norms, Sequence | nn.ModuleList):
+        raise TypeError(f"{name} must be a list of norms, got a value of type {type(norms).__name__}")
+    if len(norms) != count:
+        raise ValueError(f"{name} must have {count} entries, got {len(norms)}")
+    for i, norm in enumerate(norms):
+        if norm is not None and not callable(norm):
+            raise TypeError(f"{name}[{i}] must be a norm or None, got a value of type {type(norm).__name__}")
+    return list(norms)
+
+
 def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms | None:
     """These norms as the operators take them.
 
@@ -134,6 +163,8 @@ def as_stream_norms(norms: Sequence[nn.Module | None], x: Tensor) -> StreamNorms
             return None
         weight, bias = parameters
         formula, epsilon = _NORMS[type(norm)]
+        if formula == "rms" and bias is not None:
+            return None
         own = formula, getattr(norm, epsilon), weight.dtype, weight.shape, weight.device
         if common[0] == "none":
             common = own

@@ -92,7 +92,8 @@ class MUDDStack(Connections):
             TypeError: if x is no tensor, or a block returns anything but one.
             ValueError: if x has another width than dim (where anything is aggregated), or a block returns another shape
                 than that of its input.
-            RuntimeError: if a block changes its input in place, which the history still holds.
+            RuntimeError: if a block changes its input in place, which the history still holds. Compiled code and
+                tensors of inference mode do not show this: there the result is wrong.
         """
         history = self.begin(x)
         for layer in self.layers:

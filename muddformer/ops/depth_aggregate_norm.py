@@ -126,4 +126,6 @@ def fuses_norms(x: Tensor, sources: int, ways: int) -> bool:
     if not (isinstance(x, Tensor) and type(sources) is type(ways) is int):
         for name, value, kind in (("x", x, "Tensor"), ("sources", sources, "int"), ("ways", ways, "int")):
             check_kind(name, value, kind)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape [..., D], got []")
     return _fuses_norms(x.device, x.dtype, operator.index(x.shape[-1]), sources, ways)

@@ -206,9 +206,12 @@ def test_bad_cache() -> None:
         model(IDS, cache=cache)
     other = muddformer.build_model(model.config.replace(n_layer=1, ffn_reallocation=False))
     longer = muddformer.build_model(model.config.replace(block_size=48))
+    fewer = muddformer.build_model(model.config.replace(n_kv_heads=1))
     with torch.inference_mode():
         with pytest.raises(ValueError, match="cache must be one of this model with n_layer="):
             model(IDS, cache=other.new_cache(2, 8))
+        with pytest.raises(ValueError, match="cache must be one of this model with n_kv_heads="):
+            model(IDS, cache=fewer.new_cache(2, 8))
         with pytest.raises(ValueError, match="cache must hold at most block_size=24 tokens, got 48"):
             model(IDS, cache=longer.new_cache(2, 48))
         with pytest.raises(TypeError, match="cache must be torch\\.float32, like the model, got"):

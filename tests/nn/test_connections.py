@@ -305,3 +305,7 @@ def test_norms_of_a_block_without_aggregation() -> None:
     history = Connections(D, 2, multiway=True).begin(some_x())
     with pytest.raises(ValueError, match="norms must have 4 entries, got 1"):
         history.streams([None])
+    with pytest.raises(TypeError, match="norms must be a list of norms, got a value of type int"):
+        history.streams(5)
+    with pytest.raises(TypeError, match=r"norms\[1\] must be a norm or None, got a value of type int"):
+        history.streams([None, 5, None, None])

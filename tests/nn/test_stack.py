@@ -55,6 +55,21 @@ def test_checkpointed_blocks(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("flush_interval", [1, 3])
+def test_deferred_gradients_of_a_float32_history_under_autocast(flush_interval: int) -> None:
+    stack = scramble(stack_of(MLP, residual_dtype="float32", flush_interval=flush_interval))
+    plain = stack_of(MLP, residual_dtype="float32")
+    plain.load_state_dict(stack.state_dict())
+    x = torch.randn(2, 3, 8)
+    results = []
+    for model in (stack, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+    assert results[0][0].dtype == torch.float32
+    close(*results)
+
+
 @pytest.mark.parametrize("block", [MLP, Mixer])
 @pytest.mark.parametrize("options", [{}, {"dynamic": False}, {"pre_norm": True, "post_norm": "residual"}])
 def test_fresh_stack_equals_blocks(block: type[nn.Module], options: dict) -> None:

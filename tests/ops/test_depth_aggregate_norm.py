@@ -243,6 +243,11 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             r"norm_weights\[1\]: expected dtype",
         ),
         "bias alone": ({"norm_biases": [None, torch.ones(8), None]}, ValueError, r"norm_biases\[1\]: expected None"),
+        "bias of rms": (
+            {"norm_weights": [torch.ones(8), None, None], "norm_biases": [torch.ones(8), None, None], "norm": "rms"},
+            ValueError,
+            r"norm_biases\[0\]: expected None for the norm 'rms'",
+        ),
         "pre": ({"pre_weight": torch.ones(7)}, ValueError, "pre_weight: expected shape"),
         "pre dtype": ({"pre_weight": torch.ones(8).double()}, TypeError, "pre_weight: expected dtype"),
         "post without add": ({"post_weight": torch.ones(8)}, ValueError, "post_weight: expected None"),

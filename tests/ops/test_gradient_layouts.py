@@ -33,7 +33,12 @@ def every_second(y: Tensor) -> Tensor:
     return torch.randn(*y.shape[:-1], 2 * y.shape[-1], device=y.device).to(y.dtype)[..., ::2]
 
 
-@pytest.mark.parametrize("layout", [expanded, expanded_tokens, transposed, wide_rows, every_second])
+def negated(y: Tensor) -> Tensor:
+    """With the sign as a bit, as the imaginary part of a conjugate has it."""
+    return torch._neg_view(torch.randn(y.shape, device=y.device).to(y.dtype))
+
+
+@pytest.mark.parametrize("layout", [expanded, expanded_tokens, transposed, wide_rows, every_second, negated])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layout_of_incoming_gradients(
     layout: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype
@@ -42,6 +47,6 @@ def test_layout_of_incoming_gradients(
     made = outputs(leaves)
     grads = [layout(y) if y.dim() else torch.ones_like(y) for y in made]
     results = torch.autograd.grad(made, leaves, grads, retain_graph=True)
-    expected = torch.autograd.grad(made, leaves, [g.contiguous() for g in grads])
+    expected = torch.autograd.grad(made, leaves, [g.resolve_neg().contiguous() for g in grads])
     for result, like in zip(results, expected, strict=True):
         assert relative_error(result, like) <= tolerance(dtype)  # products of other layouts have another order

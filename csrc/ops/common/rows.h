@@ -36,7 +36,8 @@ inline std::optional<int64_t> row_stride(const at::Tensor& tensor) {
 }
 
 // Tensors [..., D] as rows [D], and what the kernels need to know of them: without views, which
-// take longer to make than to read. The tensors have to outlive it.
+// take longer to make than to read. The tensors have to outlive it. The dispatcher gives kernels
+// tensors whose sign is a bit (of the imaginary part of a conjugate) in lists of optional ones.
 class Rows {
  public:
   void reserve(size_t count) {
@@ -45,11 +46,11 @@ class Rows {
   }
   void push_back(const at::Tensor& tensor) {
     const std::optional<int64_t> stride = row_stride(tensor);
-    stride ? add(tensor, *stride) : add_copy(tensor);
+    stride && !tensor.is_neg() ? add(tensor, *stride) : add_copy(tensor);
   }
   // Copied if the rows do not follow one another.
   void push_back_contiguous(const at::Tensor& tensor) {
-    tensor.is_contiguous() ? add(tensor, tensor.size(-1)) : add_copy(tensor);
+    tensor.is_contiguous() && !tensor.is_neg() ? add(tensor, tensor.size(-1)) : add_copy(tensor);
   }
   void push_back_none() {
     pointers_.push_back(nullptr);
@@ -64,7 +65,7 @@ class Rows {
     strides_.push_back(stride);
   }
   void add_copy(const at::Tensor& tensor) {
-    copies_.push_back(tensor.contiguous());
+    copies_.push_back(tensor.resolve_neg().contiguous());
     add(copies_.back(), tensor.size(-1));
   }
 

@@ -133,6 +133,8 @@ void check_depth_aggregate_norm(at::TensorList hiddens, const at::Tensor& weight
     if (!bias.has_value()) continue;
     TORCH_CHECK_VALUE(weight.has_value(), ArgumentName{"norm_biases", index},
                       ": expected None for a way without a norm weight, got a tensor");
+    TORCH_CHECK_VALUE(norms.kind == "layer", ArgumentName{"norm_biases", index},
+                      ": expected None for the norm 'rms', got a tensor");
     check_norm_parameter(*bias, {"norm_biases", index}, like, dtype);
   }
   if (norms.pre_weight.has_value()) {
