@@ -114,5 +114,5 @@ def eager_attention(
     scores = q @ k.mT * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
     return (weights @ v).transpose(1, 2), weights

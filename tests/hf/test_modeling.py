@@ -162,6 +162,17 @@ def test_attention_functions(name: str) -> None:
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-3, atol=1e-4)
 
 
+def test_attention_step_by_step_in_float64() -> None:
+    """The mask's smallest float64 is no float32: rows of padding would have no weights, and make all values NaN."""
+    model, ids = small("gqa", dim=64).double(), some_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    expected = logits(model, ids, attention_mask=mask)
+    model.set_attn_implementation("eager")
+    found = logits(model, ids, attention_mask=mask)
+    torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-10, atol=1e-10)
+
+
 def test_outputs() -> None:
     model, ids = small(), some_ids()
     model.set_attn_implementation("eager")

@@ -103,6 +103,11 @@ def test_tickets_without_gradients(layer: Layer, device: torch.device) -> None:
     (deferral,) = ops.defer_gradients([h.detach() for h in hiddens], [(2, 3)])[1]
     with pytest.raises(ValueError, match=r"tickets: expected those of a group .* as hiddens\[1\] does, got tickets w"):
         layer(hiddens, w, deferral)
+    older, (deferral,) = ops.defer_gradients([hiddens[0], hiddens[1].detach(), hiddens[2].requires_grad_()], [(2, 3)])
+    with pytest.raises(ValueError, match=r"as hiddens\[1\] does, got tickets w"):
+        layer([older[0], hiddens[1], older[2]], w, deferral)
+    sum(layer(older, w, deferral)).sum().backward()
+    assert hiddens[2].grad is not None and hiddens[1].grad is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -89,16 +89,21 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> defer_gradients_com
 
 void use_tickets(at::TensorList hiddens, at::TensorList tickets, int64_t deferred) {
   if (tickets.empty() || torch::autograd::get_current_graph_task_id() != -1) return;
-  const auto requires_grad = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
-  if (std::none_of(tickets.begin(), tickets.end(), requires_grad)) {
+  // What a group hands on requires gradients if any of its hidden states does.
+  const auto check_gradients = [&](const torch::autograd::Node* group) {
+    const auto carries = [group](const at::Tensor& hidden, int64_t j) {
+      return group != nullptr &&
+             (group->next_edge(j).is_valid() || hidden.grad_fn().get() == group);
+    };
     for (int64_t j = 0; j < deferred; ++j) {
-      TORCH_CHECK_VALUE(!hiddens[j].requires_grad(),
-                        "tickets: expected those of a group of hidden states that require "
-                        "gradients, as ",
-                        ArgumentName{"hiddens", j}, " does, got tickets without gradients");
+      TORCH_CHECK_VALUE(
+          !hiddens[j].requires_grad() || carries(hiddens[j], j),
+          "tickets: expected those of a group of hidden states that require gradients, as ",
+          ArgumentName{"hiddens", j}, " does, got tickets without gradients");
     }
-    return;
-  }
+  };
+  const auto requires_grad = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
+  if (std::none_of(tickets.begin(), tickets.end(), requires_grad)) return check_gradients(nullptr);
   const auto node = tickets[0].grad_fn();
   auto* group = dynamic_cast<torch::autograd::CppNode<DeferGradients>*>(node.get());
   if (group == nullptr) return;
@@ -106,6 +111,7 @@ void use_tickets(at::TensorList hiddens, at::TensorList tickets, int64_t deferre
   const int64_t older = data["hiddens"].toInt();
   TORCH_CHECK_VALUE(deferred == older, "deferred: expected ", older,
                     " of the group that the tickets are of, got ", deferred);
+  check_gradients(group);
   const auto count = static_cast<int64_t>(tickets.size());
   const int64_t first = tickets[0].output_nr();
   for (int64_t i = 1; i < count; ++i) {
