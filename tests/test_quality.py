@@ -183,6 +183,7 @@ def test_bad_corpus(quality, packages, made, tmp_path, tiny_set, capsys):
     shutil.copytree(packages / "packages", tmp_path / "new" / "packages")
     assert quality.corpus.main([str(tmp_path / "new"), "--packages", str(tmp_path / "other.yaml")]) == 2
     assert "cannot download alpha 1.0" in capsys.readouterr().err
+    assert (tmp_path / "new" / "packages" / "alpha_1.0_all.deb").exists(), "what is there stays until another has come"
 
 
 @needs_dpkg

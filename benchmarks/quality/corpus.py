@@ -89,21 +89,26 @@ def find_package(package: dict[str, Any], folder: Path, newest: bool) -> Path:
         InputError: if Debian does not offer it, or its hash differs.
     """
     name, version = package["package"], package["version"]
-    for path in folder.glob(f"{name}_*.deb"):
+    there = list(folder.glob(f"{name}_*.deb"))
+    for path in there:
         if not newest and _sha256(path) == package["sha256"]:
             return path
-        path.unlink()  # of another version, or damaged
-    command = ["apt-get", "download", "-qq", name if newest else f"{name}={version}"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise InputError(
-            f"cannot download {name} {version}: {' '.join(result.stderr.split())}; apt-get update may help, or "
-            "--newest, which takes what Debian offers now and gives another corpus"
-        )
-    (path,) = folder.glob(f"{name}_*.deb")
-    if not newest and _sha256(path) != package["sha256"]:
-        raise InputError(f"{path} has sha256 {_sha256(path)}, not {package['sha256']} as expected of {name} {version}")
-    return path
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+        command = ["apt-get", "download", "-qq", name if newest else f"{name}={version}"]
+        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise InputError(
+                f"cannot download {name} {version}: {' '.join(result.stderr.split())}; apt-get update may help, or "
+                "--newest, which takes what Debian offers now and gives another corpus"
+            )
+        (path,) = Path(scratch).glob(f"{name}_*.deb")
+        if not newest and _sha256(path) != package["sha256"]:
+            raise InputError(
+                f"{path.name} has sha256 {_sha256(path)}, not {package['sha256']} as expected of {name} {version}"
+            )
+        for old in there:  # of another version, or damaged
+            old.unlink()
+        return path.replace(folder / path.name)
 
 
 def unpack(package: Path, archive: str | None, target: Path) -> None:
