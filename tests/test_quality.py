@@ -333,10 +333,11 @@ def test_float8_history(quality):
 
 
 def test_costs_are_interpolated_never_extrapolated(quality):
-    points = [(1.0, 3.0), (4.0, 2.0), (16.0, 1.5)]
-    assert quality.stats.cost_at_loss(points, 2.5) == pytest.approx(2.0)
-    assert quality.stats.cost_at_loss(points, 1.75) == pytest.approx(8.0)
-    assert quality.stats.cost_at_loss(points, 3.1) is quality.stats.cost_at_loss(points, 1.4) is None
+    points = [(1.0, 3.0), (2.25, 2.0), (4.0, 1.5), (16.0, 1.25)]
+    assert quality.stats.cost_at_loss(points, 2.5) == pytest.approx(1.5)
+    assert quality.stats.cost_at_loss(points, 1.75) == pytest.approx(3.0)
+    assert quality.stats.cost_at_loss(points, 3.1) is quality.stats.cost_at_loss(points, 1.2) is None
+    assert quality.stats.cost_at_loss(points, 1.4) is None  # the budgets around it are too far apart
     assert quality.stats.interval([1.0]) == (1.0, None)
     assert quality.stats.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5))
 

@@ -12,6 +12,9 @@ __all__ = ["cost_at_loss", "format_interval", "interval"]
 # Student's t, two-sided 95 %, by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
+# Costs further apart are not joined: between them a curve that flattens runs far below a straight line.
+_WIDEST = 2.5
+
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and half of its 95 % confidence interval; None of a single value."""
@@ -30,14 +33,17 @@ def format_interval(values: Sequence[float], digits: int) -> str:
 
 
 def cost_at_loss(points: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """The cost at which a model reaches a loss, between two of its runs; None where it would be extrapolated.
+    """The cost at which a model reaches a loss, between two of its runs.
 
     Args:
         points: cost and final loss of runs of different budgets.
         loss: to reach. Between two budgets it is taken as linear in the logarithm of the cost.
+
+    Returns:
+        None where it would be extrapolated, or the next budget is more than 2.5 times as much.
     """
     for (cost, above), (next_cost, below) in itertools.pairwise(sorted(points)):
-        if below <= loss <= above and below < above:
+        if below <= loss <= above and below < above and next_cost <= _WIDEST * cost:
             share = (above - loss) / (above - below)
             return math.exp(math.log(cost) + share * (math.log(next_cost) - math.log(cost)))
     return None
