@@ -48,7 +48,7 @@ void KVCache::check_fits(const MUDDFormerConfig& config, const at::Tensor& weigh
                    keys_.scalar_type());
 }
 
-std::pair<at::Tensor, at::Tensor> KVCache::advance(int64_t count) {
+std::pair<at::Tensor, at::Tensor> KVCache::reserve(int64_t count) {
   TORCH_CHECK(!c10::GradMode::is_enabled(),
               "a KVCache works only without gradients: under torch::NoGradGuard or "
               "c10::InferenceMode");
@@ -56,16 +56,15 @@ std::pair<at::Tensor, at::Tensor> KVCache::advance(int64_t count) {
   TORCH_CHECK_VALUE(used_ + count <= length(), "input_ids has ", count, " tokens, but of the ",
                     length(), " places of the cache ", used_, " are taken");
   prompt_ = used_ == 0;
-  used_ += count;
+  reserved_ = count;
   positions_ = next_ + slots_.narrow(0, 0, count);
-  next_ += count;
   return {positions_, prompt_ ? at::Tensor() : slots_ <= positions_.unsqueeze(1)};
 }
 
 std::pair<at::Tensor, at::Tensor> KVCache::update(int64_t layer, const at::Tensor& k,
                                                   const at::Tensor& v) {
   check_integer("layer", layer, keys_.size(0) - 1, 0);
-  TORCH_CHECK(positions_.defined(), "update() came before advance()");
+  TORCH_CHECK(positions_.defined(), "update() came before reserve()");
   const std::array<int64_t, 4> places = {batch_size(), keys_.size(2), positions_.size(0),
                                          keys_.size(4)};
   const auto check = [shape = at::IntArrayRef(places)](const char* name, const at::Tensor& tensor) {
@@ -79,6 +78,12 @@ std::pair<at::Tensor, at::Tensor> KVCache::update(int64_t layer, const at::Tenso
   keys.index_copy_(2, positions_, k.to(keys.scalar_type()));
   values.index_copy_(2, positions_, v.to(values.scalar_type()));
   return prompt_ ? std::pair(k, v) : std::pair(keys, values);
+}
+
+void KVCache::commit() {
+  used_ += reserved_;
+  next_ += reserved_;
+  reserved_ = 0;
 }
 
 }  // namespace muddformer

@@ -49,29 +49,32 @@ class MUDDFORMER_API KVCache {
   ///   device or, without autocast, dtype.
   void check_fits(const MUDDFormerConfig& config, const at::Tensor& weight) const;
 
-  /// Makes room for `count` tokens.
+  /// The places of the next `count` tokens, which are in the cache after commit().
   ///
   /// @return (positions, mask): their positions, int64 [count], and which slots of the cache they
   ///   see, bool [count, length]; an undefined mask for the first ones, which see each other
   ///   causally.
   /// @throws c10::ValueError if the cache is too short or count less than 0, c10::Error if gradients
-  ///   are enabled. Nothing has changed then.
-  std::pair<at::Tensor, at::Tensor> advance(int64_t count);
+  ///   are enabled.
+  std::pair<at::Tensor, at::Tensor> reserve(int64_t count);
 
-  /// Stores keys and values [B, heads, count, head width] of one block, after advance(count).
+  /// Stores keys and values [B, heads, count, head width] of one block, after reserve(count).
   ///
   /// @param layer number of the block from 0.
   /// @return the keys and values to attend to: those given for the first tokens, or else of the
-  ///   whole cache [B, heads, length, head width], of which the mask of advance() says what is
+  ///   whole cache [B, heads, length, head width], of which the mask of reserve() says what is
   ///   seen.
   /// @throws c10::ValueError, c10::TypeError for a block that the model does not have, or tensors that
-  ///   are undefined or of another shape; c10::Error before advance().
+  ///   are undefined or of another shape; c10::Error before reserve().
   std::pair<at::Tensor, at::Tensor> update(int64_t layer, const at::Tensor& k, const at::Tensor& v);
+
+  /// Keeps the tokens of the last reserve(), when update() has stored them for all blocks.
+  void commit();
 
  private:
   at::Tensor keys_, values_;
   at::Tensor next_, slots_, positions_;
-  int64_t used_ = 0;
+  int64_t used_ = 0, reserved_ = 0;
   bool prompt_ = true;
 };
 

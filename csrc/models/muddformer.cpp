@@ -81,7 +81,7 @@ at::Tensor MUDDFormerImpl::forward(const at::Tensor& input_ids, const at::Tensor
                       "targets must have the shape of input_ids ", input_ids.sizes(), ", got ",
                       targets.sizes());
   }
-  const at::Tensor x0 = embed(input_ids);  // before the cache changes
+  const at::Tensor x0 = embed(input_ids);
   Rotary tables;
   at::Tensor positions, mask;
   if (cache == nullptr) {
@@ -94,7 +94,7 @@ at::Tensor MUDDFormerImpl::forward(const at::Tensor& input_ids, const at::Tensor
                       cache->batch_size(), " sequences, as many as the cache has, got ",
                       input_ids.size(0));
     cache->check_fits(config, tok_embeddings->weight);
-    std::tie(positions, mask) = cache->advance(length);
+    std::tie(positions, mask) = cache->reserve(length);
     tables = rotary->forward_at(positions);
   }
   History history = connections.begin(x0);
@@ -102,10 +102,14 @@ at::Tensor MUDDFormerImpl::forward(const at::Tensor& input_ids, const at::Tensor
     history.append(layers->ptr<BlockImpl>(i)->forward(history, tables, mask, cache));
   }
   const at::Tensor x = norm->forward(history.result());
+  at::Tensor y;
   if (targets.defined()) {
-    return linear_cross_entropy(x, output ? output->weight : tok_embeddings->weight, targets);
+    y = linear_cross_entropy(x, output ? output->weight : tok_embeddings->weight, targets);
+  } else {
+    y = output ? output->forward(x) : at::linear(x, tok_embeddings->weight);
   }
-  return output ? output->forward(x) : at::linear(x, tok_embeddings->weight);
+  if (cache != nullptr) cache->commit();  // nothing failed
+  return y;
 }
 
 at::Tensor MUDDFormerImpl::embed(const at::Tensor& input_ids) {

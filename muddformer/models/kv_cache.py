@@ -55,7 +55,7 @@ class KVCache:
         check_integer("length", length, config.block_size)
         self._made_for = _shape(config)
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
-        self.used = 0
+        self.used = self._reserved = 0
         with torch.inference_mode(False):  # what comes later may be without it
             self._next = torch.zeros(1, device=device, dtype=torch.int64)
             self._slots = torch.arange(length, device=device)
@@ -83,15 +83,15 @@ class KVCache:
         if self._dtype != dtype and not torch.is_autocast_enabled(device.type):
             raise TypeError(f"cache must be {dtype}, like the model, got {self._dtype}")
 
-    def advance(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Makes room for ``count`` tokens.
+    def reserve(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The places of the next ``count`` tokens, which are in the cache after :meth:`commit`.
 
         Returns:
             ``(positions, mask)``: their positions, int64 [count], and which slots of the cache they see, bool
             [count, length]; no mask for the first ones, which see each other causally.
 
         Raises:
-            ValueError: if the cache is too short, or count less than 0. Nothing has changed then.
+            ValueError: if the cache is too short, or count less than 0.
             RuntimeError: if gradients are enabled.
         """
         if torch.is_grad_enabled():
@@ -105,10 +105,15 @@ class KVCache:
                 f"input_ids has {count} tokens, but of the {len(self._slots)} places of the cache {self.used} are taken"
             )
         self._prompt = self.used == 0
-        self.used += count
+        self._reserved = count
         self._positions = self._next + self._slots[:count]
-        self._next += count
         return self._positions, None if self._prompt else self._slots <= self._positions[:, None]
+
+    def commit(self) -> None:
+        """Keeps the tokens of the last :meth:`reserve`, when :meth:`update` has stored them for all blocks."""
+        self.used += self._reserved
+        self._next += self._reserved
+        self._reserved = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values [B, heads, count, head width] of one block; returns the ones to attend to."""

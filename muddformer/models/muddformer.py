@@ -66,7 +66,7 @@ class MUDDFormer(Backbone, Pretrained):
                     f"targets must have the shape of input_ids {list(input_ids.shape)}, got {list(targets.shape)}"
                 )
         length = input_ids.shape[1]
-        x = self._embed(input_ids)  # before the cache changes
+        x = self._embed(input_ids)
         if cache is None:
             if length > self.config.block_size:
                 raise ValueError(
@@ -82,10 +82,13 @@ class MUDDFormer(Backbone, Pretrained):
                     f"input_ids must be {cache.batch_size} sequences, as many as the cache has, got {sequences}"
                 )
             cache.check_fits(self.config, x.device, self.dtype)
-            positions, mask = cache.advance(length)
+            positions, mask = cache.reserve(length)
             blocks = {"rotary": self.rotary(length, positions), "mask": mask, "cache": cache}
         x = self.norm(super().forward(x, **blocks))
-        return self._logits(x) if targets is None else self._loss(x, targets)
+        y = self._logits(x) if targets is None else self._loss(x, targets)
+        if cache is not None:
+            cache.commit()  # nothing failed
+        return y
 
     def plain_twin(self) -> MUDDFormer:
         """The plain Transformer with copies of this model's weights, without its connections.

@@ -315,14 +315,19 @@ TEST(KVCacheErrors, NameTheArgument) {
   expect_error<c10::ValueError>([&] { model->forward(ids.slice(1, 0, 4), {}, &cache); },
                                 "input_ids has 4 tokens, but of the 8 places of the cache 5 are");
   EXPECT_EQ(cache.used(), 5);
-  expect_error<c10::ValueError>([&] { cache.advance(-3); }, "count must be from 0");
+  expect_error<c10::ValueError>([&] { cache.reserve(-3); }, "count must be from 0");
   const Tensor k = torch::zeros({2, 4, 5, 8});
   expect_error<c10::ValueError>([&] { cache.update(-1, k, k); }, "layer must be from 0 to 4");
   expect_error<c10::ValueError>([&] { cache.update(0, k.slice(2, 1), k); }, "k must have shape [");
   expect_error<c10::TypeError>([&] { cache.update(0, k, {}); }, "v must be a tensor");
+  const Tensor classes = torch::full({2, 3}, 99, torch::kLong);
+  expect_error<c10::Error>([&] { model->forward(ids.slice(1, 5, 8), classes, &cache); }, "");
   EXPECT_EQ(cache.used(), 5);
+  const Tensor after = model->forward(ids.slice(1, 5, 8), {}, &cache);
+  EXPECT_TRUE(torch::allclose(after, model->forward(ids.slice(1, 0, 8)).slice(1, 5), 1e-4, 1e-5));
+  EXPECT_EQ(cache.used(), 8);
   KVCache unused(model->config, 2, 8);
-  expect_error<c10::Error>([&] { unused.update(0, k, k); }, "update() came before advance()");
+  expect_error<c10::Error>([&] { unused.update(0, k, k); }, "update() came before reserve()");
   EXPECT_EQ(model->forward(ids.slice(1, 0, 0), {}, &unused).size(1), 0);
 }
 

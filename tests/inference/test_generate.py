@@ -217,11 +217,23 @@ def test_bad_cache() -> None:
         with pytest.raises(TypeError, match="cache must be torch\\.float32, like the model, got"):
             model(IDS, cache=KVCache(model.config, 2, 8, dtype=torch.bfloat16))
         with pytest.raises(ValueError, match="count must be 0 or more, got -3"):
-            cache.advance(-3)
+            cache.reserve(-3)
     with torch.inference_mode():
         model(IDS, cache=cache)
         with pytest.raises(ValueError, match="input_ids has 5 tokens, but of the 8 places of the cache 5 are taken"):
             model(IDS, cache=cache)
+
+
+def test_a_forward_that_fails_leaves_the_cache_as_it_was() -> None:
+    model, ids = scrambled(), torch.arange(10).view(2, 5)
+    cache = model.new_cache(2, 8)
+    with torch.no_grad():
+        model(ids[:, :2], cache=cache)
+        with pytest.raises((RuntimeError, IndexError)):
+            model(ids[:, 2:], ids[:, 2:] + 10**6, cache=cache)  # no such classes
+        assert cache.used == 2
+        torch.testing.assert_close(model(ids[:, 2:], cache=cache), model(ids)[:, 2:])
+        assert cache.used == 5
 
 
 def test_a_cache_of_inference_mode_works_without_it() -> None:
