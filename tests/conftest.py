@@ -9,12 +9,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-_compiled = tempfile.TemporaryDirectory(prefix="muddformer-inductor-", ignore_cleanup_errors=True)
 
-
-def pytest_configure() -> None:
-    """What torch.compile makes is kept for this run alone: an older run may have met older operators."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
+def pytest_configure(config: pytest.Config) -> None:
+    """The environment of all processes of a run, which are started after this."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    # What torch.compile makes is kept for this run alone: an older run may have met older operators.
+    compiled = tempfile.TemporaryDirectory(prefix="muddformer-inductor-", ignore_cleanup_errors=True)
+    config.add_cleanup(compiled.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
+    # Threads that wait sleep: spinning would take the processors from the other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
