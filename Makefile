@@ -57,8 +57,10 @@ $(installed): $(ready) $(sources)
 	touch $@
 
 # ---- tests ------------------------------------------------------------------------------------------------------
+pytest = $(bin)/pytest --numprocesses $(test_jobs) --dist loadfile --no-loadscope-reorder
+
 test-python: $(installed)
-	$(bin)/pytest tests --numprocesses $(test_jobs) --dist loadfile --no-loadscope-reorder
+	$(pytest) tests
 
 test-cpp: tests-cpp
 	$(bin)/ctest --test-dir $(call cmake_build,tests-cpp) --output-on-failure --parallel $(cmake_jobs)
@@ -69,10 +71,10 @@ tests-cpp: $(installed) gtest
 		-DCMAKE_PREFIX_PATH="$$($(bin)/python -I -c 'import muddformer.utils as u; print(u.cmake_prefix_path)')"
 	$(bin)/cmake --build $(call cmake_build,tests-cpp) --parallel $(cmake_jobs)
 
-# The build and the core of the operators and models alone: for a second version of torch.
+# The build and the core of the operators and models alone: for a second version of torch. Those that take long first.
 smoke: $(installed)
-	$(bin)/pytest tests/ops/test_depth_aggregate.py tests/ops/test_connection_weights.py tests/models/test_golden.py \
-		tests/models/test_training_step.py tests/test_package.py tests/test_consumer.py
+	$(pytest) tests/models/test_training_step.py tests/test_consumer.py tests/ops/test_depth_aggregate.py \
+		tests/ops/test_connection_weights.py tests/models/test_golden.py tests/test_package.py
 
 # The C++ tests with the library's CPU side under AddressSanitizer and UndefinedBehaviorSanitizer.
 asan: $(ready) gtest
