@@ -13,6 +13,7 @@ from muddformer.plots import plot_connection_weights, plot_history_norms, plot_s
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from report import Results
@@ -44,8 +45,9 @@ def draw_time(results: Sequence[Results], path: Path) -> None:
                 bars = [half or 0.0 for half in halves]
                 axis.errorbar(seconds, losses, bars, color=colour, marker="o", markersize=4, capsize=3, label=label)
         axis.set_xscale("log")
-        for place in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-            place("{x:g}")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(result.set.title, fontsize=9)
         axis.set_xlabel(f"seconds of training, {result.device}", fontsize=8)
         axis.set_ylabel("held-out loss at the end (nats per token)", fontsize=8)
