@@ -14,6 +14,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import muddformer
 from helpers.models import make, scramble, some_ids
+from helpers.processes import run_processes
 from muddformer.models.layers import Block
 
 PROCESSES = 2
@@ -86,7 +87,7 @@ def work(rank: int, folder: str, name: str, kind: str, backend: str) -> None:
     ],
 )
 def test_trains_as_one_process_does(tmp_path: Path, name: str, kind: str, backend: str) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path), name, kind, backend), nprocs=PROCESSES)
+    run_processes(work, (str(tmp_path), name, kind, backend), PROCESSES)
     torch.manual_seed(0)
     alone = scramble(make(name), 0.1)
     train(alone, some_ids(length=8))

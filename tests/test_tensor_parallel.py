@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import muddformer
 from helpers.models import make, scramble, some_ids
+from helpers.processes import run_processes
 from muddformer import MUDDFormer, _sharding, ops
 from muddformer._imports import when_imported
 from muddformer.distributed import distribute_connections, tensor_parallel
@@ -344,7 +345,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES)
+    run_processes(work, (str(folder),), PROCESSES)
     return folder
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 from helpers.attached import attached
 from helpers.hf import small
 from helpers.models import some_ids
+from helpers.processes import run_processes
 from muddformer.hf import load_attached
 
 PROCESSES = 2
@@ -99,7 +100,7 @@ def work(rank: int, folder: str, kind: str) -> None:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["ddp", "by hand", *MODELS])
 def test_two_processes(tmp_path: Path, kind: str) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path), kind), nprocs=PROCESSES)
+    run_processes(work, (str(tmp_path), kind), PROCESSES, "accelerate", "transformers.trainer")
     if kind == "by hand":
         return
     make, load = MODELS.get(kind, small), load_attached if kind == "attached" else AutoModelForCausalLM.from_pretrained
