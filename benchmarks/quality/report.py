@@ -15,7 +15,7 @@ from typing import Any
 from pictures import INSPECTION_PICTURES, draw_inspection, draw_stability, draw_time
 from rows import Row, read_rows
 from sets import KINDS, Run, RunSet, load_set
-from stats import cost_at_loss, format_interval, interval
+from stats import WIDEST, cost_at_loss, format_interval, interval
 
 from muddformer.errors import InputError
 
@@ -28,12 +28,12 @@ HEADINGS = {
     "stability": "Stability at depth",
 }
 _TOLD = {
-    "time": """\
+    "time": f"""\
 Advantage: the cost at which the plain model reaches the same loss, over the cost here. The former lies on a straight
 line over the logarithm of the cost between two of the plain model's budgets; a curve that flattens lies below that
-line, so true advantages are rather smaller, and budgets more than 2.5 times apart are not joined. Where not every seed
-has both budgets, an advantage is that of the means in the table. A dash: the plain model was not trained to that loss
-from both sides.""",
+line, so true advantages are rather smaller, and budgets more than {WIDEST:g} times apart are not joined. Where not
+every seed has both budgets, an advantage is that of the means in the table. A dash: the plain model was not trained
+to that loss from both sides.""",
     "sweep": """\
 Held-out loss at the end by peak learning rate, the lowest mean in bold; below it the largest norm of a gradient before
 it is clipped, of any step after the warm-up and any seed.""",

@@ -7,13 +7,13 @@ import math
 import statistics
 from collections.abc import Sequence
 
-__all__ = ["cost_at_loss", "format_interval", "interval"]
+__all__ = ["WIDEST", "cost_at_loss", "format_interval", "interval"]
 
 # Student's t, two-sided 95 %, by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
-# Costs further apart are not joined: between them a curve that flattens runs far below a straight line.
-_WIDEST = 2.5
+# Costs that are more times apart are not joined: between them a curve that flattens runs far below a straight line.
+WIDEST = 2.5
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -40,10 +40,10 @@ def cost_at_loss(points: Sequence[tuple[float, float]], loss: float) -> float | 
         loss: to reach. Between two budgets it is taken as linear in the logarithm of the cost.
 
     Returns:
-        None where it would be extrapolated, or the next budget is more than 2.5 times as much.
+        None where it would be extrapolated, or the costs on both sides are more than ``WIDEST`` times apart.
     """
     for (cost, above), (next_cost, below) in itertools.pairwise(sorted(points)):
-        if below <= loss <= above and below < above and next_cost <= _WIDEST * cost:
+        if below <= loss <= above and below < above and next_cost <= WIDEST * cost:
             share = (above - loss) / (above - below)
             return math.exp(math.log(cost) + share * (math.log(next_cost) - math.log(cost)))
     return None
