@@ -273,8 +273,7 @@ cudaError_t launch(const AddNormBackward& p, int packs, const Groups& groups, co
   const int shared_bytes = rows * stages * stage_bytes;
   const int64_t blocks = std::min<int64_t>((p.rows + rows - 1) / rows, device.multiprocessors);
   const auto kernel = add_norm_backward_kernel<X, S, Y, E, V, kLayer>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(blocks), dim3(groups.threads, rows), shared_bytes, stream>>>(
       p, packs, stages);

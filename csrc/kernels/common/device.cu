@@ -1,6 +1,9 @@
 // The properties of the current device. See device.h.
 #include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "device.h"
 
@@ -56,6 +59,20 @@ cudaError_t current_device(Device& device) {
   device.bulk_copy = (word & 2) != 0;
   device.hopper = (word & 1) != 0;
   return cudaSuccess;
+}
+
+cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> allowed;  // bytes by device and kernel
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& known = allowed[{index, kernel}];
+  if (bytes <= known) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) known = bytes;
+  return error;
 }
 
 }  // namespace muddformer::kernels

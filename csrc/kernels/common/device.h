@@ -14,4 +14,13 @@ struct Device {
 
 cudaError_t current_device(Device& device);
 
+// Permits a kernel so many bytes of dynamic shared memory on the current device; more than 48 KB
+// need it. The driver is asked only when a kernel needs more than ever before: it takes long.
+cudaError_t allow_shared_bytes(const void* kernel, int bytes);
+
+template <typename... Parameters>
+cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), int bytes) {
+  return allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
+}
+
 }  // namespace muddformer::kernels

@@ -8,6 +8,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "device.h"
 #include "ring.cuh"
 
 namespace muddformer::kernels {
@@ -89,8 +90,7 @@ cudaError_t launch_ring(void (*kernel)(Args), const Args& args, int64_t blocks, 
                         int stage_bytes, int other_bytes, cudaStream_t stream, int cluster = 1) {
   const int shared_bytes = args.stages * stage_bytes + other_bytes;
   if (shared_bytes > 44 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
     if (error != cudaSuccess) return error;
   }
   const Launch launch(blocks, cluster, consumers + 32, shared_bytes, stream, false);

@@ -26,8 +26,7 @@ cudaError_t launch_wide(void (*kernel)(Parameters...), const Device& device, int
                         int cluster, int threads, int shared_bytes, cudaStream_t stream,
                         const Args&... args) {
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   const Launch launch(blocks, device.bulk_copy ? cluster : 1, threads, shared_bytes, stream,
                       device.bulk_copy);

@@ -11,6 +11,7 @@
 // own part of shared memory, so that the memory sees rows of 512 bytes; the sums take G's place
 // there and leave as whole rows. Warps wait for nobody else. The next 16 rows are under way
 // meanwhile in a second buffer. More than 16 factors or 64 sources take several launches.
+#include "../common/device.h"
 #include "../common/launch.h"
 #include "../common/tensor_core.cuh"
 #include "../common/vector.cuh"
@@ -187,8 +188,7 @@ cudaError_t flush(const DeferredFlush& p, const void* const* grad_in, int first_
   args.chunks = (args.dim + kColumns - 1) / kColumns;
   args.items = p.tokens * args.chunks;
   args.rows = std::min((args.sources + 7) / 8 * 8, 2 * kTile);
-  const cudaError_t error = cudaFuncSetAttribute(
-      flush_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kWarps * warp_bytes(2 * kTile));
+  const cudaError_t error = allow_shared_bytes(flush_kernel<T>, kWarps * warp_bytes(args.rows));
   if (error != cudaSuccess) return error;
   const auto blocks = static_cast<unsigned>((args.items + kWarps - 1) / kWarps);
   flush_kernel<T><<<blocks, 32 * kWarps, kWarps * warp_bytes(args.rows), stream>>>(args);

@@ -173,9 +173,8 @@ cudaError_t launch(const TokenLosses& p, cudaStream_t stream) {
     token_losses_kernel<T, false><<<blocks, threads, 0, stream>>>(p);
     return cudaGetLastError();
   }
-  const cudaError_t refused = cudaFuncSetAttribute(token_losses_kernel<T, true>,
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(row_bytes));
+  const cudaError_t refused =
+      allow_shared_bytes(token_losses_kernel<T, true>, static_cast<int>(row_bytes));
   if (refused != cudaSuccess) return refused;
   token_losses_kernel<T, true><<<blocks, threads, static_cast<size_t>(row_bytes), stream>>>(p);
   return cudaGetLastError();

@@ -367,8 +367,7 @@ cudaError_t launch(const QkNormRotaryBackward& b, cudaStream_t stream) {
   const size_t shared_bytes = std::max(places, sums);
   const auto kernel = halves(splits) ? qk_norm_rotary_backward_kernel<T, P, V, V == 1>
                                      : qk_norm_rotary_backward_kernel<T, P, V, false>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes));
+  error = allow_shared_bytes(kernel, static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return error;
   const uint32_t blocks = splits.of[kQueries].blocks + splits.of[kKeys].blocks;
   kernel<<<blocks, kBackward.threads, shared_bytes, stream>>>(b, splits);
