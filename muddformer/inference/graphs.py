@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -11,11 +13,14 @@ from ..models import KVCache, Pretrained
 
 __all__ = ["GraphedStep", "graph_works"]
 
+_capturing = threading.Lock()
+
 
 class GraphedStep:
     """A decode step of one token for every sequence, captured once and replayed with other tokens.
 
-    The cache has fixed shapes and keeps the next position on the device, so the same kernels serve every step.
+    The cache has fixed shapes and keeps the next position on the device, so the same kernels serve every step. The step
+    is replayed on the stream on which it was made: graphs of one stream share the workspaces of libraries.
     """
 
     def __init__(self, step: Callable[[Tensor], Tensor], cache: KVCache, ids: Tensor) -> None:
@@ -25,16 +30,17 @@ class GraphedStep:
         # A first run sets up libraries and workspaces. The place that it takes in the cache is taken again by the
         # first replay, which overwrites what is there.
         used, position = cache.used, cache._next.clone()
-        stream = torch.cuda.Stream(ids.device)
-        stream.wait_stream(torch.cuda.current_stream(ids.device))
-        with torch.cuda.stream(stream):
-            step(self.ids)
-            cache.used = used
-            cache._next.copy_(position)
-        torch.cuda.current_stream(ids.device).wait_stream(stream)
-        graph = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.device(ids.device), graph:
-            self.logits = step(self.ids)
+        current = torch.cuda.current_stream(ids.device)
+        stream = _capture_stream(current)
+        with _capturing, torch.cuda.device(ids.device):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                step(self.ids)
+                cache.used = used
+                cache._next.copy_(position)
+            current.wait_stream(stream)
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.logits = step(self.ids)
         cache.used = used
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -43,6 +49,13 @@ class GraphedStep:
         self.cache.used += 1
         self.graph.replay()
         return self.logits
+
+
+@functools.cache
+def _capture_stream(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    """Where the graphs of a stream are captured: always the same, as each one on which matrix products have run keeps a
+    cuBLAS workspace of 32 MiB."""
+    return torch.cuda.Stream(stream.device)
 
 
 def graph_works(model: nn.Module) -> bool:
