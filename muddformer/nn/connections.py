@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -216,7 +216,7 @@ class BlockHistory:
             streams = [made[norm] for norm in norms]
             self.hiddens = []
         else:
-            with _without_autocast(x) if turn.wide else nullcontext():
+            with _autocast_off(x, turn.wide):
                 streams, self.hiddens = turn.aggregation([*turn.older, x], turn.prior, norms, turn.deferral)
         self._given = [*streams, x]
         self._versions = _versions(self._given)
@@ -251,8 +251,9 @@ def _check_turn(turn: Turn, again: bool) -> None:
         )
 
 
-def _without_autocast(x: Tensor) -> Any:
-    return torch.autocast(x.device.type, enabled=False)
+def _autocast_off(x: Tensor, wide: bool) -> AbstractContextManager:
+    """Where a history is wider than what autocast computes in."""
+    return torch.autocast(x.device.type, enabled=False) if wide else nullcontext()
 
 
 class History:
@@ -337,7 +338,7 @@ class History:
             wide = options.residual_dtype == "float32" and autocast_dtype(self.newest) is not None
             if i in connections.flush_groups and connections._defers(older):
                 group = connections.flush_groups[i]
-                with _without_autocast(self.newest) if wide else nullcontext():
+                with _autocast_off(self.newest, wide):
                     older, opened = ops.defer_gradients(older, list(group.values()))
                 self._deferrals = dict(zip(group, opened, strict=True))
             deferral = self._deferrals.pop(i, None)  # to one block: nothing to watch, also in compiled blocks
