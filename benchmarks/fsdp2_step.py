@@ -3,9 +3,11 @@
 Every block is a unit of its own, and the rest of the model one. Parameters are float32; forward and backward gather
 them in bfloat16, gradients are added up in float32; fused AdamW. So the residual stream is bfloat16 in both models, and
 there is one plain twin. Runs: eager, block (torch.compile of every block). "ms" is a step by the clock, each waited
-for; ratios are to the faster run of the plain model. bytes_deferred_ms is what the connections must move at least, at
-the speed of a copy. host_ms is how long the host of the slowest process takes until all of a step is enqueued: where it
-comes near ms, the devices wait for it.
+for: the median over several rounds, in each of which all methods take their turn, as the speed of a host changes from
+second to second; ms_low and ms_high are the medians of the fastest and the slowest round. Ratios are to the faster run
+of the plain model. bytes_deferred_ms is what the connections must move at least, at the speed of a copy. host_ms is how
+long the host of the slowest process takes until all of a step is enqueued: where it comes near ms, the devices wait for
+it.
 
     torchrun --nproc-per-node 2 benchmarks/fsdp2_step.py --models 24x2048:4 --csv benchmarks/results/h100_fsdp2_step.csv
 """
@@ -16,7 +18,8 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +29,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from training import VOCABULARY, Method, Shape, blocks_of, connection_bytes, make_model
 
 STEPS = 12
+
+
+class Timed(NamedTuple):
+    """Steps of one method: seconds of the first, milliseconds of later ones by the clock and of the host, the loss of
+    the first, and the peak of memory on the device."""
+
+    first_s: float
+    ms: list[float]
+    host_ms: list[float]
+    loss: float
+    peak_gib: float
 
 
 def start(device_type: str) -> torch.device:
@@ -77,8 +91,8 @@ def sharded_step(
     return step, moved
 
 
-def timed(step: Callable[[], tuple[float, float]]) -> tuple[float, float, float, float]:
-    """Seconds of the first step, the median milliseconds of later ones by the clock and of the host, the first loss."""
+def timed(step: Callable[[], tuple[float, float]]) -> Timed:
+    """A first step, a few more, and then ``STEPS`` that count."""
 
     def timed_step() -> tuple[float, float, float]:
         dist.barrier()
@@ -92,26 +106,43 @@ def timed(step: Callable[[], tuple[float, float]]) -> tuple[float, float, float,
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     ms, host_ms, _ = zip(*(timed_step() for _ in range(STEPS)), strict=True)
-    return first / 1e3, statistics.median(ms), statistics.median(host_ms), loss
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return Timed(first / 1e3, list(ms), list(host_ms), loss, peak)
 
 
-def measure(method: Method, shape: Shape, mesh: DeviceMesh, device: torch.device) -> dict:
-    """The figures of one method, on every process."""
-    step, moved = sharded_step(method, shape, mesh, device)
-    first, ms, host_ms, loss = timed(step)
-    slowest = torch.tensor(host_ms, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+def measure(
+    methods: Sequence[str], shape: Shape, rounds: int, mesh: DeviceMesh, device: torch.device
+) -> dict[str, dict[str, float | str]]:
+    """The figures of each method, on every process."""
+    found: dict[str, list[Timed]] = {name: [] for name in methods}
+    moved: dict[str, int] = {}
+    for _ in range(rounds):
+        for name in methods:
+            step, moved[name] = sharded_step(Method.parse(name), shape, mesh, device)
+            found[name].append(timed(step))
+            del step
+            gc.collect()
     cuda = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     speed = copy_gb_per_s(2**28 if cuda else 2**22, torch.bfloat16, device, 0.2)
+    return {name: _figures(timings, moved[name] / speed / 1e6, mesh, shape) for name, timings in found.items()}
+
+
+def _figures(timings: Sequence[Timed], bytes_ms: float, mesh: DeviceMesh, shape: Shape) -> dict[str, float | str]:
+    ms = statistics.median(value for timing in timings for value in timing.ms)
+    by_round = [statistics.median(timing.ms) for timing in timings]
+    host_ms = statistics.median(value for timing in timings for value in timing.host_ms)
+    slowest = torch.tensor(host_ms, device=mesh.device_type)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return {
         "ms": round(ms, 3),
+        "ms_low": round(min(by_round), 3),
+        "ms_high": round(max(by_round), 3),
         "tokens_per_s": round(mesh.size() * shape.tokens / ms * 1e3),
-        "peak_gib": round(peak, 2) if cuda else "",
-        "first_step_s": round(first, 1),
-        "loss": round(loss, 4),
+        "peak_gib": round(max(timing.peak_gib for timing in timings), 2) or "",
+        "first_step_s": round(timings[0].first_s, 1),
+        "loss": round(timings[0].loss, 4),
         "host_ms": round(slowest.item(), 3),
-        "bytes_deferred_ms": round(moved / speed / 1e6, 3),
+        "bytes_deferred_ms": round(bytes_ms, 3),
     }
 
 
@@ -120,19 +151,19 @@ def main() -> None:
     p.add_argument("--models", nargs="+", default=["24x2048:4"], help="layers x width : sequences of a device")
     p.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     methods = ["plain-block", "plain-eager", "mudd-block", "mudd-eager"]
-    p.add_argument("--methods", nargs="+", default=methods, help="MODEL-RUN as in train_step.py; plain first")
+    p.add_argument("--methods", nargs="+", default=methods, help="MODEL-RUN as in train_step.py")
+    p.add_argument("--rounds", type=int, default=3, help="how often each method has its turn")
     args = p.parse_args()
     if "LOCAL_RANK" not in os.environ:
         p.error("must be run by torchrun, such as: torchrun --nproc-per-node 2 benchmarks/fsdp2_step.py")
     device = start(args.device)
     mesh, rank, cuda = mesh_of(device), dist.get_rank(), device.type == "cuda"
     for text in args.models:
-        shape, plain = Shape.parse(text, 4, args.length), {}
-        for name in args.methods:
-            figures = measure(Method.parse(name), shape, mesh, device)
-            gc.collect()
-            if name.startswith("plain") and figures["ms"] < plain.get("ms", float("inf")):
-                plain = figures
+        shape = Shape.parse(text, 4, args.length)
+        measured = measure(args.methods, shape, args.rounds, mesh, device)
+        plain = [figures for name, figures in measured.items() if name.startswith("plain")]
+        plain = min(plain, key=lambda figures: figures["ms"], default=None)
+        for name, figures in measured.items():
             row = {"model": str(shape), "method": name, "devices": mesh.size(), "batch": shape.batch}
             row |= {"length": shape.length, **figures, "throughput_of_plain": "", "memory_of_plain": ""}
             if plain:

@@ -294,11 +294,12 @@ def fsdp2_step() -> str:
     for r in latest(read_gpus("fsdp2_step"), "model", "method").values():
         model, _, run = r["method"].rpartition("-")
         cells = [f"{r['model'].replace('x', ' x ')}, {r['batch']} a device", FORMS.get(model, model), RUNS[run]]
-        cells += [number(r[column]) for column in ("ms", "host_ms", "peak_gib")]
+        rounds = f"{number(r['ms_low'])} to {number(r['ms_high'])}" if r["ms_low"] else NONE
+        cells += [number(r["ms"]), rounds, *(number(r[column]) for column in ("host_ms", "peak_gib"))]
         ours = [number(r[column]) for column in ("throughput_of_plain", "memory_of_plain", "bytes_deferred_ms")]
         lines.append(([*cells, *(ours if model in FORMS else [NONE] * 3)], [r]))
-    head = ["layers x width, batch", "model", "run", "ms", "of the host, ms", "GiB a device", "throughput", "memory"]
-    return table([*head, "history at copy speed, ms"], lines, 3)
+    head = ["layers x width, batch", "model", "run", "ms", "of the rounds", "of the host, ms", "GiB a device"]
+    return table([*head, "throughput", "memory", "history at copy speed, ms"], lines, 3)
 
 
 def transformers() -> str:
