@@ -17,7 +17,10 @@ class MissingPackage(InputError):
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient norm became NaN or infinite; the last good checkpoint is kept. Exit code 1."""
+    """The loss or the gradient norm became NaN or infinite, or no gradient is left. The last good checkpoint is kept.
+
+    Exit code 1.
+    """
 
 
 def require(module: str, extra: str = "train") -> ModuleType:

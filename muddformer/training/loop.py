@@ -126,7 +126,8 @@ class Trainer:
         """Trains to the last step. SIGINT and SIGTERM end the run after the update at hand, with a checkpoint.
 
         Raises:
-            Diverged: if a loss or gradient norm is not finite. No checkpoint has been written since.
+            Diverged: if a loss or gradient norm is not finite, or no gradient is left. No checkpoint has been written
+                since.
             OSError: if a file cannot be written, naming it and the last good checkpoint, which stays whole.
         """
         train, val_loss = self.settings.train, None
@@ -155,10 +156,10 @@ class Trainer:
                     continue
                 rows = self._collect(clock)
                 try:
-                    _check_finite(rows, self.checkpoint)
+                    _check_not_diverged(rows, self.checkpoint)
                     if evaluate:
                         val_loss = rows[-1].val_loss = self.evaluate()
-                        _check_finite(rows, self.checkpoint)
+                        _check_not_diverged(rows, self.checkpoint)
                         if board is not None and train.log_connections:
                             board.write_inspection(inspect_model(self.model, [self.held_out[0][0][:1]]), self.step)
                 finally:
@@ -345,10 +346,12 @@ def _prepare_folder(run: Path, resume: bool, overwrite: bool) -> None:
         raise InputError(f"cannot use {str(run)!r} as the folder of the run: {error.strerror or error}") from error
 
 
-def _check_finite(rows: list[Row], checkpoint: Path | None) -> None:
+def _check_not_diverged(rows: list[Row], checkpoint: Path | None) -> None:
     for row in rows:
         numbers = {"loss": row.loss, "gradient norm": row.grad_norm, "held-out loss": row.val_loss}
         bad = [f"{name} {value}" for name, value in numbers.items() if value is not None and not _finite(value)]
+        if row.grad_norm == 0 and row.loss > 0:
+            bad = [f"loss {row.loss:.4g} and gradient norm 0, as where hidden states beyond 1e19 make a norm return 0"]
         if bad:
             raise Diverged(
                 f"step {row.step}: {' and '.join(bad)} (learning rate {row.learning_rate:.3g}); {_kept(checkpoint)}. "

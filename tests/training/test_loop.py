@@ -95,6 +95,14 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(make_settings, tmp_
     assert [row.step for row in read_metrics(run / "metrics.csv")] == list(range(1, 21))
 
 
+def test_hidden_states_that_overflow_end_a_run(make_settings, tmp_path):
+    trainer = loop.Trainer(make_settings(steps=4), tmp_path / "run")
+    with torch.no_grad():
+        trainer.model.tok_embeddings.weight.mul_(1e25)  # the squares are infinite, so norms return 0
+    with pytest.raises(Diverged, match=r"step 1: loss \d\.\d+ and gradient norm 0.*there was no checkpoint yet"):
+        trainer.fit()
+
+
 def test_run_folder_is_not_overwritten_by_accident(make_settings, tmp_path):
     loop.Trainer(make_settings(steps=2), tmp_path / "run").fit()
     with pytest.raises(InputError, match="--resume"):
