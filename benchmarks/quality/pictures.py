@@ -68,10 +68,11 @@ def draw_stability(results: Sequence[Results], path: Path) -> None:
                 rows = result.rows[run.id]
                 style = styles[rates.index(run.learning_rate) % len(styles)]
                 name = f"{label}, {run.learning_rate:g}" if run.seed == result.set.runs[0].seed else None
-                tokens = [row.tokens / 1e6 for row in rows]
-                axis.plot(tokens, [r.grad_norm_max for r in rows], style, color=colour, linewidth=1.2, label=name)
-                if rows[-1].state == "diverged":
-                    axis.plot(tokens[-1:], [rows[-1].grad_norm_max], "x", color=colour)
+                alive = [(row.tokens / 1e6, row.grad_norm_max) for row in rows if not row.dead]
+                tokens, norms = zip(*alive, strict=True) if alive else ((), ())
+                axis.plot(tokens, norms, style, color=colour, linewidth=1.2, label=name)
+                if rows[-1].diverged:
+                    axis.plot(tokens[-1:], norms[-1:], "x", color=colour)
         axis.set_yscale("log")
         axis.set_title(result.set.title, fontsize=9)
         axis.set_xlabel("tokens (millions)", fontsize=8)

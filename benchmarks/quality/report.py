@@ -38,7 +38,10 @@ to that loss from both sides.""",
 Held-out loss at the end by peak learning rate, the lowest mean in bold; below it the largest norm of a gradient before
 it is clipped, of any step after the warm-up and any seed.""",
     "ablation": "The largest gradient norm is that of any step after the warm-up and any seed, before it is clipped.",
-    "stability": "The largest norm and loss are those of any step after the warm-up.",
+    "stability": """\
+The largest norm and loss are those of any step after the warm-up. A run that diverged has a loss or gradient that is
+not finite, or no gradient any more, as where hidden states beyond 1e19, whose squares overflow, make the last norm
+return 0, and so all logits.""",
 }
 
 
@@ -101,7 +104,7 @@ class Results:
             (run, self.final[run.id])
             for run in self.set.runs
             if run.id in self.final
-            and self.final[run.id].state == "finished"
+            and not self.final[run.id].diverged
             and all(getattr(run, name) == value for name, value in fields.items())
         ]
 
@@ -379,12 +382,11 @@ def _stability(result: Results) -> list[str]:
         if run.id not in result.final:
             continue
         settled, last = _settled(result, run), result.final[run.id]
-        end = (
-            f"{last.held_out_loss:.3f}" if last.state == "finished" else f"diverged by {_millions(last.tokens)} tokens"
-        )
+        lost = next((row for row in result.rows[run.id] if row.diverged), None)
+        end = f"diverged by {_millions(lost.tokens)} tokens" if lost else f"{last.held_out_loss:.3f}"
         norm, loss = (max(getattr(row, name) for row in settled) for name in ("grad_norm_max", "loss_max"))
         cells = [result.set.labels[run.form], f"{run.learning_rate:g}", str(run.seed), end]
-        rows.append([*cells, f"{norm:.2f}", f"{loss:.2f}"])
+        rows.append([*cells, f"{norm:,.1f}", f"{loss:.2f}"])
     heads = ["", "peak learning rate", "seed", "held-out loss", "largest gradient norm", "largest loss"]
     return _table(heads, rows)
 

@@ -26,7 +26,8 @@ class Row:
         loss, loss_max: training loss since the row before, mean and largest, nats per token.
         held_out_loss: on held-out text.
         grad_norm, grad_norm_max: norm of the gradient before clipping since the row before, mean and largest.
-        state: "" in the middle of the run, then "finished" or "diverged" (a loss or norm was not finite).
+        state: "" in the middle of the run, then "finished" or "diverged" (a loss or norm was not finite, or the model
+            had become :attr:`dead`).
         parameters: of the model.
         flops_per_token: of training, those of recomputing not counted.
         corpus: id of the corpus.
@@ -55,6 +56,17 @@ class Row:
     torch: str
     commit: str
     date: str
+
+    @property
+    def dead(self) -> bool:
+        """Whether no gradient was left since the row before, though the loss is not 0: hidden states beyond 1e19, whose
+        squares overflow, make a norm return 0, and then all logits are 0 for good."""
+        return self.grad_norm_max == 0 and self.loss > 0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether what comes after tells nothing. Earlier rows call dead models finished."""
+        return self.state == "diverged" or self.dead
 
 
 _TYPES = typing.get_type_hints(Row)

@@ -186,7 +186,6 @@ class _Progress:
         held_out = torch.stack([self._loss(self.model, *batch) for batch in self.held_out]).mean().item()
         self.model.train()
         finite = all(map(math.isfinite, (*self.losses, *self.norms, held_out)))
-        state = ("finished" if self.step == self.settings.steps else "") if finite else "diverged"
         run, settings, block = self.run, self.settings, self.run.model["block_size"]
         shape = SimpleNamespace(tokens=1, width=run.model["dim"], layers=run.model["n_layer"], length=block)
         row = Row(
@@ -204,7 +203,7 @@ class _Progress:
             held_out_loss=held_out,
             grad_norm=statistics.fmean(self.norms),
             grad_norm_max=max(self.norms),
-            state=state,
+            state="",
             parameters=sum(p.numel() for p in self.model.parameters()),
             flops_per_token=step_flops(self.model, shape),
             corpus=self.trainer.parts.id,
@@ -213,15 +212,19 @@ class _Progress:
             commit=self.trainer.revision,
             date=datetime.date.today().isoformat(),
         )
+        if not finite or row.dead:
+            row = dataclasses.replace(row, state="diverged")
+        elif self.step == settings.steps:
+            row = dataclasses.replace(row, state="finished")
         append_row(self.trainer.rows, row)
         self.losses, self.norms = [], []
         print(
             f"{run.name}  step {self.step}/{settings.steps}  held-out loss {held_out:.4f}  "
-            f"{row.tokens / self.seconds:,.0f} tokens/s  {state}".rstrip(),
+            f"{row.tokens / self.seconds:,.0f} tokens/s  {row.state}".rstrip(),
             file=sys.stderr,
             flush=True,
         )
-        return state
+        return row.state
 
     def _save(self) -> None:
         training = {
