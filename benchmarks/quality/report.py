@@ -29,14 +29,14 @@ HEADINGS = {
 }
 _TOLD = {
     "time": f"""\
-Advantage: the cost at which the plain model reaches the same loss, over the cost here. The former lies on a straight
-line over the logarithm of the cost between two of the plain model's budgets; a curve that flattens lies below that
-line, so true advantages are rather smaller, and budgets more than {WIDEST:g} times apart are not joined. Where not
-every seed has both budgets, an advantage is that of the means in the table. A dash: the plain model was not trained
-to that loss from both sides.""",
+Advantage: the cost at which the plain model reaches the same loss, over the cost here. For the former the loss is taken
+as a power of the cost between two of the plain model's budgets; a curve that flattens lies below that, so true
+advantages are rather smaller, and budgets more than {WIDEST:g} times apart are not joined. Where not every seed has
+both budgets, an advantage is that of the means in the table. A dash: the plain model was not trained to that loss from
+both sides.""",
     "sweep": """\
-Held-out loss at the end by peak learning rate, the lowest mean in bold; below it the largest norm of a gradient before
-it is clipped, of any step after the warm-up and any seed.""",
+Held-out loss at the end by peak learning rate, in bold the lowest mean over the seeds that all rates have; below it the
+largest norm of a gradient before it is clipped, of any step after the warm-up and any seed.""",
     "ablation": "The largest gradient norm is that of any step after the warm-up and any seed, before it is clipped.",
     "stability": """\
 The largest norm and loss are those of any step after the warm-up. A run that diverged has a loss or gradient that is
@@ -193,8 +193,9 @@ def _opening(results: Sequence[Results]) -> list[str]:
         "Losses are those of held-out files at the end of a run, in nats per token. ± is the 95 % interval of a mean",
         "over seeds (Student's t); a number without ± is of a single run. Differences are taken seed by seed. Seconds",
         "are those of training on one card, without compiling. The residual stream of the plain model is bfloat16, as",
-        "MUDD's is, which is the faster of its two twins. PrePostDANorm is that of the public release, which norms the",
-        'aggregate of the residual way alone (`post_norm="residual"`), unless all ways are said to have norms.',
+        "MUDD's is: the faster of its two twins; one in float32 was not trained. MUDD has FFN re-allocation, plain has",
+        "not. PrePostDANorm is that of the public release, which norms the aggregate of the residual way alone",
+        '(`post_norm="residual"`), unless all ways are said to have norms.',
         "",
         f"Device {told['device']}; torch {told['torch']}; commit {told['commit']}; corpus {told['corpus']}.",
     ]
@@ -302,14 +303,16 @@ def _saved(results: Sequence[Results]) -> str:
                 compute, seconds = (advantage(result, form, budget, cost) for cost in (_flops, _seconds))
                 if form != result.set.baseline and compute and seconds:
                     means = statistics.fmean(compute), statistics.fmean(seconds)
-                    found.append((parameters, budget, means, label, result.set.title, result.device))
+                    single = all(len(result.runs(form=f, tokens=budget)) == 1 for f in (form, result.set.baseline))
+                    told = result.device + ", one run of each" * single
+                    found.append((parameters, budget, means, label, result.set.title, told))
     if not found:
         return ""
-    _, budget, (compute_mean, seconds_mean), label, title, device = max(found)
+    _, budget, (compute_mean, seconds_mean), label, title, told = max(found)
     return (
         f"{_millions(budget)} tokens of program source bring {label} ({title}) to the held-out loss for which plain\n"
         f"takes about {compute_mean:.1f} times the compute and {seconds_mean:.1f} times the seconds "
-        f"({device}; [how sure that is](docs/quality.md)).\n"
+        f"({told}; [how sure that is](docs/quality.md#time-to-loss)).\n"
     )
 
 
@@ -319,10 +322,12 @@ def _sweep(result: Results) -> list[str]:
     for form, label in result.set.labels.items():
         if not result.runs(form=form):
             continue
-        losses = [list(result.by_seed(_loss, form=form, learning_rate=rate).values()) for rate in rates]
-        best = min(statistics.fmean(values) for values in losses if values)
-        cells = [format_interval(values, 3) for values in losses]
-        bold = [bool(values) and statistics.fmean(values) == best for values in losses]
+        losses = [result.by_seed(_loss, form=form, learning_rate=rate) for rate in rates]
+        shared = set.intersection(*(set(values) for values in losses if values))
+        means = [statistics.fmean(values[seed] for seed in shared) if values and shared else None for values in losses]
+        best = min((mean for mean in means if mean is not None), default=None)
+        cells = [format_interval(list(values.values()), 3) for values in losses]
+        bold = [mean is not None and mean == best for mean in means]
         rows.append([label, *(f"**{cell}**" if b else cell for cell, b in zip(cells, bold, strict=True))])
         ended = [[_largest_norm(result, run) for run, _ in result.runs(form=form, learning_rate=r)] for r in rates]
         norms.append([label, *(f"{max(values):.1f}" if values else "-" for values in ended)])

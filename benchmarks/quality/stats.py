@@ -12,7 +12,7 @@ __all__ = ["WIDEST", "cost_at_loss", "format_interval", "interval"]
 # Student's t, two-sided 95 %, by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
-# Costs that are more times apart are not joined: between them a curve that flattens runs far below a straight line.
+# Costs that are more times apart are not joined: between them a curve that flattens runs far below a power law.
 WIDEST = 2.5
 
 
@@ -37,13 +37,13 @@ def cost_at_loss(points: Sequence[tuple[float, float]], loss: float) -> float | 
 
     Args:
         points: cost and final loss of runs of different budgets.
-        loss: to reach. Between two budgets it is taken as linear in the logarithm of the cost.
+        loss: to reach. Between two budgets it is taken as a power of the cost.
 
     Returns:
         None where it would be extrapolated, or the costs on both sides are more than ``WIDEST`` times apart.
     """
     for (cost, above), (next_cost, below) in itertools.pairwise(sorted(points)):
         if below <= loss <= above and below < above and next_cost <= WIDEST * cost:
-            share = (above - loss) / (above - below)
+            share = math.log(above / loss) / math.log(above / below)
             return math.exp(math.log(cost) + share * (math.log(next_cost) - math.log(cost)))
     return None
